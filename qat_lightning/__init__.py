@@ -1,0 +1,28 @@
+"""Int8 quantization-aware training for PyTorch Lightning."""
+
+from qat_lightning.callback import QuantizationAwareTraining
+from qat_lightning.errors import (
+    ConversionError,
+    Int8FileError,
+    MissingExtraError,
+    RecipeMismatchError,
+    UntraceableError,
+)
+from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
+from qat_lightning.quantize import convert, prepare
+from qat_lightning.recipe import Recipe
+
+__all__ = [
+    "ConversionError",
+    "Int8FileError",
+    "MissingExtraError",
+    "QuantizationAwareTraining",
+    "Recipe",
+    "RecipeMismatchError",
+    "UntraceableError",
+    "convert",
+    "load_int8",
+    "load_qat_checkpoint",
+    "prepare",
+    "save_int8",
+]

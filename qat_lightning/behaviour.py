@@ -1,0 +1,93 @@
+"""What a traced network keeps of the class it was traced from.
+
+A graph module has the modules of the original under their names, but none of its plain attributes
+and none of its methods but `forward`. The attributes are carried over. A method cannot be, since it
+would run the original's layers, not the prepared ones: calling it raises an error that names the
+method and the fix.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NoReturn
+
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+_OWN = frozenset(vars(nn.Module())) | frozenset(dir(fx.GraphModule))
+
+
+class LostMethod:
+    """Stands where the original network had a method; calling it says what to do instead."""
+
+    def __init__(self, network: str, method: str) -> None:
+        self.network, self.method = network, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AttributeError(
+            f"{self.network} was traced into a graph for quantization, and a graph has only `forward`: "
+            f"its method {self.method!r} is gone. Move the call into a submodule's `forward` and "
+            'quantize that submodule instead, as in modules=["model.features"].'
+        )
+
+
+class LostForward(nn.Module):
+    """Stands where the original network had a container; its layers are there, its `forward` is not."""
+
+    def __init__(self, network: str, path: str) -> None:
+        super().__init__()
+        self._network, self._path = network, path
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AttributeError(
+            f"{self._network} was traced into one graph for quantization, so its part {self._path!r} "
+            f"cannot be called by itself. Quantize that part instead of the whole, as in "
+            f'modules=["model.{self._path}"].'
+        )
+
+
+def attributes(network: nn.Module) -> dict[str, Any]:
+    """The plain attributes of `network` and of its class, and a :class:`LostMethod` for each method."""
+    kept: dict[str, Any] = {}
+    for cls in reversed(type(network).__mro__):
+        if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn."):
+            for name, value in vars(cls).items():
+                if inspect.isfunction(value):
+                    kept[name] = LostMethod(type(network).__name__, name)
+                elif not hasattr(value, "__get__"):
+                    kept[name] = value
+    kept.update(vars(network))
+    return {name: value for name, value in kept.items() if _is_carried(name, network)}
+
+
+def _is_carried(name: str, network: nn.Module) -> bool:
+    return name not in _OWN and not name.startswith("__") and name not in network._modules
+
+
+def attach(graph_module: fx.GraphModule, kept: dict[str, Any]) -> None:
+    """Gives a graph module the attributes; `meta` is where a deep copy of a graph module finds them."""
+    kept = {name: value for name, value in kept.items() if name not in graph_module._modules}
+    graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {}).update(kept)
+    for name, value in kept.items():
+        setattr(graph_module, name, value)
+
+
+def attached(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The attributes that `attach` gave."""
+    return dict(graph_module.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}))
+
+
+def mark_containers(graph_module: fx.GraphModule, network: str) -> None:
+    """Replaces the graph module's empty containers by ones whose `forward` says what to do."""
+    for path, module in list(graph_module.named_modules()):
+        if type(module) is nn.Module:
+            container = LostForward(network, path)
+            container.training = module.training
+            for name, child in module.named_children():
+                container.add_module(name, child)
+            for name, parameter in module.named_parameters(recurse=False):
+                container.register_parameter(name, parameter)
+            for name, buffer in module.named_buffers(recurse=False):
+                container.register_buffer(name, buffer)
+            parent, _, leaf = path.rpartition(".")
+            graph_module.get_submodule(parent)._modules[leaf] = container

@@ -1,0 +1,60 @@
+"""Which weights of a run are converted: the best-ranked checkpoint that was quantized, or the last."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Choice(NamedTuple):
+    """The weights to convert.
+
+    Attributes:
+        path: A checkpoint, or None for the weights that the run ended with.
+        why: The reason, in words.
+        checkpoint: Its content; None where there is no path.
+    """
+
+    path: str | None
+    why: str
+    checkpoint: dict[str, Any] | None
+
+
+def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
+    """Chooses for `convert="best"` or `"last"`; reads checkpoints, so on rank 0 only.
+
+    A float metric can peak before fake-quantization starts. Such a checkpoint was never quantized,
+    so best means the best-ranked among those whose fake-quantization is on.
+    """
+    if convert == "last":
+        return Choice(None, "the last, as asked", None)
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+        return Choice(None, "the last, since no ModelCheckpoint monitors a metric", None)
+    sign = -1 if callback.mode == "max" else 1
+    ranked = sorted(callback.best_k_models.items(), key=lambda item: sign * float(item[1]))
+    for path, score in ranked:
+        checkpoint = _read(trainer, path)
+        if fake_quant_is_on(checkpoint["state_dict"]):
+            return Choice(path, f"the best by {callback.monitor} ({float(score):.4g})", checkpoint)
+    return Choice(None, "the last, since no ranked checkpoint was quantized", None)
+
+
+def fake_quant_is_on(state_dict: dict[str, Any]) -> bool:
+    """Whether a state dict was saved while fake-quantization was on."""
+    flags = [value for key, value in state_dict.items() if key.endswith("fake_quant_enabled")]
+    return any(bool(flag.any()) for flag in flags)
+
+
+def _read(trainer: pl.Trainer, path: str) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # Hyperparameters may be objects. This very run wrote the file, and Lightning reads it the
+        # same way for `trainer.test(ckpt_path="best")`.
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+    return dict(checkpoint)

@@ -1,0 +1,359 @@
+"""The Lightning callback: one object that owns the life of a quantization-aware training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from qat_lightning import random_state
+from qat_lightning.conversion import convert_on_all_ranks
+from qat_lightning.fake_quantize import ObserversOff, QConfigLike, freeze_bn_statistics, set_enabled
+from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
+from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
+from qat_lightning.selection import FloatPattern
+
+_RANDOM_STATE = "qat_random_state"
+
+
+class QuantizationAwareTraining(pl.Callback):
+    """Trains a network for int8 and converts it at the end of fit.
+
+    In Lightning 2 the networks must be prepared before a checkpoint is restored and before
+    DistributedDataParallel wraps them, so what PyTorch's guide calls "before training" happens in
+    `setup(stage="fit")`, before `on_fit_start`. At each epoch start the phase is derived from the
+    schedule, so that a resumed run is in the right one. Observers see training batches only. At the
+    end of fit a copy is converted on the CPU; the LightningModule itself stays as it was trained,
+    so that `trainer.test(ckpt_path="best")` and a second `trainer.fit` work.
+
+    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
+
+    One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
+    original but no other methods.
+
+    Example::
+
+        from qat_lightning import QuantizationAwareTraining
+
+        qat = QuantizationAwareTraining(backend="x86")
+        trainer = Trainer(max_epochs=5, callbacks=[qat])
+        trainer.fit(module, datamodule)
+        Trainer(accelerator="cpu").test(qat.int8_module, datamodule)
+
+    Args:
+        backend: Engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
+            fbgemm use 7 bits for activations, which cannot saturate on CPUs without VNNI; onednn
+            and qnnpack use 8, which is more accurate where the CPU has VNNI.
+        qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
+        mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself;
+            `"eager"` runs its own code, with the QuantStubs its author wrote. `"auto"`: eager where
+            there are QuantStubs, else fx.
+        modules: Dotted names of the submodules to quantize. By default every child of the
+            LightningModule that is a network (a container with convolutions or linear layers).
+        keep_float: Names, globs or types of submodules that stay float, inside those networks.
+        fuse: `"auto"`, or in eager mode groups of module names, as `fuse_modules_qat` takes them.
+            In eager mode auto calls the network's own `fuse_model`.
+        replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it.
+        freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run
+            (float below 1), or None for never. Never by default: with statistics frozen, a learning
+            rate that is still high costs points of accuracy, in float training just the same;
+            torchvision's recipe pairs the freeze with a learning rate of 1e-4.
+        freeze_observers_at: When observers freeze, given likewise. Half of the run by default: the
+            weights settle on a grid that no longer moves, and in short and long runs alike the
+            observers have seen half of it.
+        fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
+        convert: Weights to convert at the end: `"best"`, the best-ranked checkpoint of the
+            ModelCheckpoint among those with fake-quantization on, else the last; `"last"`; or None
+            for no conversion.
+        output_dir: Folder for `int8.pt`; by default the checkpoints' folder.
+
+    Attributes:
+        int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
+        int8_path: Where it was written.
+        converted_from: The checkpoint whose weights it has, or `"last"`.
+
+    Raises:
+        ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
+        TypeError: A value is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str = "x86",
+        qconfig: QConfigLike | None = None,
+        mode: str = "auto",
+        modules: Sequence[str] | None = None,
+        keep_float: Sequence[FloatPattern] = (),
+        fuse: str | Sequence[Sequence[str]] = "auto",
+        replace_relu6: bool = True,
+        freeze_bn_at: int | float | None = None,
+        freeze_observers_at: int | float | None = 0.5,
+        fake_quant_from: int = 0,
+        convert: str | None = "best",
+        output_dir: str | Path | None = None,
+    ) -> None:
+        self.settings = Settings(backend, qconfig, mode, modules, keep_float, fuse, replace_relu6)
+        self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
+        if convert not in ("best", "last", None):
+            raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")
+        self.convert = convert
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        if self.output_dir is not None and self.output_dir.is_file():
+            raise ValueError(f"output_dir must be a folder, but {self.output_dir} is a file.")
+        self.int8_module: pl.LightningModule | None = None
+        self.int8_path: Path | None = None
+        self.converted_from: str | None = None
+        self._prepared: list[Prepared] = []
+        self._resolved: ResolvedSchedule | None = None
+        self._phase: Phase | None = None
+        self._warned: set[str] = set()
+        self._observers_off = ObserversOff()
+        self._random_states: list[dict[str, Any]] = []
+
+    # The life of a run, in Lightning's order.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepares the networks; in stages other than fit it leaves the module alone."""
+        if stage != "fit":
+            return
+        self._resolved = self._phase = None
+        self._random_states = []
+        self._check_trainer(trainer)
+        if is_overridden("configure_model", pl_module):
+            call._call_configure_model(trainer)  # within the contexts that Lightning uses
+        self._prepared = prepare_module(pl_module, self.settings)
+        keep_out_of_ddp_broadcast(pl_module)
+        for prepared in self._prepared:
+            rank_zero_info(f"Prepared {prepared}")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks that the prepared networks are the ones that will be trained."""
+        present = set(pl_module.modules())
+        for prepared in self._prepared:
+            if prepared.network not in present:
+                raise MisconfigurationException(_replaced(prepared.name))
+        names = [p.name for p in self._prepared]
+        late = [n for n in network_names(pl_module, self.settings) if n not in names]
+        if late:
+            raise MisconfigurationException(
+                f"The network {late[0]!r} appeared after the callback's setup, so it is not prepared for "
+                "quantization. Build it in `__init__` or in `configure_model`, not in `setup`."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Resolves the schedule, unless a checkpoint brought it."""
+        if self._resolved is None:
+            length = trainer.estimated_stepping_batches if self.schedule.has_fraction else math.inf
+            self._resolved = self.schedule.resolve(length)
+        self._warn_of_unreached(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Enters the phase of this epoch."""
+        if self._random_states:
+            self._restore_random_state(trainer)
+            _renew_iterator(trainer)
+        self._enter_phase(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Enters the phase of this step."""
+        if self._random_states:  # resumed in mid-epoch, where there is no epoch start
+            self._restore_random_state(trainer)
+        if self.phase_at(trainer) != self._phase:
+            self._enter_phase(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merges the ranks' ranges, and switches observers off for the validation."""
+        self._merge(pl_module)
+        self._observers_off.enter(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches observers back to what they were."""
+        self._observers_off.leave()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches observers off for the test."""
+        self._observers_off.enter(pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches observers back to what they were."""
+        self._observers_off.leave()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches observers off for the prediction."""
+        self._observers_off.enter(pl_module)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches observers back to what they were."""
+        self._observers_off.leave()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Switches observers back to what they were, if a validation was interrupted."""
+        self._observers_off.leave()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Merges the ranks' ranges a last time, while the processes can still talk."""
+        self._merge(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Converts a copy to int8 and writes it."""
+        if self.convert is None:
+            return
+        path = None if trainer.fast_dev_run else self._folder(trainer) / "int8.pt"
+        outcome = convert_on_all_ranks(trainer, pl_module, self.convert, path)
+        self.int8_module, self.int8_path = outcome.module, outcome.path
+        self.converted_from = outcome.source
+        rank_zero_info(f"Converted {outcome.why}, to int8: {outcome.path or 'not written in fast_dev_run'}")
+
+    # What a checkpoint holds.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The recipes, the resolved schedule and the phase, as plain values."""
+        return {
+            "recipes": {p.name: p.recipe.to_json() for p in self._prepared},
+            "schedule": None if self._resolved is None else self._resolved.state_dict(),
+            "phase": None if self._phase is None else self._phase._asdict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the schedule: its steps stay what they were, whatever the new run's length."""
+        if state_dict["schedule"] is not None:
+            self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Merges the ranks' ranges, and stores every rank's random state."""
+        self._merge(pl_module)
+        states: list[Any] = [random_state.capture()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_state.capture())
+        checkpoint[_RANDOM_STATE] = states
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the random states until the run is about to train."""
+        if trainer.state.fn == "fit":
+            self._random_states = checkpoint.get(_RANDOM_STATE, [])
+
+    # The verbs.
+
+    def phase_at(self, trainer: pl.Trainer) -> Phase:
+        """The phase of the step that `trainer` is about to do."""
+        assert self._resolved is not None
+        return self._resolved.phase(trainer.current_epoch, trainer.global_step)
+
+    def _check_trainer(self, trainer: pl.Trainer) -> None:
+        refused = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+        if isinstance(trainer.strategy, refused):
+            raise MisconfigurationException(
+                "Quantization-aware training needs every parameter whole on every rank, but "
+                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
+            )
+        start_method = getattr(trainer.strategy.launcher, "_start_method", None)
+        if start_method is not None:
+            raise MisconfigurationException(
+                f"The strategy starts its processes by {start_method!r} and hands weights back to a "
+                "parent whose module is not prepared. Use strategy='ddp', which starts them as scripts."
+            )
+        if self.schedule.has_fraction and trainer.max_epochs == -1 and trainer.max_steps == -1:
+            self.schedule.resolve(math.inf)
+
+    def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before, phase = self._phase, self.phase_at(trainer)
+        if before is not None and before.observe and not phase.observe:
+            self._merge(pl_module)
+        for prepared in self._prepared:
+            set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
+            freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
+        self._phase = phase
+        _report(trainer, before, phase)
+
+    def _merge(self, pl_module: pl.LightningModule) -> None:
+        merge_ranges(pl_module)
+
+    def _restore_random_state(self, trainer: pl.Trainer) -> None:
+        states, self._random_states = self._random_states, []
+        if len(states) == trainer.world_size:
+            random_state.restore(states[trainer.global_rank])
+        else:
+            rank_zero_info(
+                f"Resumed on {trainer.world_size} processes a run of {len(states)}: random states are not "
+                "restored, so the runs will differ."
+            )
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return self.output_dir or Path(beside or trainer.default_root_dir)
+
+    def _warn_of_unreached(self, trainer: pl.Trainer) -> None:
+        assert self._resolved is not None
+        epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        for name in self._resolved.never_reached(epochs, steps):
+            if name not in self._warned:
+                self._warned.add(name)
+                rank_zero_warn(
+                    f"{name}={getattr(self.schedule, name)} lies beyond the end of this run "
+                    f"({epochs:g} epochs), so it will not happen."
+                )
+
+
+def _replaced(name: str) -> str:
+    return (
+        f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
+        "float network would be trained. `configure_model` is called more than once and must leave alone "
+        "what exists:\n"
+        "    def configure_model(self):\n"
+        f"        if self.{name or 'model'} is not None:\n"
+        "            return\n"
+        f"        self.{name or 'model'} = build()"
+    )
+
+
+def _renew_iterator(trainer: pl.Trainer) -> None:
+    """Makes a resumed run draw its epoch's order from the restored random state.
+
+    Lightning makes the first iterator of a run before any hook, and at a resume keeps it for the
+    epoch; the uninterrupted run made a new one after `on_train_epoch_start`, as Lightning does in
+    every other epoch.
+    """
+    loop = trainer.fit_loop
+    renews = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
+    if not renews and loop._data_fetcher is not None:
+        iter(loop._data_fetcher)
+
+
+def _report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
+    """Says in one line each what begins with `phase`."""
+    when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
+    if phase.fake_quant and before is not None and not before.fake_quant:
+        rank_zero_info(f"Fake-quantization is on {when}")
+    if not phase.observe and (before is None or before.observe):
+        rank_zero_info(f"Observers are frozen {when}")
+    if phase.freeze_bn and (before is None or not before.freeze_bn):
+        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        rank_zero_info(
+            f"Batch-norm statistics are frozen {when}, at a learning rate of {max(rates, default=0):.2g}"
+            + (
+                ": with statistics frozen, one this high costs accuracy"
+                if max(rates, default=0) > 1e-3
+                else ""
+            )
+        )

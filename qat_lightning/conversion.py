@@ -1,0 +1,119 @@
+"""The end of a run: rank 0 converts and writes, and every rank comes out with the same result."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import torch
+
+from qat_lightning.best import Choice, choose_weights
+from qat_lightning.errors import ConversionError
+from qat_lightning.files import save_int8
+from qat_lightning.quantize import convert, convert_in_place
+from qat_lightning.quiet import quiet_torch_ao
+
+
+class Outcome(NamedTuple):
+    """What a conversion gave.
+
+    Attributes:
+        module: The int8 LightningModule, on the CPU in eval mode.
+        path: Where it was written; None where nothing is written.
+        source: The checkpoint whose weights it has, or `"last"`.
+        why: Why those.
+    """
+
+    module: pl.LightningModule
+    path: Path | None
+    source: str
+    why: str
+
+
+class _Message(NamedTuple):
+    """What rank 0 tells the others: the failure, or the outcome with the int8 state as bytes."""
+
+    failure: str | None
+    state: bytes
+    path: str | None
+    source: str
+    why: str
+
+
+def convert_on_all_ranks(
+    trainer: pl.Trainer, module: pl.LightningModule, which: str, path: Path | None
+) -> Outcome:
+    """Converts on rank 0, and gives every rank the same int8 module, or the same error.
+
+    The int8 state travels by broadcast, so that the ranks need no common file system.
+
+    Args:
+        trainer: The Trainer at the end of fit.
+        module: The trained LightningModule; it is not changed.
+        which: `"best"` or `"last"`.
+        path: The file to write, or None.
+
+    Raises:
+        ConversionError: On every rank, if it failed on rank 0.
+    """
+    outcome, failure = None, None
+    if trainer.is_global_zero:
+        try:
+            outcome = _convert(trainer, module, which, path)
+        except Exception as error:  # whatever it is, the other ranks wait for word of it
+            failure = error
+    if trainer.world_size > 1:
+        message = _broadcast(trainer, outcome, failure)
+        if failure is None and outcome is None:
+            return _receive(module, message)
+    if failure is not None:
+        raise ConversionError(_explain(failure)) from failure
+    assert outcome is not None
+    return outcome
+
+
+def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, path: Path | None) -> Outcome:
+    choice = choose_weights(trainer, which)
+    int8 = convert(_with_weights(module, choice))
+    written = None if path is None else save_int8(int8, path)
+    return Outcome(int8, written, choice.path or "last", choice.why)
+
+
+def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:
+    if choice.checkpoint is None:
+        return module
+    module = copy.deepcopy(module).cpu()
+    module.on_load_checkpoint(choice.checkpoint)
+    module.load_state_dict(choice.checkpoint["state_dict"], strict=module.strict_loading)
+    return module
+
+
+def _broadcast(trainer: pl.Trainer, outcome: Outcome | None, failure: Exception | None) -> _Message:
+    message = _Message(_explain(failure) if failure else None, b"", None, "", "")
+    if outcome is not None:
+        buffer = io.BytesIO()
+        torch.save(outcome.module.state_dict(), buffer)
+        path = None if outcome.path is None else str(outcome.path)
+        message = _Message(None, buffer.getvalue(), path, outcome.source, outcome.why)
+    return _Message(*trainer.strategy.broadcast(tuple(message)))
+
+
+def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
+    if message.failure is not None:
+        raise ConversionError(message.failure)
+    int8 = convert_in_place(copy.deepcopy(module))
+    with quiet_torch_ao():
+        int8.load_state_dict(torch.load(io.BytesIO(message.state), weights_only=True))
+    path = None if message.path is None else Path(message.path)
+    return Outcome(int8, path, message.source, message.why)
+
+
+def _explain(failure: Exception) -> str:
+    return (
+        f"The trained network could not be converted to int8 and written: {failure} "
+        f"({type(failure).__name__}). The trained weights are safe in the run's checkpoints, and "
+        "`load_qat_checkpoint` reads them back for another conversion."
+    )

@@ -1,0 +1,39 @@
+"""Errors of the package. Each subclasses the builtin that a caller would already catch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UntraceableError(ValueError):
+    """`torch.fx` cannot turn the network into a graph, or not into one that keeps its behaviour."""
+
+
+class RecipeMismatchError(RuntimeError):
+    """A state dict was made by another quantization recipe, or by a float network."""
+
+
+class ConversionError(RuntimeError):
+    """A prepared network could not be converted to int8. The trained weights are untouched."""
+
+
+class Int8FileError(ValueError):
+    """A file is no int8 file of this package, is damaged, or belongs to another network."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f'Install it with: pip install "qat-lightning[{extra}]"'
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message: the known names that are nearest to `name`."""
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
+    return f"Nearest: {', '.join(map(repr, matches))}." if matches else "There are none."

@@ -1,0 +1,193 @@
+"""Int8 files and QAT checkpoints: written and read without running anything that is in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from qat_lightning.errors import Int8FileError, RecipeMismatchError
+from qat_lightning.fake_quantize import QConfigLike, fingerprint
+from qat_lightning.quantize import convert_in_place, prepare, replace_submodule
+from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.recipe import Recipe, quantized_networks, recipes_in
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_FORMAT = "qat-lightning int8"
+
+
+def save_int8(module: nn.Module, path: str | Path) -> Path:
+    """Writes an int8 module to a file that :func:`load_int8` reads.
+
+    The file holds tensors and the recipe, no code. It is written beside its place and then moved
+    there, so that an interrupted write leaves no half a file.
+
+    Args:
+        module: What :func:`qat_lightning.convert` returned, or `qat.int8_module`.
+        path: Where to write; the folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: `module` holds no int8 network.
+    """
+    if not any(recipe.int8 for _, _, recipe in quantized_networks(module)):
+        raise ValueError(
+            f"save_int8 takes a module that `convert` returned, but {type(module).__name__} holds no "
+            "int8 network. Call convert(module) first."
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, "version": 1, "state_dict": module.state_dict()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            torch.save(content, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    partial.chmod(0o666 & ~_umask())
+    partial.replace(path)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None = None) -> ModuleT:
+    """Reads an int8 file into a fresh float module of the class that was trained.
+
+    Args:
+        path: A file of :func:`save_int8`.
+        module: A freshly built float module: the LightningModule, or the bare network inside it. It
+            is used up.
+        qconfig: One's own QConfig, if the network was prepared with one.
+
+    Returns:
+        The int8 module, on the CPU in eval mode. Its outputs equal the saved one's, bit for bit.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        Int8FileError: The file is no int8 file, is damaged, or belongs to another network.
+    """
+    content = _read(Path(path))
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise Int8FileError(
+            f"{path} is no int8 file of qat-lightning. load_int8 reads what save_int8 wrote; for a "
+            "checkpoint of a QAT run use load_qat_checkpoint."
+        )
+    state_dict, recipes = _fit_to(module, content["state_dict"])
+    try:
+        int8 = convert_in_place(_prepare_all(module, recipes, qconfig))
+        with quiet_torch_ao():
+            int8.load_state_dict(state_dict)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise Int8FileError(f"{path} does not fit {type(module).__name__}: {error}") from error
+    return int8
+
+
+def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None = None) -> ModuleT:
+    """Reads a Lightning checkpoint of a QAT run back into a prepared module, in a new process.
+
+    Args:
+        path: A checkpoint that ModelCheckpoint or `trainer.save_checkpoint` wrote during a QAT run.
+        module: A freshly built float module: the LightningModule, or the bare network inside it. It
+            is used up.
+        qconfig: One's own QConfig, if the run had one.
+
+    Returns:
+        The prepared module in eval mode, with its observers and fake-quantization as they were:
+        evaluate it, or pass it to :func:`qat_lightning.convert`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of a QAT run.
+        RecipeMismatchError: `module` does not give the network that was trained.
+    """
+    content = _read(Path(path))
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not recipes_in(state_dict):
+        raise ValueError(
+            f"{path} is no checkpoint of a QAT run: no quantization recipe is in it. For a float "
+            f"checkpoint use {type(module).__name__}.load_from_checkpoint or load_state_dict."
+        )
+    state_dict, recipes = _fit_to(module, state_dict)
+    prepared = _prepare_all(module, recipes, qconfig)
+    prepared.load_state_dict(state_dict)
+    return prepared.eval()
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with quiet_torch_ao():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise Int8FileError(
+            f"{path} cannot be read: it is damaged, truncated, of another kind, or holds objects "
+            f"other than tensors and plain values, which are never loaded. ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Recipe]]:
+    """The state dict and the recipes as `module` names them.
+
+    A file of a LightningModule also fits the bare network inside it, if it holds just one.
+    """
+    recipes = recipes_in(state_dict)
+    missing = [name for name in recipes if name and not _has(module, name)]
+    if not missing:
+        return state_dict, recipes
+    if len(recipes) > 1:
+        raise RecipeMismatchError(
+            f"The file holds the networks {sorted(recipes)}, but {type(module).__name__} has no "
+            f"{missing[0]!r}. Pass a module of the class that was trained."
+        )
+    recipe, prefix = recipes[missing[0]], f"{missing[0]}."
+    inner = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return inner, {"": recipe}
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(known == name for known, _ in module.named_modules(remove_duplicate=False))
+
+
+def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], qconfig: QConfigLike | None) -> ModuleT:
+    for name, recipe in recipes.items():
+        _check_qconfig(recipe, qconfig)
+        prepared = prepare(
+            module.get_submodule(name),
+            backend=recipe.backend,
+            qconfig=qconfig,
+            mode=recipe.mode,
+            keep_float=recipe.keep_float,
+            fuse=recipe.fuse,
+            replace_relu6=recipe.replace_relu6,
+        )
+        module = replace_submodule(module, name, prepared)
+    return module
+
+
+def _check_qconfig(recipe: Recipe, qconfig: QConfigLike | None) -> None:
+    received = "default" if qconfig is None else fingerprint(qconfig)
+    if received != recipe.qconfig:
+        raise RecipeMismatchError(
+            "A network prepared with one's own QConfig needs that QConfig again, since its code is in "
+            f"no file. This one was prepared with {recipe.qconfig!r}, but received {received!r}. Pass "
+            "it as qconfig=…."
+        )

@@ -1,0 +1,36 @@
+"""The modes of quantization, by name. A further one is one more entry."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper
+
+from qat_lightning.errors import nearest
+from qat_lightning.modes.base import Mode, Options
+from qat_lightning.modes.eager import EagerMode
+from qat_lightning.modes.fx import FxMode
+
+__all__ = ["MODES", "Mode", "Options", "check_mode", "choose_mode"]
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in (EagerMode(), FxMode())}
+
+
+def check_mode(mode: str) -> str:
+    """Returns `mode` if it is `"auto"` or the name of a mode.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    known = ("auto", *MODES)
+    if mode not in known:
+        raise ValueError(f"mode must be one of {known}, but received {mode!r}. {nearest(str(mode), known)}")
+    return mode
+
+
+def choose_mode(network: nn.Module, mode: str) -> tuple[str, str]:
+    """The name of the mode to prepare `network` in, and why in a few words."""
+    if mode != "auto":
+        return mode, "as asked"
+    if any(isinstance(m, QuantStub | DeQuantStub | QuantWrapper) for m in network.modules()):
+        return "eager", "it holds QuantStubs"
+    return "fx", "it holds no QuantStubs"

@@ -1,0 +1,45 @@
+"""What a mode of quantization is: the interface behind `mode="eager"` and `mode="fx"`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from qat_lightning.fake_quantize import QConfigLike
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to prepare a network with; every name in it is resolved.
+
+    Attributes:
+        backend: One of :data:`qat_lightning.backends.BACKENDS`.
+        qconfig: One's own QConfig or QConfigMapping, or None for the backend's default.
+        keep_float: Names of the submodules that stay float.
+        fuse: `"auto"`, or groups of module names (eager mode only).
+        replace_relu6: Whether ReLU6 becomes ReLU.
+    """
+
+    backend: str
+    qconfig: QConfigLike | None = None
+    keep_float: tuple[str, ...] = ()
+    fuse: str | Sequence[Sequence[str]] = "auto"
+    replace_relu6: bool = True
+
+
+class Mode(Protocol):
+    """How a float network becomes a prepared one, and that an int8 one."""
+
+    name: str
+
+    def check(self, network: nn.Module, options: Options) -> None:
+        """Raises if the mode cannot prepare `network`. Changes nothing."""
+
+    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+        """Fuses `network` and inserts fake-quantization. The result may share its modules."""
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        """Converts a prepared network, in eval mode on the CPU, in place or into a new one."""

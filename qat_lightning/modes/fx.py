@@ -1,0 +1,93 @@
+"""FX graph mode: the network is traced, so additions, functional calls and fusions are found by themselves.
+
+`prepare_qat_fx` is its tracer, `fuse` and `prepare` in a row; here the last two follow a trace of
+our own, which keeps the difference between training and eval mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.fx import fuse, prepare
+from torch.ao.quantization.quantize_fx import convert_fx
+from torch.nn import functional as F
+
+from qat_lightning import behaviour
+from qat_lightning.fake_quantize import qconfig_mapping
+from qat_lightning.modes.base import Options
+from qat_lightning.modes.relu6 import is_relu6, replace_relu6_modules
+from qat_lightning.modes.tracing import evaluate_only, trace
+
+
+class FxMode:
+    """`prepare_qat_fx` and `convert_fx`, on a trace that keeps the network's behaviour."""
+
+    name = "fx"
+
+    def check(self, network: nn.Module, options: Options) -> None:
+        """Raises if there is an explicit list of fusions, which a graph has no use for."""
+        if options.fuse != "auto":
+            raise ValueError(
+                "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
+                f"{options.fuse!r}. Leave it out, or use mode='eager'."
+            )
+
+    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+        """Traces, fuses and prepares; the result shares parameters with `network`.
+
+        Raises:
+            UntraceableError: `torch.fx` cannot trace the network.
+        """
+        kept = behaviour.attributes(network)
+        graph_module, scopes = trace(network)
+        if options.replace_relu6:
+            replace_relu6_modules(graph_module, options.keep_float)
+            _replace_relu6_calls(graph_module, scopes, options.keep_float)
+        mapping = self._mapping(options)
+        fused = fuse(graph_module, is_qat=True)
+        prepared = prepare(fused, mapping, True, scopes, example_inputs=())
+        _place_on_device(prepared)
+        return _finish(prepared, kept, type(network).__name__)
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        """Converts a prepared graph module into an int8 one, without what only training runs."""
+        assert isinstance(prepared, fx.GraphModule)
+        kept, name = behaviour.attached(prepared), prepared._get_name()
+        evaluate_only(prepared)
+        converted = convert_fx(prepared)
+        return _finish(converted, kept, name)
+
+    def _mapping(self, options: Options) -> QConfigMapping:
+        mapping = qconfig_mapping(options.backend, options.qconfig)
+        for name in options.keep_float:
+            mapping = mapping.set_module_name(name, None)
+        return mapping
+
+
+def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx.GraphModule:
+    behaviour.attach(graph_module, kept)
+    behaviour.mark_containers(graph_module, name)
+    type(graph_module).__name__ = name  # each graph module has a class of its own
+    return graph_module
+
+
+def _replace_relu6_calls(
+    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]
+) -> None:
+    for node in graph_module.graph.nodes:
+        if is_relu6(node) and not _is_inside(scopes[node.name][0], keep_float):
+            node.target, node.args, node.kwargs = F.relu, node.args[:1], {}
+    graph_module.recompile()
+
+
+def _is_inside(name: str, roots: tuple[str, ...]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def _place_on_device(prepared: nn.Module) -> None:
+    """Moves the new fake-quantizes to where the network's parameters are."""
+    parameter = next(prepared.parameters(), None)
+    if parameter is not None and parameter.device.type != "meta":
+        prepared.to(parameter.device)

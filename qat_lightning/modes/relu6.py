@@ -1,0 +1,40 @@
+"""ReLU6 becomes ReLU: int8 fuses a ReLU into the layer before it, and a clamp at 6 costs an op of its own.
+
+The range of a fake-quantize ends where the data ends, so the upper clamp has nothing left to do:
+training adapts, and parameter names stay, so float checkpoints still load.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+
+def is_relu6_module(module: nn.Module) -> bool:
+    """Whether `module` clamps to 0…6."""
+    return isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0, 6)
+
+
+def is_relu6(node: fx.Node) -> bool:
+    """Whether a call in a graph clamps to 0…6."""
+    if node.op != "call_function" or node.target not in (F.relu6, F.hardtanh, F.hardtanh_):
+        return False
+    if node.target is F.relu6:
+        return True
+    bound = inspect.signature(F.hardtanh).bind(*node.args, **node.kwargs).arguments
+    return (bound.get("min_val"), bound.get("max_val")) == (0, 6)
+
+
+def replace_relu6_modules(network: nn.Module, keep_float: tuple[str, ...] = ()) -> list[str]:
+    """Replaces every ReLU6 module in `network`, in place, and returns their names."""
+    replaced = []
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        inside = any(name == root or name.startswith(f"{root}.") for root in keep_float)
+        if name and not inside and is_relu6_module(module):
+            parent, _, leaf = name.rpartition(".")
+            relu = nn.ReLU(inplace=bool(module.inplace)).train(module.training)
+            network.get_submodule(parent)._modules[leaf] = relu
+            replaced.append(name)
+    return replaced

@@ -1,0 +1,166 @@
+"""Prepares the networks inside a module, each in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from qat_lightning.backends import check_backend
+from qat_lightning.fake_quantize import QConfigLike, check_qconfig, fingerprint
+from qat_lightning.modes import check_mode, choose_mode
+from qat_lightning.quantize import prepare, replace_submodule
+from qat_lightning.recipe import Recipe, recipe_of
+from qat_lightning.selection import FloatPattern, check_modules, find_networks, split_patterns
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prepare; the callback's arguments of the same names."""
+
+    backend: str
+    qconfig: QConfigLike | None
+    mode: str
+    modules: Sequence[str] | None
+    keep_float: Sequence[FloatPattern]
+    fuse: str | Sequence[Sequence[str]]
+    replace_relu6: bool
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        check_qconfig(self.qconfig)
+        check_mode(self.mode)
+        for name in ("modules", "keep_float"):
+            if isinstance(getattr(self, name), str):
+                value = getattr(self, name)
+                raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One prepared network: its name in the module (`""` for the module itself), and why in that
+    mode.
+    """
+
+    name: str
+    network: nn.Module
+    recipe: Recipe
+    reason: str
+
+    def __str__(self) -> str:
+        kept = f", {len(self.recipe.keep_float)} parts stay float" if self.recipe.keep_float else ""
+        return (
+            f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
+            f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"
+        )
+
+
+def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
+    """Prepares the networks that `settings` select, in place; those already prepared are kept.
+
+    Raises:
+        ValueError: Nothing is found, a network cannot be prepared, or one was prepared differently
+            before.
+    """
+    names = network_names(module, settings)
+    networks = [module.get_submodule(name) for name in names]
+    floating = [n for n in networks if recipe_of(n) is None]
+    patterns = (
+        dict(zip(floating, split_patterns(floating, settings.keep_float), strict=True)) if floating else {}
+    )
+    return [
+        _again(name, network, settings)
+        if network not in patterns
+        else _prepare(module, name, network, settings, patterns[network])
+        for name, network in zip(names, networks, strict=True)
+    ]
+
+
+def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
+    """The names of the networks to prepare in `module`; `("",)` if it is the network itself.
+
+    Raises:
+        ValueError: There is nothing to quantize, or there are layers directly on the module.
+    """
+    if recipe_of(module) is not None:
+        return ("",)
+    if settings.modules is not None:
+        return check_modules(module, settings.modules)
+    found = find_networks(module)
+    if found.loose:
+        if _is_eager(module, settings):
+            return ("",)
+        raise ValueError(_loose_layers(module, found.loose))
+    if not found.networks:
+        raise ValueError(
+            f"{type(module).__name__} holds no network with convolutions or linear layers, so there is "
+            "nothing to quantize. A network that `setup` builds does not exist yet when the callback "
+            "prepares it: build it in `__init__`, or in `configure_model`:\n"
+            "    def configure_model(self):\n"
+            "        if self.model is None:\n"
+            "            self.model = build()"
+        )
+    return found.networks
+
+
+def _is_eager(module: nn.Module, settings: Settings) -> bool:
+    return choose_mode(module, settings.mode)[0] == "eager"
+
+
+def _loose_layers(module: nn.Module, loose: Sequence[str]) -> str:
+    first = loose[0]
+    return (
+        f"{type(module).__name__} has quantizable layers directly on it ({', '.join(loose[:4])}"
+        f"{', …' if len(loose) > 4 else ''}). Prepared one by one, nothing would be fused. Wrap them in "
+        "one network:\n"
+        f"    self.model = nn.Sequential(self.{first}, …)   # in __init__, instead of self.{first} = …\n"
+        "    y = self.model(x)                            # in forward\n"
+        "or give the module QuantStub and DeQuantStub and use mode='eager', or name the networks with "
+        "modules=[…]."
+    )
+
+
+def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
+    """A network that was prepared before: by an earlier fit, or by the user."""
+    recipe = recipe_of(network)
+    assert recipe is not None
+    qconfig = "default" if settings.qconfig is None else fingerprint(settings.qconfig)
+    wanted = {"backend": settings.backend, "qconfig": qconfig}
+    if settings.mode != "auto":
+        wanted["mode"] = settings.mode
+    wrong = {k: v for k, v in wanted.items() if getattr(recipe, k) != v}
+    if recipe.int8 or wrong:
+        raise ValueError(
+            f"The network {name or type(network).__name__!r} is quantized already, "
+            + (
+                "converted to int8"
+                if recipe.int8
+                else f"with {', '.join(f'{k}={getattr(recipe, k)!r}' for k in wrong)}"
+            )
+            + f", but this run asks for {wanted}. Start from the float network, or ask for the same."
+        )
+    return Prepared(name, network, recipe, "prepared before")
+
+
+def _prepare(
+    module: nn.Module,
+    name: str,
+    network: nn.Module,
+    settings: Settings,
+    keep_float: Sequence[FloatPattern],
+) -> Prepared:
+    mode, reason = choose_mode(network, settings.mode)
+    prepared = prepare(
+        network,
+        backend=settings.backend,
+        qconfig=settings.qconfig,
+        mode=mode,
+        keep_float=keep_float,
+        fuse=settings.fuse,
+        replace_relu6=settings.replace_relu6,
+    )
+    replace_submodule(module, name, prepared)
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    return Prepared(name, prepared, recipe, reason)

@@ -1,0 +1,188 @@
+"""`prepare` and `convert`: quantization-aware training without Lightning, and what the callback calls."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TypeVar
+
+from torch import nn
+
+from qat_lightning.backends import check_backend, engine, run_on_engine
+from qat_lightning.errors import ConversionError
+from qat_lightning.fake_quantize import (
+    QConfigLike,
+    check_observed,
+    check_qconfig,
+    describe,
+    fake_quantizes,
+    fingerprint,
+)
+from qat_lightning.modes import MODES, Options, check_mode, choose_mode
+from qat_lightning.modes.tracing import holds_quantizable
+from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.recipe import Recipe, attach, quantized_networks, recipe_of
+from qat_lightning.selection import FloatPattern, resolve_keep_float
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_VERSIONS = {name: version(name) for name in ("qat-lightning", "torch")}
+
+
+def prepare(
+    network: nn.Module,
+    *,
+    backend: str = "x86",
+    qconfig: QConfigLike | None = None,
+    mode: str = "auto",
+    keep_float: Sequence[FloatPattern] = (),
+    fuse: str | Sequence[Sequence[str]] = "auto",
+    replace_relu6: bool = True,
+) -> nn.Module:
+    """Fuses a float network and inserts fake-quantization, ready for training.
+
+    Steps 1 to 4 of PyTorch's eager and FX workflows for quantization-aware training
+    (https://docs.pytorch.org/docs/stable/quantization.html).
+
+    Args:
+        network: A float network. It is used up: the result shares its parameters, and in eager mode
+            is the same object.
+        backend: The engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`.
+        qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
+        mode: `"eager"`, `"fx"`, or `"auto"`: eager where the network holds QuantStubs, else fx.
+        keep_float: Names, globs or types of submodules that stay float.
+        fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. In eager mode
+            auto calls the network's own `fuse_model`; in fx mode fusions are found in the graph.
+        replace_relu6: Whether to replace ReLU6 by ReLU, which int8 fuses into the layer before it.
+
+    Returns:
+        The prepared network, in the mode (training or eval) that `network` was in.
+
+    Raises:
+        ValueError: The network is quantized already, holds nothing to quantize, cannot be traced
+            (fx) or lacks stubs or fusions (eager); a name, backend or mode is unknown.
+        TypeError: An argument is of the wrong type.
+    """
+    check_backend(backend)
+    check_qconfig(qconfig)
+    check_mode(mode)
+    check_float(network)
+    kept = resolve_keep_float(network, keep_float)
+    options = Options(backend, qconfig, kept, fuse, replace_relu6)
+    chosen, _ = choose_mode(network, mode)
+    with quiet_torch_ao(), engine(backend):
+        MODES[chosen].check(network, options)
+        prepared = MODES[chosen].prepare(network, options)
+    attach(prepared, _recipe(prepared, chosen, options))
+    return prepared
+
+
+def convert(module: ModuleT) -> ModuleT:
+    """Converts the prepared network, or every prepared network inside a module, to int8.
+
+    Step 6 of PyTorch's workflow. The given module is not changed: a copy is converted, on the CPU
+    and in eval mode, and each int8 network in it runs on the engine of its recipe.
+
+    Args:
+        module: A network that :func:`prepare` made, or a module (a LightningModule) that holds
+            some.
+
+    Returns:
+        The copy with int8 networks.
+
+    Raises:
+        ConversionError: There is nothing prepared in it, or no data has passed through it in
+            training.
+    """
+    prepared = [net for _, net, recipe in quantized_networks(module) if not recipe.int8]
+    if not prepared:
+        raise ConversionError(
+            f"convert takes a network that `prepare` made, or a module that holds one, but received "
+            f"{type(module).__name__}, which holds none."
+        )
+    for network in prepared:
+        check_observed(network)
+    return convert_in_place(copy.deepcopy(module))
+
+
+def convert_in_place(module: ModuleT) -> ModuleT:
+    """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
+    module = module.cpu().eval()
+    for name, network, recipe in list(quantized_networks(module)):
+        if recipe.int8:
+            continue
+        with quiet_torch_ao(), engine(recipe.backend):
+            converted = MODES[recipe.mode].convert(network)
+        attach(converted, dataclasses.replace(recipe, int8=True))
+        run_on_engine(converted, recipe.backend)
+        module = replace_submodule(module, name, converted.eval())
+    return module
+
+
+def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
+    """Puts `new` in the place of the submodule `name`, and wherever else the same one is registered.
+
+    Returns:
+        `module`, or `new` where the name is empty.
+    """
+    if not name:
+        return new  # type: ignore[return-value]
+    old = module.get_submodule(name)
+    for parent in list(module.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                setattr(parent, key, new)
+    return module
+
+
+def check_float(network: nn.Module) -> None:
+    """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
+    kind = type(network).__name__
+    if recipe_of(network) is not None:
+        raise ValueError(f"{kind} is quantized already: it was prepared before. Pass a float network.")
+    for name, module in network.named_modules():
+        if next(fake_quantizes(module), None) is not None and not name:
+            raise ValueError(
+                f"{kind} is quantized already: it holds fake-quantize modules, so torch.ao or an "
+                "earlier call has prepared it. Pass the float network."
+            )
+        if _is_int8(module):
+            raise ValueError(
+                f"{kind} is quantized already: its {name or kind!r} is the int8 module "
+                f"{type(module).__module__}.{type(module).__name__}. Pass the float network; "
+                "torchvision's quantizable models take quantize=False."
+            )
+    if not holds_quantizable(network):
+        raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")
+
+
+def _is_int8(module: nn.Module) -> bool:
+    package = type(module).__module__
+    return package.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and not type(
+        module
+    ).__name__.endswith("FloatFunctional")
+
+
+def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
+    grid = {name: describe(child) for name, child in fake_quantizes(prepared)}
+    suffix = ".weight_fake_quant"
+    layers = tuple(name.removesuffix(suffix) for name in grid if name.endswith(suffix))
+    if not layers:
+        raise ValueError(
+            f"Nothing is left to quantize: keep_float={options.keep_float} and the qconfig keep every "
+            "layer float. Keep fewer."
+        )
+    fuse = options.fuse
+    return Recipe(
+        backend=options.backend,
+        mode=mode,
+        qconfig="default" if options.qconfig is None else fingerprint(options.qconfig),
+        keep_float=options.keep_float,
+        fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
+        replace_relu6=options.replace_relu6,
+        layers=layers,
+        grid=grid,
+        versions=_VERSIONS,
+    )

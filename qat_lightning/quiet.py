@@ -1,0 +1,26 @@
+"""Silences the warnings of `torch.ao` that no user can act on, and only those, around our own calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# The beginnings of the messages, as `warnings.filterwarnings` matches them.
+_MESSAGES = (
+    r"torch\.ao\.quantization is deprecated",
+    r"\s*Please use quant_min and quant_max to specify the range for observers",
+    r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other quantized tensor creation",
+    r"must run observer before calling calculate_qparams",  # said in our own words where it matters
+    r"TypedStorage is deprecated",  # torch.load of a quantized tensor
+    r"_aminmax is deprecated",
+)
+
+
+@contextmanager
+def quiet_torch_ao() -> Iterator[None]:
+    """Ignores `torch.ao`'s deprecation and range warnings inside the `with` block."""
+    with warnings.catch_warnings():
+        for message in _MESSAGES:
+            warnings.filterwarnings("ignore", message=message)
+        yield

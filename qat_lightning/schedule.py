@@ -1,0 +1,159 @@
+"""Which phase of quantization-aware training a run is in, as a function of epoch and step alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Point = int | float | None
+
+
+class Phase(NamedTuple):
+    """What the modules of a prepared network do.
+
+    Attributes:
+        fake_quant: Activations and weights are rounded to the int8 grid.
+        observe: Observers follow the data, so that the grid moves.
+        freeze_bn: Batch-norm statistics stay as they are.
+    """
+
+    fake_quant: bool
+    observe: bool
+    freeze_bn: bool
+
+
+class Moment(NamedTuple):
+    """A moment of a run: the start of an epoch, or a global step; or never, if both are None."""
+
+    epoch: int | None = None
+    step: int | None = None
+
+    def reached(self, epoch: int, step: int) -> bool:
+        """Whether a run that is about to do `step` in `epoch` (both from 0) has come to it."""
+        if self.epoch is not None:
+            return epoch >= self.epoch
+        return self.step is not None and step >= self.step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When observers and batch-norm statistics freeze, and when fake-quantization starts.
+
+    Args:
+        freeze_bn_at: Epoch (int), fraction of the run (float in [0, 1)), or None for never.
+        freeze_observers_at: The same for observers.
+        fake_quant_from: Epoch at which fake-quantization starts.
+
+    Raises:
+        TypeError: A value is no number.
+        ValueError: A value is negative, or a float of 1 or more.
+    """
+
+    freeze_bn_at: Point
+    freeze_observers_at: Point
+    fake_quant_from: int
+
+    def __post_init__(self) -> None:
+        _check("freeze_bn_at", self.freeze_bn_at)
+        _check("freeze_observers_at", self.freeze_observers_at)
+        if isinstance(self.fake_quant_from, float) or self.fake_quant_from is None:
+            raise TypeError(
+                "fake_quant_from is an epoch, an int from 0, but received "
+                f"{self.fake_quant_from!r}. Use 0 to start at once."
+            )
+        _check("fake_quant_from", self.fake_quant_from)
+
+    @property
+    def has_fraction(self) -> bool:
+        """Whether the length of the run has to be known to resolve it."""
+        return any(isinstance(p, float) for p in (self.freeze_bn_at, self.freeze_observers_at))
+
+    def resolve(self, total_steps: float) -> ResolvedSchedule:
+        """Turns fractions into global steps.
+
+        Args:
+            total_steps: Optimizer steps of the whole run; may be infinite where there is no
+                fraction.
+
+        Raises:
+            ValueError: There is a fraction, and the run has no known length.
+        """
+        if self.has_fraction and not math.isfinite(total_steps):
+            raise ValueError(
+                "A freeze given as a fraction needs a run of known length, but this Trainer has "
+                "neither max_epochs with a sized dataloader nor max_steps. Set one of them, or give "
+                f"the freeze as an epoch; received freeze_bn_at={self.freeze_bn_at}, "
+                f"freeze_observers_at={self.freeze_observers_at}."
+            )
+        return ResolvedSchedule(
+            freeze_bn=_resolve(self.freeze_bn_at, total_steps),
+            freeze_observers=_resolve(self.freeze_observers_at, total_steps),
+            fake_quant=Moment(epoch=self.fake_quant_from),
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedSchedule:
+    """A schedule in epochs and global steps: it stays as it is when a run is resumed."""
+
+    freeze_bn: Moment
+    freeze_observers: Moment
+    fake_quant: Moment
+
+    def phase(self, epoch: int, step: int) -> Phase:
+        """The phase of a run that is about to do the global step `step` in `epoch`, both from 0.
+
+        Observers always see the first step, whatever the schedule says: without one observed batch
+        there is no range to freeze.
+        """
+        return Phase(
+            fake_quant=self.fake_quant.reached(epoch, step),
+            observe=step < 1 or not self.freeze_observers.reached(epoch, step),
+            freeze_bn=self.freeze_bn.reached(epoch, step),
+        )
+
+    def never_reached(self, epochs: float, steps: float) -> list[str]:
+        """The names of the moments that lie beyond a run of so many epochs and steps."""
+        moments = {
+            "freeze_bn_at": self.freeze_bn,
+            "freeze_observers_at": self.freeze_observers,
+            "fake_quant_from": self.fake_quant,
+        }
+        return [
+            name
+            for name, (epoch, step) in moments.items()
+            if (epoch is not None and epoch >= epochs) or (step is not None and step >= steps)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule as plain values, for a checkpoint."""
+        return {name: tuple(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> ResolvedSchedule:
+        """The schedule that `state_dict` gave."""
+        return cls(**{name: Moment(*state[name]) for name in cls.__dataclass_fields__})
+
+
+def _check(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} is an epoch (int), a fraction of the run (float below 1) or None, but received "
+            f"{value!r} of type {type(value).__name__}."
+        )
+    if value < 0 or math.isnan(value):
+        raise ValueError(f"{name} must not be negative, but received {value!r}. Use None for never.")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(
+            f"{name} as a float is a fraction of the run and must be below 1, but received {value!r}. "
+            f"For an epoch pass an int ({name}={int(value) if math.isfinite(value) else 1}); for never, None."
+        )
+
+
+def _resolve(point: Point, total_steps: float) -> Moment:
+    if isinstance(point, float):
+        return Moment(step=max(1, round(point * total_steps)))
+    return Moment(epoch=point)

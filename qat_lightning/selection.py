@@ -1,0 +1,137 @@
+"""Which parts of a module are quantized: the networks of a LightningModule, and what stays float in them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+
+from qat_lightning.errors import nearest
+from qat_lightning.modes.tracing import QUANTIZABLE, holds_quantizable
+
+FloatPattern = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a LightningModule holds.
+
+    Attributes:
+        networks: Names of the children that are networks (containers with quantizable layers).
+        loose: Names of the quantizable layers written directly on the module.
+    """
+
+    networks: tuple[str, ...]
+    loose: tuple[str, ...]
+
+
+def find_networks(module: nn.Module) -> Found:
+    """Finds the networks and the loose layers of `module`; metrics are neither."""
+    networks, loose = [], []
+    for name, child in _children(module):
+        if isinstance(child, QUANTIZABLE):
+            loose.append(name)
+        elif holds_quantizable(child):
+            networks.append(name)
+    return Found(tuple(networks), tuple(loose))
+
+
+def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The children; those of a ModuleList or ModuleDict, which has no forward, in its place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and not isinstance(child, MetricCollection):
+            yield from _children(child, f"{prefix}{name}.")
+        elif not isinstance(child, Metric | MetricCollection):
+            yield prefix + name, child
+
+
+def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns `names` if each is a submodule of `module` that holds quantizable layers.
+
+    Raises:
+        ValueError: A name matches nothing, or nothing quantizable, or is inside another one.
+    """
+    known = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"modules must name submodules of {type(module).__name__}, but it has none called "
+                f"{name!r}. {nearest(name, known)}"
+            )
+        if not holds_quantizable(module.get_submodule(name)):
+            raise ValueError(
+                f"modules names {name!r}, which holds no convolution and no linear layer: there is "
+                "nothing to quantize in it. Leave it out."
+            )
+        if isinstance(module.get_submodule(name), QUANTIZABLE):
+            raise ValueError(
+                f"modules names {name!r}, which is a single layer: quantized alone, nothing around it "
+                "could be fused. Name the network that holds it."
+            )
+        outer = [other for other in names if name.startswith(f"{other}.")]
+        if outer:
+            raise ValueError(
+                f"modules names {name!r}, which is inside {outer[0]!r}, also named. Name one of them."
+            )
+    return tuple(names)
+
+
+def resolve_keep_float(network: nn.Module, patterns: Sequence[FloatPattern]) -> tuple[str, ...]:
+    """The names of the submodules of `network` that `patterns` keep float, outermost first.
+
+    Args:
+        network: A float network.
+        patterns: Names, globs (`"layer4.*"`) or types of modules.
+
+    Raises:
+        TypeError: A pattern is neither a string nor a type of modules.
+        ValueError: A pattern matches nothing.
+    """
+    split_patterns([network], patterns)
+    matched = {name for pattern in patterns for name in _matches(network, pattern)}
+    outermost = [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
+    order = {name: i for i, (name, _) in enumerate(network.named_modules(remove_duplicate=False))}
+    return tuple(sorted(outermost, key=order.__getitem__))
+
+
+def split_patterns(
+    networks: Sequence[nn.Module], patterns: Sequence[FloatPattern]
+) -> list[tuple[FloatPattern, ...]]:
+    """For each network, the patterns that match something in it.
+
+    Raises:
+        TypeError: A pattern is neither a string nor a type of modules.
+        ValueError: A pattern matches nothing in any of them.
+    """
+    for pattern in patterns:
+        if not any(_matches(network, pattern) for network in networks):
+            _refuse(networks, pattern)
+    return [tuple(p for p in patterns if _matches(network, p)) for network in networks]
+
+
+def _matches(network: nn.Module, pattern: FloatPattern) -> list[str]:
+    named = [(n, m) for n, m in network.named_modules(remove_duplicate=False) if n]
+    if isinstance(pattern, str):
+        return [name for name, _ in named if fnmatch.fnmatchcase(name, pattern)]
+    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
+        return [name for name, module in named if isinstance(module, pattern)]
+    raise TypeError(
+        "keep_float takes names, globs or types of modules, but received "
+        f"{pattern!r} of type {type(pattern).__name__}."
+    )
+
+
+def _refuse(networks: Sequence[nn.Module], pattern: FloatPattern) -> NoReturn:
+    modules = [(name, m) for n in networks for name, m in n.named_modules() if name]
+    if isinstance(pattern, str):
+        shown, known = pattern, [name for name, _ in modules]
+    else:
+        shown, known = pattern.__name__, sorted({type(module).__name__ for _, module in modules})
+    raise ValueError(
+        f"keep_float has {shown!r}, which matches nothing in "
+        f"{' and '.join(type(n).__name__ for n in networks)}. {nearest(shown, known)}"
+    )
