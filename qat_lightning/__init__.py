@@ -8,12 +8,15 @@ from qat_lightning.errors import (
     RecipeMismatchError,
     UntraceableError,
 )
+from qat_lightning.export import export_onnx
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
 from qat_lightning.quantize import convert, prepare
 from qat_lightning.recipe import Recipe
 
 __all__ = [
     "ConversionError",
+    "FakeQuantize",
     "Int8FileError",
     "MissingExtraError",
     "QuantizationAwareTraining",
@@ -21,6 +24,7 @@ __all__ = [
     "RecipeMismatchError",
     "UntraceableError",
     "convert",
+    "export_onnx",
     "load_int8",
     "load_qat_checkpoint",
     "prepare",

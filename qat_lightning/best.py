@@ -31,17 +31,17 @@ def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
     so best means the best-ranked among those whose fake-quantization is on.
     """
     if convert == "last":
-        return Choice(None, "the last, as asked", None)
+        return Choice(None, "the last weights, as asked", None)
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-        return Choice(None, "the last, since no ModelCheckpoint monitors a metric", None)
+        return Choice(None, "the last weights, since no ModelCheckpoint monitors a metric", None)
     sign = -1 if callback.mode == "max" else 1
     ranked = sorted(callback.best_k_models.items(), key=lambda item: sign * float(item[1]))
     for path, score in ranked:
         checkpoint = _read(trainer, path)
         if fake_quant_is_on(checkpoint["state_dict"]):
-            return Choice(path, f"the best by {callback.monitor} ({float(score):.4g})", checkpoint)
-    return Choice(None, "the last, since no ranked checkpoint was quantized", None)
+            return Choice(path, f"the best weights by {callback.monitor} ({float(score):.4g})", checkpoint)
+    return Choice(None, "the last weights, since no ranked checkpoint was quantized", None)
 
 
 def fake_quant_is_on(state_dict: dict[str, Any]) -> bool:

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from qat_lightning import random_state
 from qat_lightning.conversion import convert_on_all_ranks
-from qat_lightning.fake_quantize import ObserversOff, QConfigLike, freeze_bn_statistics, set_enabled
+from qat_lightning.modes.qconfig import QConfigLike
+from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
@@ -217,7 +218,7 @@ class QuantizationAwareTraining(pl.Callback):
         outcome = convert_on_all_ranks(trainer, pl_module, self.convert, path)
         self.int8_module, self.int8_path = outcome.module, outcome.path
         self.converted_from = outcome.source
-        rank_zero_info(f"Converted {outcome.why}, to int8: {outcome.path or 'not written in fast_dev_run'}")
+        rank_zero_info(f"Converted to int8 {outcome.why}: {outcome.path or 'not written in fast_dev_run'}")
 
     # What a checkpoint holds.
 
@@ -294,8 +295,8 @@ class QuantizationAwareTraining(pl.Callback):
             random_state.restore(states[trainer.global_rank])
         else:
             rank_zero_info(
-                f"Resumed on {trainer.world_size} processes a run of {len(states)}: random states are not "
-                "restored, so the runs will differ."
+                f"The checkpoint was saved by {len(states)} processes and this run has {trainer.world_size}: "
+                "random states are not restored."
             )
 
     def _folder(self, trainer: pl.Trainer) -> Path:
@@ -305,8 +306,7 @@ class QuantizationAwareTraining(pl.Callback):
     def _warn_of_unreached(self, trainer: pl.Trainer) -> None:
         assert self._resolved is not None
         epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-        for name in self._resolved.never_reached(epochs, steps):
+        for name in self._resolved.never_reached(epochs, trainer.estimated_stepping_batches):
             if name not in self._warned:
                 self._warned.add(name)
                 rank_zero_warn(

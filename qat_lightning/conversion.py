@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import torch
 from qat_lightning.best import Choice, choose_weights
 from qat_lightning.errors import ConversionError
 from qat_lightning.files import save_int8
-from qat_lightning.quantize import convert, convert_in_place
+from qat_lightning.quantize import convert, convert_in_place, copy_of
 from qat_lightning.quiet import quiet_torch_ao
 
 
@@ -85,7 +84,7 @@ def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, path: 
 def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:
     if choice.checkpoint is None:
         return module
-    module = copy.deepcopy(module).cpu()
+    module = copy_of(module).cpu()
     module.on_load_checkpoint(choice.checkpoint)
     module.load_state_dict(choice.checkpoint["state_dict"], strict=module.strict_loading)
     return module
@@ -104,7 +103,7 @@ def _broadcast(trainer: pl.Trainer, outcome: Outcome | None, failure: Exception 
 def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
     if message.failure is not None:
         raise ConversionError(message.failure)
-    int8 = convert_in_place(copy.deepcopy(module))
+    int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
         int8.load_state_dict(torch.load(io.BytesIO(message.state), weights_only=True))
     path = None if message.path is None else Path(message.path)

@@ -1,21 +1,22 @@
-"""The fake-quantize modules of a prepared network: which there are, what they do, what grid they are on."""
+"""The fake-quantize module: it observes a tensor's range and rounds it to the grid of int8.
+
+`torch.ao`'s prepare and convert accept it through a QConfig. Differences from `torch.ao`'s own:
+
+- one grid: the scale and the zero point that `forward` rounds with are the ones that convert reads;
+- it observes in training mode only, so that an evaluation moves nothing;
+- float32 arithmetic under autocast; a NaN or an infinity never enters a range, and sets a flag;
+- its switches are Python attributes, so that neither a GPU nor `torch.compile` waits to read them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.quantization import (
-    FakeQuantizeBase,
-    QConfig,
-    QConfigMapping,
-    get_default_qat_qconfig,
-    get_default_qat_qconfig_mapping,
-)
+from torch.ao import quantization as ao
+from torch.ao.quantization import FakeQuantizeBase
 from torch.ao.quantization.observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -24,7 +25,7 @@ from torch.ao.quantization.observer import (
     PerChannelMinMaxObserver,
 )
 
-from qat_lightning.errors import ConversionError
+from qat_lightning.numerics import affine_grid, fake_quantize, symmetric_grid
 
 OBSERVERS: dict[str, type[nn.Module]] = {
     "moving_average": MovingAverageMinMaxObserver,
@@ -33,49 +34,167 @@ OBSERVERS: dict[str, type[nn.Module]] = {
     "min_max_per_channel": PerChannelMinMaxObserver,
     "histogram": HistogramObserver,
 }
-_OBSERVER_NAMES = {observer: name for name, observer in OBSERVERS.items()}
-
-QConfigLike = QConfig | QConfigMapping
-
-
-def check_qconfig(qconfig: object) -> None:
-    """Raises a `TypeError` if `qconfig` is neither None nor something `torch.ao` accepts."""
-    if qconfig is not None and not isinstance(qconfig, QConfig | QConfigMapping):
-        raise TypeError(
-            "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, or None for the "
-            f"backend's default, but received {type(qconfig).__name__}: {qconfig!r}."
-        )
+OBSERVER_NAMES = {observer: name for name, observer in OBSERVERS.items()}
+EPS = float(torch.finfo(torch.float32).eps)
+"""The least scale of a grid, as in `torch.ao`: int8 kernels cannot requantize with one far smaller."""
+_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
-def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping:
-    """The QConfigMapping that prepares a network for `backend`, or for one's own `qconfig`."""
-    if isinstance(qconfig, QConfigMapping):
-        return qconfig
-    if qconfig is not None:
-        mapping = QConfigMapping().set_global(qconfig)
-    else:
-        mapping = get_default_qat_qconfig_mapping(backend)
-    # An embedding's table has a scheme of its own, and `torch.ao` raises at any other.
-    return mapping.set_object_type(nn.Embedding, None).set_object_type(nn.EmbeddingBag, None)
+class FakeQuantize(ao.FakeQuantize):
+    """Observes the range of a tensor and rounds the tensor to the int8 grid of that range.
 
+    Weights (per-channel grids) take their range anew from each tensor, activations follow their observer.
 
-def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConfig | None]:
-    """The same for `torch.ao`'s eager mode: QConfigs by module name or type, the default under ''.
+    Args:
+        observer: One of torch's observers; moving average by default.
+        quant_min: Least integer of the grid.
+        quant_max: Greatest integer of the grid; 127 for the 7-bit activations of x86 and fbgemm.
+        **observer_kwargs: `dtype`, `qscheme`, `ch_axis` and what else the observer takes.
 
-    Raises:
-        TypeError: `qconfig` is a QConfigMapping with rules that eager mode has no place for.
+    Attributes:
+        scale: float32, one element or one for each channel.
+        zero_point: int32, likewise.
+        nonfinite: One bool, true once a NaN or an infinity was observed.
     """
-    if not isinstance(qconfig, QConfigMapping):
-        default = qconfig or get_default_qat_qconfig(backend)
-        return {"": default, nn.Embedding: None, nn.EmbeddingBag: None}
-    rules = qconfig.to_dict()
-    if rules["module_name_regex"] or rules["module_name_object_type_order"]:
-        raise TypeError(
-            "In eager mode a QConfigMapping may hold set_global, set_object_type and "
-            "set_module_name rules, but received a regex or an order rule. Use mode='fx' or name "
-            "the modules."
+
+    nonfinite: torch.Tensor
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__(observer, quant_min, quant_max, **observer_kwargs)
+        self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
+        self.observing = self.rounding = True
+        self.seen = False
+        self.axis = self.ch_axis if self.is_per_channel else None
+        self.symmetric = self.qscheme in _SYMMETRIC
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        if (self.training and self.observing) or (self.axis is not None and not self.seen):
+            self.observe(X.detach())
+        if not self.rounding or X.numel() == 0:
+            return X
+        return self.round(X)
+
+    def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Rounds `x` to the current grid, or to that with another scale, whatever the switches say."""
+        scale = self.scale if scale is None else scale
+        return fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max, self.axis)
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Takes `x` into the range, and makes the grid of it."""
+        if x.numel() == 0:
+            return
+        x = x.float()
+        if isinstance(self.activation_post_process, HistogramObserver):
+            self._observe_histogram(x)
+        else:
+            self._follow(*self._extremes(x))
+
+    def observe_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Takes a tensor of the given extremes into the range: for one that is never made in memory."""
+        self._follow(low, high)
+
+    def allocate(self, channels: int) -> None:
+        """Gives the buffers of a per-channel grid their size, before the first tensor does.
+
+        A compiled forward must not resize them, and processes that merge ranges need equal sizes.
+        """
+        observer = self.activation_post_process
+        for buffer, value in (
+            (observer.min_val, torch.inf),
+            (observer.max_val, -torch.inf),
+            (self.scale, 1),
+            (self.zero_point, 0),
+        ):
+            buffer.resize_(channels).fill_(value)
+
+    def refresh(self) -> None:
+        """Makes the grid of what the observer holds."""
+        observer = self.activation_post_process
+        if isinstance(observer, HistogramObserver):
+            scale, zero_point = observer.calculate_qparams()
+        else:
+            grid = symmetric_grid if self.symmetric else affine_grid
+            low, high = observer.min_val, observer.max_val
+            scale, zero_point = grid(low, high, self.quant_min, self.quant_max, EPS)
+        _assign(self.scale, scale)
+        _assign(self.zero_point, zero_point)
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale and the zero point that `forward` rounds with: convert calls this."""
+        return self.scale, self.zero_point
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Switches the observer; `torch.ao.quantization.disable_observer` calls this."""
+        self.observing = bool(enabled)
+        self.observer_enabled.fill_(int(enabled))
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Switches the rounding; `torch.ao.quantization.disable_fake_quant` calls this."""
+        self.rounding = bool(enabled)
+        self.fake_quant_enabled.fill_(int(enabled))
+
+    def _extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.axis is None:
+            low, high = torch.aminmax(x)
+            return low.reshape(1), high.reshape(1)
+        rows = x.movedim(self.axis, 0).flatten(1)
+        return rows.amin(1), rows.amax(1)
+
+    def _follow(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        observer = self.activation_post_process
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        self.nonfinite.logical_or_(~finite.all())
+        if self.axis is None:
+            old_low, old_high = observer.min_val.reshape(1), observer.max_val.reshape(1)
+            low, high = _averaged(observer, old_low, old_high, low, high)
+        else:
+            fits = observer.min_val.shape == low.shape
+            old_low = observer.min_val if fits else torch.full_like(low, torch.inf)
+            old_high = observer.max_val if fits else torch.full_like(high, -torch.inf)
+        _assign(observer.min_val, torch.where(finite, low, old_low))
+        _assign(observer.max_val, torch.where(finite, high, old_high))
+        self.seen = True
+        self.refresh()
+
+    def _observe_histogram(self, x: torch.Tensor) -> None:
+        finite = torch.isfinite(x).all()
+        self.nonfinite.logical_or_(~finite)
+        if finite:
+            self.activation_post_process(x)
+            self.refresh()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.observing = bool(self.observer_enabled.any())
+        self.rounding = bool(self.fake_quant_enabled.any())
+        low = state_dict.get(prefix + "activation_post_process.min_val")  # its own turn comes later
+        self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
+
+
+def _averaged(observer: Any, *ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an observer's range becomes: an average over batches, or the extremes of all."""
+    old_low, old_high, low, high = ranges
+    if isinstance(observer, MovingAverageMinMaxObserver):
+        seen = torch.isfinite(old_low) & torch.isfinite(old_high)
+        c = observer.averaging_constant
+        return (
+            torch.where(seen, old_low + c * (low - old_low), low),
+            torch.where(seen, old_high + c * (high - old_high), high),
         )
-    return {"": rules[""], **dict(rules["object_type"]), **dict(rules["module_name"])}
+    return torch.minimum(old_low, low), torch.maximum(old_high, high)
+
+
+def _assign(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies into a buffer in place, so that whoever holds the buffer sees it."""
+    if buffer.numel() != value.numel():
+        buffer.resize_(value.shape)
+    buffer.copy_(value.reshape(buffer.shape))
 
 
 def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
@@ -83,134 +202,3 @@ def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
     for name, child in module.named_modules():
         if isinstance(child, FakeQuantizeBase):
             yield name, child
-
-
-def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
-    """Switches the observers and the rounding of every fake-quantize inside `module`."""
-    for _, child in fake_quantizes(module):
-        child.observer_enabled.fill_(int(observer))
-        child.fake_quant_enabled.fill_(int(fake_quant))
-
-
-def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:
-    """Freezes or releases the statistics of every batch-norm inside a `module` in training.
-
-    That is a Python attribute in the fused modules, absent from the state dict, and the mode of a
-    batch-norm that was not fused.
-    """
-    inside_fused = set()
-    for child in module.modules():
-        if hasattr(child, "freeze_bn_stats"):
-            inside_fused.add(child.bn)
-            if child.freeze_bn != frozen:
-                child.freeze_bn_stats() if frozen else child.update_bn_stats()
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in inside_fused:
-            child.train(not frozen and module.training)
-
-
-class ObserversOff:
-    """Switches observers off and back to exactly what each was, for the loops that only evaluate."""
-
-    def __init__(self) -> None:
-        self._flags: dict[FakeQuantizeBase, torch.Tensor] = {}
-
-    def enter(self, module: nn.Module) -> None:
-        """Remembers each observer's flag, then switches it off. Entered twice, the first counts."""
-        for _, child in fake_quantizes(module):
-            if child not in self._flags:
-                self._flags[child] = child.observer_enabled.clone()
-            child.observer_enabled.zero_()
-
-    def leave(self) -> None:
-        """Restores the flags that `enter` remembered."""
-        for child, flag in self._flags.items():
-            child.observer_enabled.copy_(flag)
-        self._flags.clear()
-
-
-def has_range(fake_quantize: FakeQuantizeBase) -> bool:
-    """Whether its observer follows a minimum and a maximum; one of fixed parameters does not."""
-    return hasattr(getattr(fake_quantize, "activation_post_process", None), "min_val")
-
-
-def is_moving_average(fake_quantize: FakeQuantizeBase) -> bool:
-    """Whether its observer averages over batches, rather than keeping the extremes."""
-    return getattr(fake_quantize.activation_post_process, "averaging_constant", 1) != 1
-
-
-def set_range(fake_quantize: FakeQuantizeBase, low: torch.Tensor, high: torch.Tensor) -> None:
-    """Sets what its observer has seen, and the scale and zero point that follow from it."""
-    observer = fake_quantize.activation_post_process
-    for buffer, value in ((observer.min_val, low), (observer.max_val, high)):
-        if buffer.numel() != value.numel():
-            buffer.resize_(value.shape)
-        buffer.copy_(value.view(buffer.shape))
-    scale, zero_point = fake_quantize.calculate_qparams()
-    fake_quantize.scale.resize_(scale.shape).copy_(scale)
-    fake_quantize.zero_point.resize_(zero_point.shape).copy_(zero_point)
-
-
-def has_seen_data(fake_quantize: FakeQuantizeBase) -> bool:
-    """Whether a tensor has passed its observer."""
-    low = fake_quantize.activation_post_process.min_val
-    return bool(low.numel() and torch.isfinite(low).all())
-
-
-def describe(fake_quantize: FakeQuantizeBase) -> str:
-    """The grid of one fake-quantize in words: observer, scheme, dtype and range of integers."""
-    observer = getattr(fake_quantize, "activation_post_process", None)
-    kind = type(observer)
-    name = _OBSERVER_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
-    source = observer if observer is not None else fake_quantize
-    low, high = getattr(source, "quant_min", None), getattr(source, "quant_max", None)
-    scheme = str(getattr(source, "qscheme", None)).removeprefix("torch.")
-    dtype = str(getattr(source, "dtype", None)).removeprefix("torch.")
-    return f"{name} {scheme} {dtype} [{low}, {high}]"
-
-
-def fingerprint(qconfig: QConfigLike) -> str:
-    """A short hash of what a QConfig or QConfigMapping makes, equal for equal ones.
-
-    The functions inside a QConfig cannot be stored as JSON, so a recipe stores this instead and the
-    QConfig itself has to be passed again.
-    """
-    text = json.dumps(_describe_qconfigs(qconfig), sort_keys=True, default=str)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _describe_qconfigs(qconfig: QConfigLike) -> Any:
-    if isinstance(qconfig, QConfigMapping):
-        rules = qconfig.to_dict()
-        return [[str(rule), _describe_rule(value)] for rule, value in rules.items()]
-    return _describe_rule(qconfig)
-
-
-def _describe_rule(value: Any) -> Any:
-    if isinstance(value, QConfig):
-        parts = (value.activation(), value.weight())
-        return [describe(part) if isinstance(part, FakeQuantizeBase) else str(part) for part in parts]
-    if isinstance(value, list | tuple):
-        return [_describe_rule(item) for item in value]
-    return str(value)
-
-
-def check_observed(module: nn.Module) -> list[str]:
-    """Names the activation fake-quantizes inside a prepared `module` that never saw data.
-
-    Raises:
-        ConversionError: None of them saw any: there is no range to convert with.
-    """
-    activations = {
-        name: child
-        for name, child in fake_quantizes(module)
-        if not name.endswith("weight_fake_quant") and has_range(child)
-    }
-    unseen = [name for name, child in activations.items() if not has_seen_data(child)]
-    if activations and len(unseen) == len(activations):
-        raise ConversionError(
-            "A prepared network can be converted once its observers have seen data, but no batch "
-            "has passed through it in training mode. Train it for at least one step, or load a "
-            "checkpoint of a QAT run."
-        )
-    return unseen

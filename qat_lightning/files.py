@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from qat_lightning.errors import Int8FileError, RecipeMismatchError
-from qat_lightning.fake_quantize import QConfigLike, fingerprint
+from qat_lightning.modes.qconfig import QConfigLike, stored_qconfig
 from qat_lightning.quantize import convert_in_place, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import Recipe, quantized_networks, recipes_in
@@ -79,6 +80,7 @@ def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None 
     Raises:
         FileNotFoundError: There is no such file.
         Int8FileError: The file is no int8 file, is damaged, or belongs to another network.
+        RecipeMismatchError: The network was prepared with one's own QConfig, and `qconfig` is not it.
     """
     content = _read(Path(path))
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -86,12 +88,17 @@ def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None 
             f"{path} is no int8 file of qat-lightning. load_int8 reads what save_int8 wrote; for a "
             "checkpoint of a QAT run use load_qat_checkpoint."
         )
-    state_dict, recipes = _fit_to(module, content["state_dict"])
     try:
-        int8 = convert_in_place(_prepare_all(module, recipes, qconfig))
+        state_dict, recipes = _fit_to(module, content["state_dict"])
+    except (ValueError, KeyError) as error:
+        raise Int8FileError(f"{path} is damaged: it holds no readable recipe. ({error!r})") from error
+    qconfigs = _qconfigs(recipes, qconfig)
+    try:
+        int8 = convert_in_place(_prepare_all(module, recipes, qconfigs))
+        _check_shapes(int8.state_dict(), state_dict)
         with quiet_torch_ao():
             int8.load_state_dict(state_dict)
-    except (RuntimeError, ValueError, AttributeError) as error:
+    except (RuntimeError, ValueError, AttributeError, KeyError) as error:
         raise Int8FileError(f"{path} does not fit {type(module).__name__}: {error}") from error
     return int8
 
@@ -115,6 +122,8 @@ def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLi
         RecipeMismatchError: `module` does not give the network that was trained.
     """
     content = _read(Path(path))
+    if isinstance(content, dict) and content.get("format") == _FORMAT:
+        raise ValueError(f"{path} is an int8 file, no checkpoint of a QAT run. Read it with load_int8.")
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not recipes_in(state_dict):
         raise ValueError(
@@ -122,7 +131,7 @@ def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLi
             f"checkpoint use {type(module).__name__}.load_from_checkpoint or load_state_dict."
         )
     state_dict, recipes = _fit_to(module, state_dict)
-    prepared = _prepare_all(module, recipes, qconfig)
+    prepared = _prepare_all(module, recipes, _qconfigs(recipes, qconfig))
     prepared.load_state_dict(state_dict)
     return prepared.eval()
 
@@ -150,6 +159,8 @@ def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, An
     A file of a LightningModule also fits the bare network inside it, if it holds just one.
     """
     recipes = recipes_in(state_dict)
+    if not recipes:
+        raise ValueError("There is no recipe in it.")
     missing = [name for name in recipes if name and not _has(module, name)]
     if not missing:
         return state_dict, recipes
@@ -158,22 +169,54 @@ def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, An
             f"The file holds the networks {sorted(recipes)}, but {type(module).__name__} has no "
             f"{missing[0]!r}. Pass a module of the class that was trained."
         )
-    recipe, prefix = recipes[missing[0]], f"{missing[0]}."
-    inner = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-    return inner, {"": recipe}
+    return _inside(state_dict, missing[0]), {"": recipes[missing[0]]}
+
+
+def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+    """The part of a state dict that belongs to the submodule `name`, with the versions of its modules."""
+    prefix = f"{name}."
+    inner = OrderedDict((k.removeprefix(prefix), v) for k, v in state_dict.items() if k.startswith(prefix))
+    versions = getattr(state_dict, "_metadata", {})
+    inner._metadata = {  # type: ignore[attr-defined]
+        key.removeprefix(name).removeprefix("."): value
+        for key, value in versions.items()
+        if key == name or key.startswith(prefix)
+    }
+    return inner
+
+
+def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises a `ValueError` where two int8 state dicts differ: torch.ao takes weights of any shape."""
+    for name, value in expected.items():
+        if name in found and _shapes(found[name]) != _shapes(value):
+            raise ValueError(
+                f"{name!r} has the shape {_shapes(value)} there and {_shapes(found[name])} in the file."
+            )
+
+
+def _shapes(value: Any) -> Any:
+    """The shape of a tensor, or of each in a tuple of packed parameters."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return [_shapes(item) for item in value] if isinstance(value, tuple | list) else None
 
 
 def _has(module: nn.Module, name: str) -> bool:
     return any(known == name for known, _ in module.named_modules(remove_duplicate=False))
 
 
-def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], qconfig: QConfigLike | None) -> ModuleT:
+def _qconfigs(recipes: dict[str, Recipe], qconfig: QConfigLike | None) -> dict[str, QConfigLike | None]:
+    return {name: stored_qconfig(recipe.qconfig, qconfig) for name, recipe in recipes.items()}
+
+
+def _prepare_all(
+    module: ModuleT, recipes: dict[str, Recipe], qconfigs: dict[str, QConfigLike | None]
+) -> ModuleT:
     for name, recipe in recipes.items():
-        _check_qconfig(recipe, qconfig)
         prepared = prepare(
             module.get_submodule(name),
             backend=recipe.backend,
-            qconfig=qconfig,
+            qconfig=qconfigs[name],
             mode=recipe.mode,
             keep_float=recipe.keep_float,
             fuse=recipe.fuse,
@@ -181,13 +224,3 @@ def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], qconfig: QConfigLi
         )
         module = replace_submodule(module, name, prepared)
     return module
-
-
-def _check_qconfig(recipe: Recipe, qconfig: QConfigLike | None) -> None:
-    received = "default" if qconfig is None else fingerprint(qconfig)
-    if received != recipe.qconfig:
-        raise RecipeMismatchError(
-            "A network prepared with one's own QConfig needs that QConfig again, since its code is in "
-            f"no file. This one was prepared with {recipe.qconfig!r}, but received {received!r}. Pass "
-            "it as qconfig=…."
-        )

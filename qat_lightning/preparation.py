@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from qat_lightning.backends import check_backend
-from qat_lightning.fake_quantize import QConfigLike, check_qconfig, fingerprint
 from qat_lightning.modes import check_mode, choose_mode
-from qat_lightning.quantize import prepare, replace_submodule
+from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
+from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
+from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import Recipe, recipe_of
 from qat_lightning.selection import FloatPattern, check_modules, find_networks, split_patterns
 
@@ -93,6 +94,7 @@ def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
             return ("",)
         raise ValueError(_loose_layers(module, found.loose))
     if not found.networks:
+        check_not_quantized(module)
         raise ValueError(
             f"{type(module).__name__} holds no network with convolutions or linear layers, so there is "
             "nothing to quantize. A network that `setup` builds does not exist yet when the callback "
@@ -125,7 +127,8 @@ def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
     """A network that was prepared before: by an earlier fit, or by the user."""
     recipe = recipe_of(network)
     assert recipe is not None
-    qconfig = "default" if settings.qconfig is None else fingerprint(settings.qconfig)
+    with quiet_torch_ao():
+        qconfig = qconfig_name(settings.qconfig)
     wanted = {"backend": settings.backend, "qconfig": qconfig}
     if settings.mode != "auto":
         wanted["mode"] = settings.mode

@@ -12,17 +12,14 @@ from torch import nn
 
 from qat_lightning.backends import check_backend, engine, run_on_engine
 from qat_lightning.errors import ConversionError
-from qat_lightning.fake_quantize import (
-    QConfigLike,
-    check_observed,
-    check_qconfig,
-    describe,
-    fake_quantizes,
-    fingerprint,
-)
+from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Options, check_mode, choose_mode
+from qat_lightning.modes.conv_bn import use_divided
+from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
+from qat_lightning.modes.zero_scale import replace_zero_scales
 from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.ranges import check_observed
 from qat_lightning.recipe import Recipe, attach, quantized_networks, recipe_of
 from qat_lightning.selection import FloatPattern, resolve_keep_float
 
@@ -75,7 +72,9 @@ def prepare(
     with quiet_torch_ao(), engine(backend):
         MODES[chosen].check(network, options)
         prepared = MODES[chosen].prepare(network, options)
-    attach(prepared, _recipe(prepared, chosen, options))
+        replace_zero_scales(prepared)
+        recipe = _recipe(prepared, chosen, options)
+    attach(prepared, recipe)
     return prepared
 
 
@@ -104,12 +103,23 @@ def convert(module: ModuleT) -> ModuleT:
         )
     for network in prepared:
         check_observed(network)
-    return convert_in_place(copy.deepcopy(module))
+    return convert_in_place(copy_of(module))
+
+
+def copy_of(module: ModuleT) -> ModuleT:
+    """A deep copy that also works as a LightningModule of its own."""
+    module = copy.deepcopy(module)
+    if hasattr(module, "_metric_attributes"):
+        module._metric_attributes = None  # Lightning's memory of its metrics, by the ids of the original's
+    return module
 
 
 def convert_in_place(module: ModuleT) -> ModuleT:
     """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
     module = module.cpu().eval()
+    use_divided(module)
+    for _, child in fake_quantizes(module):
+        child.eval()  # fused modules with frozen statistics do not pass `eval` on to their children
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:
             continue
@@ -139,6 +149,14 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
 
 def check_float(network: nn.Module) -> None:
     """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
+    check_not_quantized(network)
+    if not holds_quantizable(network):
+        kind = type(network).__name__
+        raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")
+
+
+def check_not_quantized(network: nn.Module) -> None:
+    """Raises a `ValueError` if `network` is prepared or int8, by this package or by torch.ao."""
     kind = type(network).__name__
     if recipe_of(network) is not None:
         raise ValueError(f"{kind} is quantized already: it was prepared before. Pass a float network.")
@@ -154,8 +172,6 @@ def check_float(network: nn.Module) -> None:
                 f"{type(module).__module__}.{type(module).__name__}. Pass the float network; "
                 "torchvision's quantizable models take quantize=False."
             )
-    if not holds_quantizable(network):
-        raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")
 
 
 def _is_int8(module: nn.Module) -> bool:
@@ -178,7 +194,7 @@ def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
     return Recipe(
         backend=options.backend,
         mode=mode,
-        qconfig="default" if options.qconfig is None else fingerprint(options.qconfig),
+        qconfig=qconfig_name(options.qconfig),
         keep_float=options.keep_float,
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,

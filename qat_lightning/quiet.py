@@ -14,6 +14,7 @@ _MESSAGES = (
     r"must run observer before calling calculate_qparams",  # said in our own words where it matters
     r"TypedStorage is deprecated",  # torch.load of a quantized tensor
     r"_aminmax is deprecated",
+    r"Detected pickle protocol",  # torch.load of a file that is then refused
 )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from qat_lightning.fake_quantize import fake_quantizes, has_range, is_moving_average, set_range
+from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.ranges import has_range, is_moving_average, set_range
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -53,7 +54,9 @@ def merge_ranges(module: nn.Module) -> None:
         size = low.numel()
         lows, highs = gathered[:, start : start + 2 * size].split(size, dim=1)
         start += 2 * size
-        set_range(child, *_merged(lows, highs, mean=is_moving_average(child)))
+        low, high = _merged(lows, highs, mean=is_moving_average(child))
+        if torch.isfinite(low).all():  # else no rank has seen anything
+            set_range(child, low, high)
 
 
 def _range_of(module: nn.Module, name: str, child: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,10 @@ class ResolvedSchedule:
         )
 
     def never_reached(self, epochs: float, steps: float) -> list[str]:
-        """The names of the moments that lie beyond a run of so many epochs and steps."""
+        """The names of the moments that lie beyond a run of so many epochs and steps.
+
+        A run of one step reaches no fraction of itself, which is nobody's mistake.
+        """
         moments = {
             "freeze_bn_at": self.freeze_bn,
             "freeze_observers_at": self.freeze_observers,
@@ -123,7 +126,7 @@ class ResolvedSchedule:
         return [
             name
             for name, (epoch, step) in moments.items()
-            if (epoch is not None and epoch >= epochs) or (step is not None and step >= steps)
+            if (epoch is not None and epoch >= epochs) or (step is not None and step >= max(steps, 2))
         ]
 
     def state_dict(self) -> dict[str, Any]:

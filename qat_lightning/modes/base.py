@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from qat_lightning.fake_quantize import QConfigLike
+from qat_lightning.modes.qconfig import QConfigLike
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import nn
 from torch.ao import quantization as ao
 
 from qat_lightning.errors import nearest
-from qat_lightning.fake_quantize import eager_qconfigs
 from qat_lightning.modes.base import Options
+from qat_lightning.modes.conv_bn import use_undivided
+from qat_lightning.modes.qconfig import eager_qconfigs
 from qat_lightning.modes.relu6 import replace_relu6_modules
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -65,6 +67,7 @@ class EagerMode:
         elif options.fuse:
             ao.fuse_modules_qat(network, [list(group) for group in options.fuse], inplace=True)
         configs = eager_qconfigs(options.backend, options.qconfig)
+        configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
         for name in options.keep_float:
             _keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)
@@ -75,6 +78,7 @@ class EagerMode:
             inplace=True,
         )
         network.train()
+        use_undivided(network)
         for module, training in modes.items():
             module.training = training
         return network

@@ -6,6 +6,7 @@ our own, which keeps the difference between training and eval mode.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import fx, nn
@@ -15,10 +16,14 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from torch.nn import functional as F
 
 from qat_lightning import behaviour
-from qat_lightning.fake_quantize import qconfig_mapping
 from qat_lightning.modes.base import Options
+from qat_lightning.modes.conv_bn import use_undivided
+from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.qconfig import qconfig_mapping
 from qat_lightning.modes.relu6 import is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import evaluate_only, trace
+
+_NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
 
 
 class FxMode:
@@ -48,26 +53,27 @@ class FxMode:
         mapping = self._mapping(options)
         fused = fuse(graph_module, is_qat=True)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=())
+        keep_grid_through_dropout(prepared)
+        use_undivided(prepared)
         _place_on_device(prepared)
         return _finish(prepared, kept, type(network).__name__)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared graph module into an int8 one, without what only training runs."""
         assert isinstance(prepared, fx.GraphModule)
-        kept, name = behaviour.attached(prepared), prepared._get_name()
+        kept = behaviour.attached(prepared)
         evaluate_only(prepared)
-        converted = convert_fx(prepared)
-        return _finish(converted, kept, name)
+        return _finish(convert_fx(prepared), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
-        mapping = qconfig_mapping(options.backend, options.qconfig)
+        mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping
 
 
 def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx.GraphModule:
-    behaviour.attach(graph_module, kept)
+    behaviour.attach(graph_module, {**kept, _NAME: name})
     behaviour.mark_containers(graph_module, name)
     type(graph_module).__name__ = name  # each graph module has a class of its own
     return graph_module

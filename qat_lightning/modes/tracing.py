@@ -26,6 +26,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.node import map_aggregate
 
 from qat_lightning.errors import UntraceableError
+from qat_lightning.modes.dropout import remove_dropout
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -314,6 +315,7 @@ def evaluate_only(graph_module: fx.GraphModule) -> None:
         ):
             node.replace_all_uses_with(node.args[1])
             graph_module.graph.erase_node(node)
+    remove_dropout(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -325,4 +327,5 @@ def _keeps_state(module: nn.Module) -> bool:
 
 def _stack_line(node: fx.Node) -> str:
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if "File " in line]
-    return lines[-1] if lines else "an unknown line"
+    users = [line for line in lines if "/torch/" not in line.replace("\\", "/")]
+    return users[-1] if users else "an unknown line"

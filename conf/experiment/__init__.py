@@ -1,0 +1,1 @@
+"""Whole runs: what to change together."""

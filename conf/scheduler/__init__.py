@@ -1,0 +1,1 @@
+"""Learning-rate schedules, stepped after every epoch."""

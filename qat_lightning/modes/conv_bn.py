@@ -1,0 +1,153 @@
+"""Convolution and batch-norm trained as one int8 layer, without the division of torch.ao's module.
+
+The int8 network runs the convolution with batch-norm folded into its weight: channel `c` of the weight is
+multiplied by `f[c] = gamma[c] / sqrt(var[c] + eps)`, and rounded. A per-channel symmetric grid scales with
+its channel, so that rounding and folding commute: `round(f * w) = f * round(w)`. In training the plain
+weight is rounded, the plain convolution runs, and batch-norm follows as in float training. torch.ao's module
+rounds the folded weight and divides the convolution's output by `f` again, which costs several more passes
+over the activations, and gives NaN where `f` is zero (Krishnamoorthi 2018, section 3.2.2, describes it).
+
+Once the statistics are frozen, and in eval mode, the folded weight is rounded and the pair is one
+convolution with a bias: the arithmetic of the int8 network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.nn.intrinsic import qat as nniqat
+from torch.nn import functional as F
+
+from qat_lightning.fake_quantize import EPS, FakeQuantize
+
+
+class Undivided:
+    """The forward of a fused pair whose weight has a per-channel symmetric grid."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    bn: Any
+    freeze_bn: bool
+    training: bool
+    weight_fake_quant: Any
+    _conv_forward: Any
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and not self.freeze_bn:
+            y = self.bn(self._conv_forward(x, self._rounded(), self.bias))
+            self._observe()  # after batch-norm has moved its statistics, for the evaluation that may follow
+            return y
+        self._observe()
+        factor = self._factor()
+        mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
+        bias = -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
+        weight = self.weight * factor.view(-1, *[1] * (self.weight.ndim - 1))
+        if self.weight_fake_quant.rounding:
+            weight = self.weight_fake_quant.round(weight)
+        return self._conv_forward(x, weight, bias)
+
+    def _factor(self) -> torch.Tensor:
+        """What batch-norm multiplies each channel by."""
+        rsqrt = torch.rsqrt(self.bn.running_var + self.bn.eps)
+        return rsqrt if self.bn.weight is None else self.bn.weight * rsqrt
+
+    def _magnitude(self) -> torch.Tensor:
+        """The greatest magnitude in each channel of the plain weight."""
+        return self.weight.detach().flatten(1).float().abs().amax(1)
+
+    @torch.no_grad()
+    def _observe(self) -> None:
+        """Makes the grid of the folded weight, from the extremes of the plain one."""
+        grid = self.weight_fake_quant
+        if (self.training and grid.observing) or not grid.seen:
+            magnitude = self._magnitude() * self._factor().abs()
+            grid.observe_range(-magnitude, magnitude)
+
+    def _rounded(self) -> torch.Tensor:
+        """The plain weight, rounded to the grid of the folded one divided by the factor.
+
+        While the grid follows the weight, that is the grid of the plain weight. It also serves for a channel
+        that batch-norm switches off, whose folded grid is nothing.
+        """
+        grid = self.weight_fake_quant
+        if not grid.rounding:
+            return self.weight
+        with torch.no_grad():
+            scale = self._magnitude() / grid.quant_max
+            if not grid.observing:
+                off = grid.scale <= EPS
+                scale = torch.where(off, scale, grid.scale / self._factor().abs())
+        return grid.round(self.weight, scale.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+class ConvBn1d(Undivided, nniqat.ConvBn1d):
+    """`nn.Conv1d` and `nn.BatchNorm1d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x)
+
+
+class ConvBn2d(Undivided, nniqat.ConvBn2d):
+    """`nn.Conv2d` and `nn.BatchNorm2d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x)
+
+
+class ConvBn3d(Undivided, nniqat.ConvBn3d):
+    """`nn.Conv3d` and `nn.BatchNorm3d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x)
+
+
+class ConvBnReLU1d(Undivided, nniqat.ConvBnReLU1d):
+    """`nn.Conv1d`, `nn.BatchNorm1d` and `nn.ReLU`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self._forward(x))
+
+
+class ConvBnReLU2d(Undivided, nniqat.ConvBnReLU2d):
+    """`nn.Conv2d`, `nn.BatchNorm2d` and `nn.ReLU`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self._forward(x))
+
+
+class ConvBnReLU3d(Undivided, nniqat.ConvBnReLU3d):
+    """`nn.Conv3d`, `nn.BatchNorm3d` and `nn.ReLU`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self._forward(x))
+
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    theirs: ours
+    for ours in (ConvBn1d, ConvBn2d, ConvBn3d, ConvBnReLU1d, ConvBnReLU2d, ConvBnReLU3d)
+    for theirs in ours.__bases__[1:]
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+def use_undivided(prepared: nn.Module) -> None:
+    """Makes the fused pairs in a prepared network train without the division, in place.
+
+    Only where the weight has this package's grid, per channel and symmetric; the modules keep their names and
+    state, so that only the class of each changes.
+    """
+    for module in prepared.modules():
+        grid = getattr(module, "weight_fake_quant", None)
+        if isinstance(grid, FakeQuantize) and grid.axis == 0:
+            grid.allocate(module.weight.shape[0])
+            if type(module) in _OURS and grid.symmetric:
+                module.__class__ = _OURS[type(module)]
+
+
+def use_divided(prepared: nn.Module) -> None:
+    """Turns the pairs back into torch.ao's, in place, which its convert knows."""
+    for module in prepared.modules():
+        if type(module) in _THEIRS:
+            module.__class__ = _THEIRS[type(module)]

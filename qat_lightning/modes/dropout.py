@@ -1,0 +1,42 @@
+"""Dropout does nothing in an int8 network, so nothing may be rounded for its sake.
+
+torch.ao rounds the output of a dropout in training, on a grid of its own, and leaves that grid out of
+the int8 network: in eval mode the prepared network would clip where the int8 one does not.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.ao.quantization import FakeQuantizeBase
+from torch.nn.modules.dropout import _DropoutNd
+
+
+def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
+    """Removes the fake-quantizes after dropouts whose input is rounded, in place."""
+    for node in _dropouts(prepared):
+        if _is_fake_quantize(prepared, node.args[0]):
+            for user in list(node.users):
+                if _is_fake_quantize(prepared, user):
+                    user.replace_all_uses_with(node)
+                    prepared.graph.erase_node(user)
+    prepared.delete_all_unused_submodules()
+    prepared.recompile()
+
+
+def remove_dropout(graph_module: fx.GraphModule) -> None:
+    """Removes every dropout from a graph that will only evaluate; the caller recompiles."""
+    for node in _dropouts(graph_module):
+        node.replace_all_uses_with(node.args[0])
+        graph_module.graph.erase_node(node)
+
+
+def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph_module.graph.nodes if isinstance(_module(graph_module, node), _DropoutNd)]
+
+
+def _is_fake_quantize(graph_module: fx.GraphModule, node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(_module(graph_module, node), FakeQuantizeBase)
+
+
+def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None

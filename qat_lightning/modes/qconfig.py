@@ -1,0 +1,163 @@
+"""Which fake-quantize goes where: the QConfigs of each backend, one's own, and their fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import (
+    FakeQuantizeBase,
+    QConfig,
+    QConfigMapping,
+    get_default_qat_qconfig,
+    get_default_qat_qconfig_mapping,
+)
+
+from qat_lightning.errors import RecipeMismatchError
+from qat_lightning.fake_quantize import OBSERVER_NAMES, OBSERVERS, FakeQuantize
+
+QConfigLike = QConfig | QConfigMapping | str
+
+# Backends whose kernels multiply bytes in pairs and add them in 16 bits on CPUs without VNNI: with 7 bits
+# of activation the sum cannot saturate.
+_SEVEN_BITS = ("x86", "fbgemm")
+
+
+def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
+    """The QConfig that `prepare` uses: per-tensor affine activations, per-channel symmetric weights.
+
+    Args:
+        backend: x86 and fbgemm get activations of 7 bits, qnnpack and onednn of 8.
+        observer: Of the activations: `"moving_average"`, `"min_max"` or `"histogram"`. Weights are observed
+            anew at each step, since all of a weight is there to be seen.
+
+    Raises:
+        ValueError: There is no such observer.
+    """
+    if observer not in OBSERVERS:
+        raise ValueError(f"observer must be one of {sorted(OBSERVERS)}, but received {observer!r}.")
+    activation = FakeQuantize.with_args(
+        observer=OBSERVERS[observer],
+        quant_min=0,
+        quant_max=127 if backend in _SEVEN_BITS else 255,
+        dtype=torch.quint8,
+        qscheme=torch.per_tensor_affine,
+    )
+    weight = FakeQuantize.with_args(
+        observer=OBSERVERS["min_max_per_channel"],
+        quant_min=-128,
+        quant_max=127,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+    return QConfig(activation=activation, weight=weight)
+
+
+def check_qconfig(qconfig: object) -> None:
+    """Raises a `TypeError` if `qconfig` is nothing that a network can be prepared with."""
+    if qconfig is not None and qconfig != "torch" and not isinstance(qconfig, QConfig | QConfigMapping):
+        raise TypeError(
+            "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, 'torch' for PyTorch's own "
+            "default, or None for the backend's default here, but received "
+            f"{type(qconfig).__name__}: {qconfig!r}."
+        )
+
+
+def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping:
+    """The QConfigMapping that prepares a network for `backend`, or for one's own `qconfig`."""
+    if isinstance(qconfig, QConfigMapping):
+        return qconfig
+    mapping = get_default_qat_qconfig_mapping(backend)
+    theirs = mapping.global_qconfig
+    if qconfig != "torch":
+        ours = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
+        mapping.set_global(ours)
+        # Operations whose grid is fixed (sigmoid) or shared (reshape) keep what PyTorch gives them.
+        for kind, rule in dict(mapping.object_type_qconfigs).items():
+            if rule is not None and rule.activation is theirs.activation:
+                mapping.set_object_type(kind, QConfig(ours.activation, rule.weight))
+    # An embedding's table has a scheme of its own, and torch.ao raises at any other.
+    return mapping.set_object_type(nn.Embedding, None).set_object_type(nn.EmbeddingBag, None)
+
+
+def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConfig | None]:
+    """The same for `torch.ao`'s eager mode: QConfigs by module name or type, the default under ''.
+
+    Raises:
+        TypeError: `qconfig` is a QConfigMapping with rules that eager mode has no place for.
+    """
+    if not isinstance(qconfig, QConfigMapping):
+        if qconfig == "torch":
+            qconfig = get_default_qat_qconfig(backend)
+        default = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
+        return {"": default, nn.Embedding: None, nn.EmbeddingBag: None}
+    rules = qconfig.to_dict()
+    if rules["module_name_regex"] or rules["module_name_object_type_order"]:
+        raise TypeError(
+            "In eager mode a QConfigMapping may hold set_global, set_object_type and set_module_name "
+            "rules, but received a regex or an order rule. Use mode='fx' or name the modules."
+        )
+    return {"": rules[""], **dict(rules["object_type"]), **dict(rules["module_name"])}
+
+
+def describe(fake_quantize: FakeQuantizeBase) -> str:
+    """The grid of one fake-quantize in words: observer, scheme, dtype and range of integers."""
+    observer = getattr(fake_quantize, "activation_post_process", None)
+    kind = type(observer)
+    name = OBSERVER_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
+    source = observer if observer is not None else fake_quantize
+    low, high = getattr(source, "quant_min", None), getattr(source, "quant_max", None)
+    scheme = str(getattr(source, "qscheme", None)).removeprefix("torch.")
+    dtype = str(getattr(source, "dtype", None)).removeprefix("torch.")
+    return f"{name} {scheme} {dtype} [{low}, {high}]"
+
+
+def qconfig_name(qconfig: QConfigLike | None) -> str:
+    """What a recipe stores of a qconfig: `"default"`, `"torch"`, or the fingerprint of one's own.
+
+    The functions inside a QConfig cannot be stored as JSON, so that one's own has to be passed again; the
+    fingerprint, a hash of what it makes, tells whether it is the same.
+    """
+    if qconfig is None:
+        return "default"
+    if isinstance(qconfig, str):
+        return qconfig
+    text = json.dumps(_describe_qconfigs(qconfig), sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None:
+    """The qconfig to prepare with again, for a recipe that stores `name`.
+
+    Raises:
+        RecipeMismatchError: It was one's own, and `qconfig` is not that one.
+    """
+    if qconfig is None and name == "torch":
+        return name
+    if qconfig_name(qconfig) != name:
+        raise RecipeMismatchError(
+            "A network prepared with one's own QConfig needs that QConfig again, since its code is in no "
+            f"file. This one was prepared with {name!r}, but received {qconfig_name(qconfig)!r}. Pass it as "
+            "qconfig=…."
+        )
+    return qconfig
+
+
+def _describe_qconfigs(qconfig: QConfigLike) -> Any:
+    if isinstance(qconfig, QConfigMapping):
+        rules = qconfig.to_dict()
+        return [[str(rule), _describe_rule(value)] for rule, value in rules.items()]
+    return _describe_rule(qconfig)
+
+
+def _describe_rule(value: Any) -> Any:
+    if isinstance(value, QConfig):
+        parts = (value.activation(), value.weight())
+        return [describe(part) if isinstance(part, FakeQuantizeBase) else str(part) for part in parts]
+    if isinstance(value, list | tuple):
+        return [_describe_rule(item) for item in value]
+    return str(value)

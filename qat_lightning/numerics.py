@@ -1,0 +1,114 @@
+"""The arithmetic of int8: which grid a range gives, and rounding to it with a gradient.
+
+Everything is float32 whatever the input's dtype, since neither bfloat16 nor float16 can tell 256 grid
+points of a range apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def affine_grid(
+    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the grid that covers `[low, high]` and holds 0 exactly.
+
+    Args:
+        low: Minimum, of any shape.
+        high: Maximum, of the same shape.
+        quant_min: Least integer of the grid.
+        quant_max: Greatest integer of the grid.
+        eps: Least scale, so that a constant tensor of zeros has one.
+
+    Returns:
+        float32 scale and int32 zero point, of the shape of `low`.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=eps)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def symmetric_grid(
+    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the symmetric grid that covers `[low, high]`.
+
+    The greatest magnitude lies on the grid's end (127), not half a step beyond it (127.5) as in
+    `torch.ao`'s observers: nothing inside the range is clipped.
+
+    Args:
+        low: Minimum, of any shape.
+        high: Maximum, of the same shape.
+        quant_min: Least integer of the grid.
+        quant_max: Greatest integer of the grid.
+        eps: Least scale.
+
+    Returns:
+        float32 scale and int32 zero point, of the shape of `low`.
+    """
+    half = (quant_max - quant_min) // 2
+    scale = (torch.maximum(-low, high).clamp(min=0) / half).clamp(min=eps)
+    zero_point = torch.full_like(scale, quant_max - half, dtype=torch.int32)
+    return scale, zero_point
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+) -> torch.Tensor:
+    """Rounds `x` to a grid; the gradient passes where `x` lies inside it (straight-through estimator).
+
+    Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"; Jacob et al. 2018,
+    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
+
+    Args:
+        x: Tensor of any shape, floating dtype and memory format.
+        scale: One element, or one for each index of `axis`.
+        zero_point: Likewise, integers.
+        quant_min: Least integer of the grid.
+        quant_max: Greatest integer of the grid.
+        axis: The channel dimension of a per-channel grid; None for one grid for the whole tensor.
+
+    Returns:
+        A tensor like `x`.
+    """
+    if axis is not None:
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Python numbers take the vectorized kernels, and on the CPU they cost no synchronisation.
+        step, zero = float(scale), int(zero_point)
+        return _Round.apply(x, step, quant_min - zero, quant_max - zero)
+    else:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point)
+
+
+class _Round(torch.autograd.Function):
+    """`clamp(round(x / scale), low, high) * scale`; saves `x`, of which the backward makes the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, *(v for v in (scale, low, high) if isinstance(v, torch.Tensor)))
+        ctx.numbers = None if isinstance(scale, torch.Tensor) else (scale, low, high)
+        rounded = (x.float() * (1 / scale)).round_()
+        return rounded.clamp_(low, high).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        if ctx.numbers is not None:
+            (x,), (scale, low, high) = ctx.saved_tensors, ctx.numbers
+            bounds = (low - 0.5) * scale, (high + 0.5) * scale
+            return torch.ops.aten.hardtanh_backward(grad, x, *bounds), None, None, None
+        x, scale, low, high = ctx.saved_tensors
+        inside = (x > (low - 0.5) * scale) & (x < (high + 0.5) * scale)
+        return torch.where(inside, grad, 0), None, None, None

@@ -1,0 +1,50 @@
+"""Switches what the modules of a prepared network do: observe, round, follow batch-norm statistics."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
+
+
+def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
+    """Switches the observers and the rounding of every fake-quantize inside `module`."""
+    for _, child in fake_quantizes(module):
+        child.enable_observer(observer)
+        child.enable_fake_quant(fake_quant)
+
+
+def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:
+    """Freezes or releases the statistics of every batch-norm inside a `module` in training.
+
+    That is a Python attribute in the fused modules, absent from the state dict, and the mode of a
+    batch-norm that was not fused.
+    """
+    inside_fused = set()
+    for child in module.modules():
+        if hasattr(child, "freeze_bn_stats"):
+            inside_fused.add(child.bn)
+            if child.freeze_bn != frozen:
+                child.freeze_bn_stats() if frozen else child.update_bn_stats()
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in inside_fused:
+            child.train(not frozen and module.training)
+
+
+class ObserversOff:
+    """Switches observers off and back to exactly what each was, for the loops that only evaluate."""
+
+    def __init__(self) -> None:
+        self._flags: dict[FakeQuantizeBase, bool] = {}
+
+    def enter(self, module: nn.Module) -> None:
+        """Remembers each observer's flag, then switches it off. Entered twice, the first counts."""
+        for _, child in fake_quantizes(module):
+            self._flags.setdefault(child, bool(child.observer_enabled.any()))
+            child.enable_observer(False)
+
+    def leave(self) -> None:
+        """Restores the flags that `enter` remembered."""
+        for child, flag in self._flags.items():
+            child.enable_observer(flag)
+        self._flags.clear()

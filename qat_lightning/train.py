@@ -1,0 +1,213 @@
+"""The command `qat-train`: trains what a Hydra configuration describes and converts it to int8."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qat_lightning.console import ignore_advice, percent, print_results
+from qat_lightning.launch import leave_process_group, one_job
+from qat_lightning.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, Any]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://qat_lightning.conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Runs `train` on the command line's configuration and prints the result.
+
+    Returns:
+        The test accuracy that a Hydra sweeper can maximise: of int8, or of float without int8.
+    """
+    ignore_advice()
+    metrics = train(cfg)
+    if not metrics:
+        return None
+    print_results(metrics)
+    accuracy: float | None = metrics["int8_accuracy"] or metrics["float_accuracy"]
+    return accuracy
+
+
+def train(cfg: DictConfig) -> Metrics:
+    """Trains, converts and scores one configuration.
+
+    Args:
+        cfg: As composed from `train.yaml`. Everything is written to `cfg.output_dir`.
+
+    Returns:
+        What `metrics.json` holds, with None for what this run does not have; empty on every process
+        of a distributed run but the first. Accuracies are on the whole test split, from 0 to 1:
+
+        - `float_accuracy`: of the starting weights, or with `backend=float` of the best epoch;
+        - `fake_quant_accuracy`: of the weights that were converted, in simulated int8;
+        - `int8_accuracy`: of the int8 network, on the CPU;
+        - `float_bytes`, `int8_bytes`: sizes of the files of weights;
+        - `checkpoint`: the checkpoint that was scored, or `last` for the weights at the end;
+        - `float_path`, `int8_path`: the files of weights.
+
+    Raises:
+        ValueError: If `num_classes` is not the data's.
+        Exception: What the constructors named in `cfg` raise.
+    """
+    with one_job():
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        data: LightningDataModule = instantiate(cfg.data, _convert_="all")
+        _check_classes(cfg.num_classes, data)
+        classifier: LightningModule = instantiate(cfg.classifier, _convert_="all")
+        quantized = cfg.quantization._target_ is not None
+        qat = instantiate(cfg.quantization, _convert_="all") if quantized else None
+        trainer = _trainer(cfg, qat)
+        metrics = _start(cfg, classifier, data, trainer)
+        trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        leave_process_group()
+        if not trainer.is_global_zero:
+            return {}
+        if qat is None:
+            metrics |= _finish_float(Path(cfg.output_dir), classifier, data, trainer)
+        else:
+            metrics |= _finish_quantized(qat, classifier, data, trainer)
+        _write(cfg, metrics)
+        return metrics
+
+
+def evaluate(
+    module: LightningModule,
+    data: LightningDataModule,
+    *,
+    device: torch.device | None = None,
+    precision: Any = "32-true",
+    limit_test_batches: float = 1.0,
+) -> float:
+    """Returns the accuracy on the whole test split, computed in this process alone.
+
+    Args:
+        module: Logs `test/accuracy` in its `test_step`.
+        data: Has a test split.
+        device: Where to compute; the CPU by default.
+        precision: Lightning's name of it.
+        limit_test_batches: Share (float) or number (int) of the batches to use.
+    """
+    device = device or torch.device("cpu")
+    trainer = Trainer(
+        accelerator=device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        strategy=SingleDeviceStrategy(device),
+        precision=precision,
+        limit_test_batches=limit_test_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (results,) = trainer.test(module, datamodule=data, verbose=False)
+    return float(results["test/accuracy"])
+
+
+def _trainer(cfg: DictConfig, qat: Any) -> Trainer:
+    callbacks = [instantiate(each, _convert_="all") for each in cfg.callbacks.values() if each]
+    build = instantiate(cfg.trainer, _partial_=True, _convert_="all")
+    trainer: Trainer = build(callbacks=[*callbacks, qat] if qat else callbacks)
+    return trainer
+
+
+def _start(
+    cfg: DictConfig, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> Metrics:
+    """Writes the configuration, loads the starting weights and scores them."""
+    first = trainer.is_global_zero
+    if first:
+        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
+    network = _network(classifier)
+    metrics: Metrics = dict.fromkeys(("float_accuracy", "fake_quant_accuracy", "int8_accuracy"))
+    metrics |= {"float_bytes": _file_size(network), "int8_bytes": None, "checkpoint": None}
+    metrics |= {"float_path": cfg.weights, "int8_path": None}
+    if cfg.weights is not None:
+        load_weights(network, cfg.weights)
+        if first:
+            metrics["float_accuracy"] = _evaluate_like(trainer, classifier, data)
+            log.info(f"Starting from {cfg.weights}: {percent(metrics['float_accuracy'])}.")
+    return metrics
+
+
+def _finish_float(
+    output_dir: Path, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> Metrics:
+    """Scores and writes the best epoch's weights."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or "last"
+    _load_checkpoint(classifier, best)
+    path = output_dir / "float.pt"
+    torch.save(_network(classifier).state_dict(), path)
+    accuracy = _evaluate_like(trainer, classifier, data)
+    return {"float_accuracy": accuracy, "checkpoint": best, "float_path": str(path)}
+
+
+def _finish_quantized(
+    qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> Metrics:
+    """Scores the converted weights in simulated int8 and the int8 network."""
+    checkpoint = str(qat.converted_from or "last")
+    _load_checkpoint(classifier, checkpoint)
+    metrics: Metrics = {"checkpoint": checkpoint}
+    metrics["fake_quant_accuracy"] = _evaluate_like(trainer, classifier, data)
+    if qat.int8_module is not None:
+        limit = trainer.limit_test_batches
+        metrics["int8_accuracy"] = evaluate(qat.int8_module, data, limit_test_batches=limit)
+    if qat.int8_path is not None:
+        metrics["int8_path"] = str(qat.int8_path)
+        metrics["int8_bytes"] = qat.int8_path.stat().st_size
+    return metrics
+
+
+def _evaluate_like(trainer: Trainer, classifier: LightningModule, data: LightningDataModule) -> float:
+    return evaluate(
+        classifier,
+        data,
+        device=trainer.strategy.root_device,
+        precision=trainer.precision,
+        limit_test_batches=trainer.limit_test_batches,
+    )
+
+
+def _load_checkpoint(classifier: LightningModule, checkpoint: str) -> None:
+    if checkpoint != "last":
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        classifier.load_state_dict(content["state_dict"])
+
+
+def _write(cfg: DictConfig, metrics: Metrics) -> None:
+    text = json.dumps(metrics, indent=2)
+    (Path(cfg.output_dir) / "metrics.json").write_text(text + "\n")
+
+
+def _network(classifier: LightningModule) -> nn.Module:
+    """The part of the LightningModule that weights are read into: `network`, or all of it."""
+    return getattr(classifier, "network", classifier)
+
+
+def _file_size(network: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    return file.tell()
+
+
+def _check_classes(num_classes: int, data: LightningDataModule) -> None:
+    found = getattr(data, "num_classes", num_classes)
+    if found != num_classes:
+        raise ValueError(
+            f"num_classes has to be the data's: {type(data).__name__} has {found}, num_classes is"
+            f" {num_classes}. Set num_classes={found}."
+        )

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Tiny networks gain nothing from threads, and lose a hundredfold where other processes share the cores.
+# Before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """Every test starts from the same random state, and leaves the engine as it was."""
+    engine = torch.backends.quantized.engine
+    torch.manual_seed(0)
+    yield
+    assert torch.backends.quantized.engine == engine

@@ -1,0 +1,48 @@
+"""A run on two gloo processes, each of which writes what it ended with: `ddp_script.py FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from qat_lightning import QuantizationAwareTraining
+from tests.runs import TinyModule, dataset, loader, trainer
+from tests.test_ranks import ranges
+
+
+class Unequal(TinyModule):
+    """The images of rank 1 are ten times as bright."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch[0] * 10**self.global_rank, batch[1]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+    def train_dataloader(self) -> Any:
+        return loader(32, batch_size=4)
+
+
+def main(folder: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    qat = QuantizationAwareTraining(output_dir=folder / "out")
+    module = Unequal(lr=0.001)
+    runner = trainer(folder, qat, max_epochs=2, strategy="ddp", devices=2)
+    runner.fit(module)
+    assert qat.int8_module is not None
+    result = {
+        "ranges": ranges(module),
+        "weights": {name: p.detach() for name, p in module.named_parameters()},
+        "int8": qat.int8_module(dataset(8, seed=2).tensors[0]),
+        "path": str(qat.int8_path),
+    }
+    torch.save(result, folder / f"rank{runner.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

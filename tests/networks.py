@@ -1,0 +1,213 @@
+"""Tiny networks, and a registry of cases: a newcomer's network is tested by adding one entry to `CASES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules_qat
+from torch.nn import functional as F
+
+SIZE = 12
+CLASSES = 4
+
+
+class ConvBnRelu(nn.Module):
+    """One convolution, batch-norm and ReLU."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class StubbedConvBnRelu(ConvBnRelu):
+    """The same with QuantStubs, for eager mode."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__(activation)
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequant(super().forward(self.quant(x)))
+
+
+class Residual(nn.Module):
+    """ReLU6, a residual addition and a functional dropout."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU6())
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU6()
+        )
+        self.classes = CLASSES
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.block(x)
+        x = x.mean((2, 3))
+        x = F.dropout(x, 0.2, self.training)
+        return self.fc(x)
+
+
+class Stubbed(nn.Module):
+    """The same for eager mode: QuantStubs, FloatFunctional, and a `fuse_model` of its own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.conv1 = nn.Conv2d(3, width, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU6()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.add = FloatFunctional()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(self.quant(x))))
+        x = self.add.add(x, self.relu2(self.bn2(self.conv2(x))))
+        x = self.fc(self.dropout(self.pool(x).flatten(1)))
+        return self.dequant(x)
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        assert is_qat
+        fuse_modules_qat(self, [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"]], inplace=True)
+
+
+class TwoInputs(nn.Module):
+    """An image and a keyword input; an output that holds a dict and a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.extra = nn.Linear(5, 8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor, *, extra: Tensor) -> dict[str, Any]:
+        features = self.image(x).mean((2, 3))
+        both = features + self.extra(extra)
+        return {"logits": self.fc(both), "features": (features, both)}
+
+
+class Embedded(nn.Module):
+    """An embedding before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.embedding(x).mean(1))
+
+
+class ZeroInitResidual(nn.Module):
+    """The last batch-norm of the branch starts with weight 0, as ResNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        nn.init.zeros_(self.branch[1].weight)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(torch.relu(x + self.branch(x)).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to test in a mode.
+
+    Attributes:
+        name: Its name in pytest's output.
+        build: Makes the float network.
+        mode: `"eager"` or `"fx"`.
+        inputs: Makes a batch of inputs, positional and by keyword.
+        min_sqnr: How near int8 outputs must be to the fake-quant outputs, in dB.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    mode: str
+    inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    min_sqnr: float = 20.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def images(count: int = 16, size: int = SIZE) -> Tensor:
+    return torch.randn(count, 3, size, size)
+
+
+def _image() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (images(),), {}
+
+
+CASES = [
+    Case("conv_bn_relu", ConvBnRelu, "fx", _image),
+    Case("conv_bn_relu6", lambda: ConvBnRelu(nn.ReLU6), "fx", _image),
+    Case("residual", Residual, "fx", _image),
+    Case("stubbed", Stubbed, "eager", _image),
+    Case("two_inputs", TwoInputs, "fx", lambda: ((images(),), {"extra": torch.randn(16, 5)})),
+    Case("embedded", Embedded, "fx", lambda: ((torch.randint(10, (16, 6)),), {})),
+    Case("zero_init_residual", ZeroInitResidual, "fx", _image),
+]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors of a nested output, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in leaves(item)]
+
+
+def sqnr(reference: Tensor, other: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: how near `other` is to `reference`."""
+    reference, other = reference.detach(), other.detach()
+    noise = (reference - other).pow(2).mean()
+    return float(10 * torch.log10(reference.pow(2).mean() / noise.clamp_min(1e-20)))
+
+
+def train_steps(network: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], steps: int = 4) -> None:
+    """Trains a few steps towards nothing in particular, then switches to eval mode."""
+    args, kwargs = inputs
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    network.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((leaf - 1).pow(2).mean() for leaf in leaves(network(*args, **kwargs))).backward()
+        optimizer.step()
+    network.eval()
+
+
+def same_state(left: nn.Module | dict[str, Any], right: nn.Module | dict[str, Any]) -> list[str]:
+    """Names of the entries that are not equal bit for bit."""
+    a, b = (m.state_dict() if isinstance(m, nn.Module) else m for m in (left, right))
+    assert a.keys() == b.keys()
+    return [name for name in a if not _equal(a[name], b[name])]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
