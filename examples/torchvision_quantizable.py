@@ -1,7 +1,7 @@
 """The six steps of PyTorch's quantization workflow, with torchvision's quantizable MobileNetV2.
 
-PyTorch's guide has the user do each by hand; the comments say who does it here. Random images stand for a data
-set, so that the script runs anywhere in a minute: the accuracy means nothing.
+PyTorch's guide has the user do each by hand; the comments say who does it here. Random images stand for a
+data set, so that the script runs anywhere in a minute: the accuracy means nothing.
 """
 
 from __future__ import annotations

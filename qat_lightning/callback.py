@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from qat_lightning import random_state
+from qat_lightning import trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
+from qat_lightning.finiteness import first_nonfinite
 from qat_lightning.modes.qconfig import QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
 
-_RANDOM_STATE = "qat_random_state"
+_FINITE_EVERY = 50
+"""Steps between two looks at the flags of a GPU, each of which waits for it."""
+_HIGH_LEARNING_RATE = 1e-3
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -120,7 +122,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._phase: Phase | None = None
         self._warned: set[str] = set()
         self._observers_off = ObserversOff()
-        self._random_states: list[dict[str, Any]] = []
+        self._random_states = RandomStates()
 
     # The life of a run, in Lightning's order.
 
@@ -129,8 +131,10 @@ class QuantizationAwareTraining(pl.Callback):
         if stage != "fit":
             return
         self._resolved = self._phase = None
-        self._random_states = []
-        self._check_trainer(trainer)
+        self._random_states.clear()
+        trainer_facts.check_strategy(trainer)
+        if math.isinf(trainer_facts.epochs(trainer)) and trainer.max_steps == -1:
+            self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
         self._prepared = prepare_module(pl_module, self.settings)
@@ -155,29 +159,33 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves the schedule, unless a checkpoint brought it."""
         if self._resolved is None:
-            length = trainer.estimated_stepping_batches if self.schedule.has_fraction else math.inf
+            length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enters the phase of this epoch."""
-        if self._random_states:
-            self._restore_random_state(trainer)
-            _renew_iterator(trainer)
+        self._random_states.restore(trainer, epoch_start=True)
         self._enter_phase(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Enters the phase of this step."""
-        if self._random_states:  # resumed in mid-epoch, where there is no epoch start
-            self._restore_random_state(trainer)
+        self._random_states.restore(trainer, epoch_start=False)
         if self.phase_at(trainer) != self._phase:
             self._enter_phase(trainer, pl_module)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raises if a NaN or an infinity was observed."""
+        if pl_module.device.type == "cpu" or batch_idx % _FINITE_EVERY == 0:
+            self._check_finite(trainer)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges, and switches observers off for the validation."""
-        self._merge(pl_module)
+        merge_ranges(pl_module)
         self._observers_off.enter(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -208,13 +216,14 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges a last time, while the processes can still talk."""
-        self._merge(pl_module)
+        merge_ranges(pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts a copy to int8 and writes it."""
         if self.convert is None:
             return
-        path = None if trainer.fast_dev_run else self._folder(trainer) / "int8.pt"
+        folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
+        path = None if vars(trainer).get("fast_dev_run") else folder / "int8.pt"
         outcome = convert_on_all_ranks(trainer, pl_module, self.convert, path)
         self.int8_module, self.int8_path = outcome.module, outcome.path
         self.converted_from = outcome.source
@@ -238,75 +247,49 @@ class QuantizationAwareTraining(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Merges the ranks' ranges, and stores every rank's random state."""
-        self._merge(pl_module)
-        states: list[Any] = [random_state.capture()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_state.capture())
-        checkpoint[_RANDOM_STATE] = states
+        """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
+        self._check_finite(trainer)
+        merge_ranges(pl_module)
+        self._random_states.save(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keeps the random states until the run is about to train."""
         if trainer.state.fn == "fit":
-            self._random_states = checkpoint.get(_RANDOM_STATE, [])
+            self._random_states.load(checkpoint)
 
     # The verbs.
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""
         assert self._resolved is not None
-        return self._resolved.phase(trainer.current_epoch, trainer.global_step)
-
-    def _check_trainer(self, trainer: pl.Trainer) -> None:
-        refused = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-        if isinstance(trainer.strategy, refused):
-            raise MisconfigurationException(
-                "Quantization-aware training needs every parameter whole on every rank, but "
-                f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
-            )
-        start_method = getattr(trainer.strategy.launcher, "_start_method", None)
-        if start_method is not None:
-            raise MisconfigurationException(
-                f"The strategy starts its processes by {start_method!r} and hands weights back to a "
-                "parent whose module is not prepared. Use strategy='ddp', which starts them as scripts."
-            )
-        if self.schedule.has_fraction and trainer.max_epochs == -1 and trainer.max_steps == -1:
-            self.schedule.resolve(math.inf)
+        return self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)
         if before is not None and before.observe and not phase.observe:
-            self._merge(pl_module)
+            merge_ranges(pl_module)
         for prepared in self._prepared:
             set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
             freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
         self._phase = phase
         _report(trainer, before, phase)
 
-    def _merge(self, pl_module: pl.LightningModule) -> None:
-        merge_ranges(pl_module)
-
-    def _restore_random_state(self, trainer: pl.Trainer) -> None:
-        states, self._random_states = self._random_states, []
-        if len(states) == trainer.world_size:
-            random_state.restore(states[trainer.global_rank])
-        else:
-            rank_zero_info(
-                f"The checkpoint was saved by {len(states)} processes and this run has {trainer.world_size}: "
-                "random states are not restored."
-            )
-
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        return self.output_dir or Path(beside or trainer.default_root_dir)
+    def _check_finite(self, trainer: pl.Trainer) -> None:
+        for prepared in self._prepared:
+            tensor = first_nonfinite(prepared.network)
+            if tensor is not None:
+                raise FloatingPointError(
+                    f"A NaN or an infinity appeared in {tensor} of {prepared.name or 'the module'!r}, at or "
+                    f"before step {trainer.global_step}; no range has taken it in. Lower the learning rate, "
+                    "clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
+                )
 
     def _warn_of_unreached(self, trainer: pl.Trainer) -> None:
         assert self._resolved is not None
-        epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-        for name in self._resolved.never_reached(epochs, trainer.estimated_stepping_batches):
+        epochs = trainer_facts.epochs(trainer)
+        for name in self._resolved.never_reached(epochs, trainer_facts.steps(trainer)):
             if name not in self._warned:
                 self._warned.add(name)
                 rank_zero_warn(
@@ -327,19 +310,6 @@ def _replaced(name: str) -> str:
     )
 
 
-def _renew_iterator(trainer: pl.Trainer) -> None:
-    """Makes a resumed run draw its epoch's order from the restored random state.
-
-    Lightning makes the first iterator of a run before any hook, and at a resume keeps it for the
-    epoch; the uninterrupted run made a new one after `on_train_epoch_start`, as Lightning does in
-    every other epoch.
-    """
-    loop = trainer.fit_loop
-    renews = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
-    if not renews and loop._data_fetcher is not None:
-        iter(loop._data_fetcher)
-
-
 def _report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
     """Says in one line each what begins with `phase`."""
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
@@ -348,12 +318,6 @@ def _report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
     if not phase.observe and (before is None or before.observe):
         rank_zero_info(f"Observers are frozen {when}")
     if phase.freeze_bn and (before is None or not before.freeze_bn):
-        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
-        rank_zero_info(
-            f"Batch-norm statistics are frozen {when}, at a learning rate of {max(rates, default=0):.2g}"
-            + (
-                ": with statistics frozen, one this high costs accuracy"
-                if max(rates, default=0) > 1e-3
-                else ""
-            )
-        )
+        rate = trainer_facts.highest_learning_rate(trainer)
+        high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
+        rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")

@@ -97,7 +97,8 @@ def _broadcast(trainer: pl.Trainer, outcome: Outcome | None, failure: Exception 
         torch.save(outcome.module.state_dict(), buffer)
         path = None if outcome.path is None else str(outcome.path)
         message = _Message(None, buffer.getvalue(), path, outcome.source, outcome.why)
-    return _Message(*trainer.strategy.broadcast(tuple(message)))
+    received: _Message = trainer.strategy.broadcast(message)
+    return received
 
 
 def _receive(module: pl.LightningModule, message: _Message) -> Outcome:

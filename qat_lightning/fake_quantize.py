@@ -48,10 +48,13 @@ class FakeQuantize(ao.FakeQuantize):
     Args:
         observer: One of torch's observers; moving average by default.
         quant_min: Least integer of the grid.
-        quant_max: Greatest integer of the grid; 127 for the 7-bit activations of x86 and fbgemm.
+        quant_max: Integer that the greatest value of the range falls on; 127 for the 7-bit activations of x86
+            and fbgemm. A value beyond the range goes on up to the greatest integer of the dtype, as it does
+            in the int8 network.
         **observer_kwargs: `dtype`, `qscheme`, `ch_axis` and what else the observer takes.
 
     Attributes:
+        bounds: Least and greatest integer of the dtype.
         scale: float32, one element or one for each channel.
         zero_point: int32, likewise.
         nonfinite: One bool, true once a NaN or an infinity was observed.
@@ -70,6 +73,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
         self.observing = self.rounding = True
         self.seen = False
+        self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.axis = self.ch_axis if self.is_per_channel else None
         self.symmetric = self.qscheme in _SYMMETRIC
 
@@ -83,7 +87,7 @@ class FakeQuantize(ao.FakeQuantize):
     def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Rounds `x` to the current grid, or to that with another scale, whatever the switches say."""
         scale = self.scale if scale is None else scale
-        return fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max, self.axis)
+        return fake_quantize(x, scale, self.zero_point, *self.bounds, self.axis)
 
     def observe(self, x: torch.Tensor) -> None:
         """Takes `x` into the range, and makes the grid of it."""
@@ -125,7 +129,7 @@ class FakeQuantize(ao.FakeQuantize):
         _assign(self.scale, scale)
         _assign(self.zero_point, zero_point)
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The scale and the zero point that `forward` rounds with: convert calls this."""
         return self.scale, self.zero_point
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
@@ -21,6 +23,7 @@ def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:
     batch-norm that was not fused.
     """
     inside_fused = set()
+    child: Any
     for child in module.modules():
         if hasattr(child, "freeze_bn_stats"):
             inside_fused.add(child.bn)

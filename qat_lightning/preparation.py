@@ -40,8 +40,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One prepared network: its name in the module (`""` for the module itself), and why in that
-    mode.
+    """One prepared network.
+
+    Attributes:
+        name: Its name in the module, `""` for the module itself.
+        network: The network.
+        recipe: How it was prepared.
+        reason: Why in that mode.
     """
 
     name: str

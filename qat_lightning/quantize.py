@@ -108,10 +108,11 @@ def convert(module: ModuleT) -> ModuleT:
 
 def copy_of(module: ModuleT) -> ModuleT:
     """A deep copy that also works as a LightningModule of its own."""
-    module = copy.deepcopy(module)
-    if hasattr(module, "_metric_attributes"):
-        module._metric_attributes = None  # Lightning's memory of its metrics, by the ids of the original's
-    return module
+    copied = copy.deepcopy(module)
+    if hasattr(copied, "_metric_attributes"):
+        # Lightning's memory of its metrics, by the ids of the original's.
+        vars(copied)["_metric_attributes"] = None
+    return copied
 
 
 def convert_in_place(module: ModuleT) -> ModuleT:

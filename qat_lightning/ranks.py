@@ -67,7 +67,8 @@ def _range_of(module: nn.Module, name: str, child: Any) -> tuple[torch.Tensor, t
         return low, high
     # A per-channel observer knows its size from its first tensor; the other ranks' may have seen
     # one.
-    channels = module.get_submodule(name.removesuffix(".weight_fake_quant")).weight.shape[0]
+    layer: Any = module.get_submodule(name.removesuffix(".weight_fake_quant"))
+    channels = layer.weight.shape[0]
     return low.new_full((channels,), torch.inf), high.new_full((channels,), -torch.inf)
 
 

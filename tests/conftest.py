@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None)  # no test depends on the clock
+settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)

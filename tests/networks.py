@@ -122,7 +122,7 @@ class ZeroInitResidual(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
-        nn.init.zeros_(self.branch[1].weight)
+        nn.init.zeros_(self.branch[1].get_parameter("weight"))
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Case:
     build: Callable[[], nn.Module]
     mode: str
     inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
-    min_sqnr: float = 20.0
+    min_sqnr: float = 30.0
 
     def __str__(self) -> str:
         return self.name
@@ -164,7 +164,8 @@ CASES = [
     Case("conv_bn_relu", ConvBnRelu, "fx", _image),
     Case("conv_bn_relu6", lambda: ConvBnRelu(nn.ReLU6), "fx", _image),
     Case("residual", Residual, "fx", _image),
-    Case("stubbed", Stubbed, "eager", _image),
+    # torch.ao rounds the output of an average pool in int8 and, in eager mode, not in training.
+    Case("stubbed", Stubbed, "eager", _image, min_sqnr=24),
     Case("two_inputs", TwoInputs, "fx", lambda: ((images(),), {"extra": torch.randn(16, 5)})),
     Case("embedded", Embedded, "fx", lambda: ((torch.randint(10, (16, 6)),), {})),
     Case("zero_init_residual", ZeroInitResidual, "fx", _image),
@@ -193,7 +194,8 @@ def train_steps(network: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any
     network.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        sum((leaf - 1).pow(2).mean() for leaf in leaves(network(*args, **kwargs))).backward()
+        errors = [(leaf - 1).pow(2).mean() for leaf in leaves(network(*args, **kwargs))]
+        torch.stack(errors).sum().backward()
         optimizer.step()
     network.eval()
 

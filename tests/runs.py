@@ -40,7 +40,7 @@ class TinyModule(pl.LightningModule):
         self.lr = lr
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)  # type: ignore[no-any-return]
+        return self.model(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch[0]), batch[1])
@@ -54,7 +54,7 @@ class TinyModule(pl.LightningModule):
         self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch[0])  # type: ignore[no-any-return]
+        return self(batch[0])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 from torchvision import models
@@ -143,7 +143,7 @@ def test_a_strategy_that_forks(tmp_path: Path) -> None:
 def test_a_fraction_of_an_endless_run(tmp_path: Path) -> None:
     runner = trainer(tmp_path, QuantizationAwareTraining(freeze_observers_at=0.5), max_epochs=-1)
     with pytest.raises(
-        ValueError, match="needs a run of known length.*Set one of them, or give the freeze as"
+        ValueError, match=r"needs a run of known length.*Set one of them, or give the freeze as"
     ):
         runner.fit(TinyModule())
 
@@ -159,7 +159,7 @@ def test_networks_that_are_quantized_already() -> None:
     with pytest.raises(ValueError, match="Sequential is quantized already: it holds fake-quantize modules"):
         prepare(outer)
     outer = nn.Sequential(convert(prepared), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="is quantized already: its '0.*' is the int8 module torch.ao"):
+    with pytest.raises(ValueError, match=r"is quantized already: its '0.*' is the int8 module torch.ao"):
         prepare(outer)
 
 
@@ -168,7 +168,7 @@ def test_torchvisions_int8_models_get_the_argument_to_change(tmp_path: Path) -> 
         network = models.quantization.mobilenet_v2(quantize=True)
     runner = trainer(tmp_path, QuantizationAwareTraining(), fast_dev_run=True)
     with pytest.raises(
-        ValueError, match="is quantized already.*torchvision's quantizable models take quantize=F"
+        ValueError, match=r"is quantized already.*torchvision's quantizable models take quantize=F"
     ):
         runner.fit(TinyModule(network))
 

@@ -232,7 +232,7 @@ def test_it_says_what_it_does_in_one_line_each(tmp_path: Path, caplog: pytest.Lo
         "Batch-norm statistics are frozen at epoch 1, step 6, at a learning rate of 0.05: "
         "with statistics frozen, one this high costs accuracy",
         "Observers are frozen at epoch 2, step 12",
-        f"Converted the last, since no ModelCheckpoint monitors a metric, to int8: {qat.int8_path}",
+        f"Converted to int8 the last weights, since no ModelCheckpoint monitors a metric: {qat.int8_path}",
     ]
 
 

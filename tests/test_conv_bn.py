@@ -17,11 +17,11 @@ from tests.networks import sqnr, train_steps
 
 
 def pair(relu: bool = False, **options: Any) -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3, **options), nn.BatchNorm2d(8)]
-    network = nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
-    nn.init.uniform_(network[1].weight, -1, 1)  # some scales negative
-    nn.init.normal_(network[1].bias)
-    return network
+    norm = nn.BatchNorm2d(8)
+    nn.init.uniform_(norm.weight, -1, 1)  # some scales negative
+    nn.init.normal_(norm.bias)
+    layers = [nn.Conv2d(3, 8, 3, **options), norm]
+    return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
 
 
 def fused(prepared: nn.Module) -> Any:
@@ -77,7 +77,7 @@ def test_training_forward_rounds_as_the_folded_weight_would() -> None:
 
 
 def test_zero_scales_train_and_convert_to_finite_values() -> None:
-    network = nn.Sequential(*pair(), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    network: Any = nn.Sequential(*pair(), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
     nn.init.zeros_(network[1].weight)
     nn.init.ones_(network[1].bias)  # so that the ReLU lets gradients pass
     prepared = prepare(network).train()
@@ -107,17 +107,15 @@ def test_no_observer_moves_in_eval_whether_statistics_are_frozen(frozen: bool) -
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
 def test_scale_in_forward_equals_the_converted_modules(name: str) -> None:
     prepared = prepare(getattr(models, name)(num_classes=10), backend="onednn")
     train_steps(prepared, ((torch.randn(4, 3, 64, 64),), {}), steps=2)
-    int8 = convert(prepared)
-    layers = {n: m for n, m in prepared.named_modules() if hasattr(m, "weight_fake_quant")}
+    int8: Any = convert(prepared)
+    layers: dict[str, Any] = {n: m for n, m in prepared.named_modules() if hasattr(m, "weight_fake_quant")}
     compared = 0
     for layer_name, layer in layers.items():
-        weight = int8.get_submodule(layer_name).weight()
+        weight = dict(int8.named_modules())[layer_name].weight()
         scale, zero_point = layer.weight_fake_quant.calculate_qparams()
         assert torch.equal(weight.q_per_channel_scales().float(), scale), layer_name
         assert torch.equal(weight.q_per_channel_zero_points().int(), zero_point), layer_name
@@ -129,12 +127,12 @@ def test_scale_in_forward_equals_the_converted_modules(name: str) -> None:
 def test_activation_scales_equal_the_converted_modules() -> None:
     prepared: Any = prepare(models.resnet18(num_classes=10), backend="onednn")
     train_steps(prepared, ((torch.randn(4, 3, 64, 64),), {}), steps=2)
-    int8 = dict(convert(prepared).named_modules())
+    int8: dict[str, Any] = dict(convert(prepared).named_modules())
     compared = 0
     for node in prepared.graph.nodes:
         if node.op == "call_module" and isinstance(prepared.get_submodule(node.target), FakeQuantize):
             source = node.args[0]
-            layer = int8.get(source.target) if source.op == "call_module" else None
+            layer: Any = int8.get(source.target) if source.op == "call_module" else None
             if not hasattr(layer, "scale"):
                 continue
             scale, zero_point = prepared.get_submodule(node.target).calculate_qparams()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from tests.networks import CASES, Case, Residual, Stubbed, leaves, same_state, s
 from tests.runs import dataset, loader
 
 # Mode, model, and how near int8 is to fake-quant in dB. A MobileNetV2 that has hardly been trained
-# amplifies every rounding: its fake-quant outputs are 7 to 10 dB from its float ones.
+# amplifies every difference: its fake-quant outputs are only 7 to 10 dB from its float ones.
 TORCHVISION: dict[str, tuple[str, Callable[[], nn.Module], float]] = {
-    "mobilenet_v2-fx": ("fx", lambda: models.mobilenet_v2(num_classes=4), 5),
-    "resnet18-fx": ("fx", lambda: models.resnet18(num_classes=4), 30),
-    "mobilenet_v2-eager": ("eager", lambda: models.quantization.mobilenet_v2(num_classes=4), 5),
-    "resnet18-eager": ("eager", lambda: models.quantization.resnet18(num_classes=4), 30),
+    "mobilenet_v2-fx": ("fx", lambda: models.mobilenet_v2(num_classes=4), 18),
+    "resnet18-fx": ("fx", lambda: models.resnet18(num_classes=4), 35),
+    "mobilenet_v2-eager": ("eager", lambda: models.quantization.mobilenet_v2(num_classes=4), 18),
+    "resnet18-eager": ("eager", lambda: models.quantization.resnet18(num_classes=4), 35),
 }
 
 
@@ -83,7 +84,7 @@ def test_a_trained_network_decides_alike_in_int8(network: type[nn.Module], backe
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_models(name: str) -> None:
     mode, build, min_sqnr = TORCHVISION[name]
-    prepared = prepare(build(), backend="onednn")
+    prepared = prepare(build())
     recipe = recipe_of(prepared)
     assert recipe is not None
     assert recipe.mode == mode
@@ -102,7 +103,7 @@ def test_torchvision_models(name: str) -> None:
     with torch.no_grad():
         fake, converted = prepared(x), int8(x)
     assert sqnr(fake, converted) > min_sqnr
-    assert (fake.argmax(1) == converted.argmax(1)).float().mean() > 0.8
+    assert (fake.argmax(1) == converted.argmax(1)).float().mean() > 0.9
 
 
 def _photos(count: int) -> Tensor:
@@ -112,7 +113,8 @@ def _photos(count: int) -> Tensor:
 
 def _settle(prepared: nn.Module, x: Tensor) -> None:
     """Lets batch-norm statistics and ranges settle on one batch, as a long training does."""
-    for module in prepared.modules():
+    modules: list[Any] = list(prepared.modules())
+    for module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
         if hasattr(module, "averaging_constant"):
@@ -132,7 +134,7 @@ def test_convert_takes_every_prepared_network_inside_a_module() -> None:
             self.head = nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.first(x) + self.second(x))  # type: ignore[no-any-return]
+            return self.head(self.first(x) + self.second(x))
 
     module = Two()
     train_steps(module, ((torch.randn(16, 3, 12, 12),), {}))
@@ -158,12 +160,12 @@ def test_convert_leaves_the_training_mode_of_its_source() -> None:
 @pytest.mark.parametrize("build", [Residual, Stubbed])
 def test_convert_before_any_data_says_what_to_do(build: type[nn.Module]) -> None:
     prepared = prepare(build())
-    with pytest.raises(ConversionError, match="no batch has passed through it in training mode.*Train it"):
+    with pytest.raises(ConversionError, match=r"no batch has passed through it in training mode.*Train it"):
         convert(prepared)
 
 
 def test_convert_of_a_float_or_int8_network_says_what_it_takes() -> None:
-    with pytest.raises(ConversionError, match="takes a network that `prepare` made.*received Residual"):
+    with pytest.raises(ConversionError, match=r"takes a network that `prepare` made.*received Residual"):
         convert(Residual())
     prepared = prepare(Residual())
     train_steps(prepared, ((torch.randn(16, 3, 12, 12),), {}))

@@ -23,17 +23,19 @@ def run(path: Path, *inputs: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feed)]
 
 
-@pytest.mark.parametrize("backend", ["x86", "onednn"])
-def test_trained_network_follows_fake_quant_in_onnx_runtime(tmp_path: Path, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "decibels"), [("x86", 35), ("onednn", 42)])  # 7 bits and 8
+def test_trained_network_follows_fake_quant_in_onnx_runtime(
+    tmp_path: Path, backend: str, decibels: float
+) -> None:
     prepared = trained_digits_network(backend=backend)
     images = digits()[0][1400:]
-    path = export_onnx(prepared, tmp_path / "digits.onnx", (images[:8],), min_sqnr=40)
+    path = export_onnx(prepared, tmp_path / "digits.onnx", (images[:8],), min_sqnr=decibels)
 
     with torch.no_grad():
         expected = prepared(images)
     (outputs,) = run(path, images)  # another batch size than the example's
 
-    assert sqnr(expected, outputs) > 40
+    assert sqnr(expected, outputs) > decibels
     assert (outputs.argmax(1) == expected.argmax(1)).float().mean() > 0.99
 
 
@@ -45,14 +47,12 @@ def test_weights_are_int8_in_the_file(tmp_path: Path) -> None:
     onnx.checker.check_model(model)
     int8 = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
     big_floats = [
-        t.name
-        for t in model.graph.initializer
-        if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1
+        t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1
     ]
     assert len(int8) == 4
     assert big_floats == []
     weights = sum(p.numel() for p in prepared.parameters() if p.ndim > 1)
-    assert path.stat().st_size < 1.6 * weights  # a byte a weight, and the graph around them
+    assert path.stat().st_size < weights + 60_000  # a byte a weight, and the graph around them
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

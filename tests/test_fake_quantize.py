@@ -97,9 +97,7 @@ def test_per_channel_rounds_each_channel_to_its_own_grid(memory_format: torch.me
 
 @settings(max_examples=100, deadline=None)
 @given(low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6), grid=GRIDS)
-def test_affine_grid_covers_the_range_and_holds_zero(
-    low: float, width: float, grid: tuple[int, int]
-) -> None:
+def test_affine_grid_covers_the_range_and_holds_zero(low: float, width: float, grid: tuple[int, int]) -> None:
     quant_min, quant_max = grid
     scale, zero_point = affine_grid(
         torch.tensor([low]), torch.tensor([low + width]), quant_min, quant_max, 1e-7
@@ -155,7 +153,9 @@ def test_nonfinite_values_never_enter_the_range_and_set_the_flag(observer: str, 
     assert not grid.nonfinite
     grid(torch.tensor([0.5, bad, -0.5]))
     assert grid.nonfinite
-    assert [torch.equal(a, b) for a, b in zip(before, (grid.scale, grid.zero_point), strict=True)] == [True] * 2
+    assert [torch.equal(a, b) for a, b in zip(before, (grid.scale, grid.zero_point), strict=True)] == [
+        True
+    ] * 2
     grid(torch.randn(100))
     assert grid.nonfinite  # sticky
 
@@ -170,7 +170,8 @@ def test_first_nonfinite_tensor_leaves_no_range() -> None:
 
 @pytest.mark.parametrize("observer", ["moving_average", "min_max"])
 def test_range_follows_torchs_own_observer(observer: str) -> None:
-    grid, torchs = activation_grid(observer=observer), OBSERVERS[observer](dtype=torch.quint8)
+    grid = activation_grid(observer=observer)
+    torchs: Any = OBSERVERS[observer](dtype=torch.quint8)
     for scale in (1.0, 3.0, 0.5):
         x = torch.randn(50) * scale
         grid(x)
@@ -251,6 +252,7 @@ def test_compiles_as_one_graph(make: Any) -> None:
         left.sum().backward()
         right.sum().backward()
         assert a.grad is not None
+        assert b.grad is not None
         assert torch.equal(a.grad, b.grad)
     assert torch.equal(eager.scale, compiled.scale)
 

@@ -118,9 +118,9 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         load_int8(path, Residual())
     for content in (Residual().state_dict(), [1, 2], {"format": "another"}):
         torch.save(content, path)
-        with pytest.raises(Int8FileError, match="is no int8 file of qat-lightning.*use load_qat_checkpoint"):
+        with pytest.raises(Int8FileError, match=r"is no int8 file of qat-lightning.*use load_qat_checkpoint"):
             load_int8(path, Residual())
-    with pytest.raises(FileNotFoundError, match="There is no file .*missing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*missing.pt"):
         load_int8(tmp_path / "missing.pt", Residual())
 
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_keeps_the_phase(tmp_path: Path) -> None:
 def test_a_float_checkpoint_is_no_qat_checkpoint(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="float")
     trainer(tmp_path, checkpoint, max_epochs=1).fit(TinyModule())
-    with pytest.raises(ValueError, match="no quantization recipe is in it.*TinyModule.load_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"no quantization recipe is in it.*TinyModule.load_from_checkpoint"):
         load_qat_checkpoint(tmp_path / "float.ckpt", TinyModule())
 
 

@@ -10,8 +10,8 @@ import hydra
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,8 +39,8 @@ class KeywordInputs(TinyModule):
     def __init__(self) -> None:
         super().__init__(TwoInputs())
 
-    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
-        return self.model(x, extra=extra)["logits"]  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, extra: Tensor) -> Tensor:  # type: ignore[override]
+        return self.model(x, extra=extra)["logits"]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0], extra=batch[1]), batch[2])
@@ -155,7 +155,7 @@ class LooseFx(TinyModule):
         self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+        return self.fc(self.conv(x).relu().mean((2, 3)))
 
 
 def test_layers_on_the_module_are_prepared_in_place_in_eager_mode(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ class Pair(TinyModule):
         self.teacher = Stubbed()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) + self.teacher(x)  # type: ignore[no-any-return]
+        return self.model(x) + self.teacher(x)
 
 
 def test_two_networks_in_one_module(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_lightning_cli_builds_the_callback(tmp_path: Path, monkeypatch: pyte
     cli = LightningCLI(
         Hyper, args={"trainer": options}, run=False, save_config_callback=None, seed_everything_default=False
     )
-    (qat,) = [c for c in cli.trainer.callbacks if isinstance(c, QuantizationAwareTraining)]
+    (qat,) = [c for c in vars(cli.trainer)["callbacks"] if isinstance(c, QuantizationAwareTraining)]
     assert (qat.settings.backend, qat.settings.keep_float) == ("qnnpack", ["fc"])
     assert (qat.schedule.freeze_bn_at, qat.schedule.freeze_observers_at) == (0.5, 1)
     assert isinstance(qat.schedule.freeze_observers_at, int)

@@ -151,7 +151,7 @@ def test_the_engine_of_torch_is_left_as_it_was() -> None:
     int8 = convert(prepared)
     assert torch.backends.quantized.engine == before
     seen: list[str] = []
-    int8.fc.register_forward_hook(lambda *_: seen.append(torch.backends.quantized.engine))  # type: ignore[operator, union-attr]
+    int8.get_submodule("fc").register_forward_hook(lambda *_: seen.append(torch.backends.quantized.engine))
     int8(images())
     assert seen == ["qnnpack"]
     assert torch.backends.quantized.engine == before

@@ -46,10 +46,10 @@ class Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(1, 3, bias=False))
-        nn.init.constant_(self.body[0].weight, 1.0)
+        nn.init.constant_(next(self.body.parameters()), 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)  # type: ignore[no-any-return]
+        return self.body(x)
 
 
 def _process(rank: int, folder: str) -> None:

@@ -37,7 +37,7 @@ def best_of(folder: Path, **options: Any) -> ModelCheckpoint:
 
 def outputs(module: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return module.eval()(dataset(32, seed=2).tensors[0])  # type: ignore[no-any-return]
+        return module.eval()(dataset(32, seed=2).tensors[0])
 
 
 @pytest.mark.parametrize("network", [Residual, Stubbed])
@@ -151,7 +151,7 @@ def test_a_second_fit_with_another_backend_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, QuantizationAwareTraining(), fast_dev_run=True).fit(module)
     other = QuantizationAwareTraining(backend="qnnpack")
     with pytest.raises(
-        ValueError, match="'model' is quantized already, with backend='x86'.*'qnnpack'.*Start"
+        ValueError, match=r"'model' is quantized already, with backend='x86'.*'qnnpack'.*Start"
     ):
         trainer(tmp_path, other, fast_dev_run=True).fit(module)
 
@@ -169,9 +169,9 @@ def test_fitting_the_int8_module_is_refused(tmp_path: Path) -> None:
 def test_a_failed_conversion_says_that_the_weights_are_safe(tmp_path: Path) -> None:
     class Unseen(QuantizationAwareTraining):
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            for module in pl_module.modules():
-                if hasattr(module, "reset_min_max_vals"):
-                    module.reset_min_max_vals()
+            observers: list[Any] = [m for m in pl_module.modules() if hasattr(m, "reset_min_max_vals")]
+            for observer in observers:
+                observer.reset_min_max_vals()
 
     with pytest.raises(
         ConversionError, match=r"could not be converted.*weights are safe.*load_qat_checkpoint"

@@ -1,4 +1,4 @@
-"""A run that crashes and is resumed in a new process' stead ends where the uninterrupted one does, bit for bit."""
+"""A run that crashes and is resumed ends where the uninterrupted one does, bit for bit."""
 
 from __future__ import annotations
 

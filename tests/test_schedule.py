@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ schedules = st.builds(Schedule, points, points, st.integers(0, 20))
 def test_phases_only_ever_go_forward(schedule: Schedule, total: int, per_epoch: int) -> None:
     resolved = schedule.resolve(total)
     phases = [resolved.phase(step // per_epoch, step) for step in range(min(total, 300))]
-    for before, after in zip(phases, phases[1:], strict=False):
+    for before, after in pairwise(phases):
         assert after.fake_quant >= before.fake_quant
         assert after.freeze_bn >= before.freeze_bn
         assert after.observe <= before.observe

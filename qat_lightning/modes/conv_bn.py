@@ -138,6 +138,7 @@ def use_undivided(prepared: nn.Module) -> None:
     Only where the weight has this package's grid, per channel and symmetric; the modules keep their names and
     state, so that only the class of each changes.
     """
+    module: Any
     for module in prepared.modules():
         grid = getattr(module, "weight_fake_quant", None)
         if isinstance(grid, FakeQuantize) and grid.axis == 0:

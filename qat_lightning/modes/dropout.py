@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
     """Removes the fake-quantizes after dropouts whose input is rounded, in place."""
     for node in _dropouts(prepared):
-        if _is_fake_quantize(prepared, node.args[0]):
+        if _is_fake_quantize(prepared, node.all_input_nodes[0]):
             for user in list(node.users):
                 if _is_fake_quantize(prepared, user):
                     user.replace_all_uses_with(node)
@@ -26,7 +26,8 @@ def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
 def remove_dropout(graph_module: fx.GraphModule) -> None:
     """Removes every dropout from a graph that will only evaluate; the caller recompiles."""
     for node in _dropouts(graph_module):
-        node.replace_all_uses_with(node.args[0])
+        (source,) = node.all_input_nodes
+        node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
 
 
@@ -34,8 +35,8 @@ def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph_module.graph.nodes if isinstance(_module(graph_module, node), _DropoutNd)]
 
 
-def _is_fake_quantize(graph_module: fx.GraphModule, node: object) -> bool:
-    return isinstance(node, fx.Node) and isinstance(_module(graph_module, node), FakeQuantizeBase)
+def _is_fake_quantize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(_module(graph_module, node), FakeQuantizeBase)
 
 
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -141,5 +141,5 @@ def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return tuple(floating(a) for a in args), {key: floating(a) for key, a in kwargs.items()}
 
 
-def _quantize_output(module: nn.Module, args: Any, output: Any) -> Any:
+def _quantize_output(module: Any, args: Any, output: Any) -> Any:
     return module.requantize(output)

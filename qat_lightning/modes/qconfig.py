@@ -72,7 +72,7 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping
     if isinstance(qconfig, QConfigMapping):
         return qconfig
     mapping = get_default_qat_qconfig_mapping(backend)
-    theirs = mapping.global_qconfig
+    theirs: Any = mapping.global_qconfig
     if qconfig != "torch":
         ours = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
         mapping.set_global(ours)
@@ -107,7 +107,7 @@ def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConf
 def describe(fake_quantize: FakeQuantizeBase) -> str:
     """The grid of one fake-quantize in words: observer, scheme, dtype and range of integers."""
     observer = getattr(fake_quantize, "activation_post_process", None)
-    kind = type(observer)
+    kind: Any = type(observer)
     name = OBSERVER_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
     source = observer if observer is not None else fake_quantize
     low, high = getattr(source, "quant_min", None), getattr(source, "quant_max", None)

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
+from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.tracing import evaluate_only
 from qat_lightning.quiet import quiet_torch_ao
 
@@ -29,9 +30,8 @@ class QuantizeDequantize(nn.Module):
     def __init__(self, fake_quantize: Any) -> None:
         super().__init__()
         scale, zero_point = fake_quantize.calculate_qparams()
-        observer = fake_quantize.activation_post_process
         self.scale, self.zero_point = float(scale), int(zero_point)
-        self.bounds = (int(observer.quant_min), int(observer.quant_max))
+        self.bounds = _bounds(fake_quantize)
         self.dtype = torch.int8 if self.bounds[0] < 0 else torch.uint8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,10 +51,9 @@ class ReferenceLayer(nn.Module):
     def __init__(self, layer: Any, fake_quantize: Any, relu: bool) -> None:
         super().__init__()
         scale, zero_point = fake_quantize.calculate_qparams()
-        observer = fake_quantize.activation_post_process
         self.layer, self.relu = layer, relu
         self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
-        self.bounds = (int(observer.quant_min), int(observer.quant_max))
+        self.bounds = _bounds(fake_quantize)
         if self.axis is None:
             self.scale, self.zero_point = float(scale), int(zero_point)
         else:
@@ -79,8 +78,16 @@ class ReferenceLayer(nn.Module):
         return F.relu(y) if self.relu else y
 
 
+def _bounds(fake_quantize: Any) -> tuple[int, int]:
+    """The least and the greatest integer that a fake-quantize rounds to."""
+    if isinstance(fake_quantize, FakeQuantize):
+        return fake_quantize.bounds
+    observer = fake_quantize.activation_post_process
+    return int(observer.quant_min), int(observer.quant_max)
+
+
 def reference(prepared: nn.Module) -> nn.Module:
-    """Makes the reference graph of a prepared network, on the CPU in eval mode; the network stays as it is."""
+    """Makes the reference graph of a prepared network, in eval mode on the CPU, of a copy."""
     module = copy.deepcopy(prepared).cpu().eval()
     for network in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         evaluate_only(network)

@@ -281,9 +281,10 @@ def by_mode(node: fx.Node, args: Any, kwargs: Any) -> nn.Module:
 
     A dropout becomes `nn.Dropout`, which torch.ao knows how to carry through int8.
     """
-    dropout = _DROPOUTS.get(node.target) if callable(node.target) else None
+    function: Any = node.target
+    dropout = _DROPOUTS.get(function)
     if dropout is not None:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         return dropout(p=bound.arguments["p"])
     slots: dict[fx.Node, Slot] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}

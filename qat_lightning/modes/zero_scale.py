@@ -7,6 +7,8 @@ channels end there: both would give NaN at the first step.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from qat_lightning.modes.conv_bn import Undivided
@@ -19,7 +21,8 @@ _REPLACEMENT = 1e-3
 
 def replace_zero_scales(prepared: nn.Module) -> None:
     """Gives every fused batch-norm in `prepared` a small scale where it has none, in place."""
-    for module in prepared.modules():
+    modules: list[Any] = list(prepared.modules())
+    for module in modules:
         divides = hasattr(module, "freeze_bn_stats") and not isinstance(module, Undivided)
         if divides and module.bn.affine:
             scale = module.bn.weight.detach()

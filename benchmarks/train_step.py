@@ -1,0 +1,225 @@
+"""What a step of quantization-aware training costs, over a step of float training.
+
+    python -m benchmarks.train_step                                  # four networks, batch 32x3x64x64, CPU
+    python -m benchmarks.train_step --models resnet18 --size 224     # memory at full size
+    python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile
+
+A step is forward, backward and SGD. All variants of a network are timed in one process, a step of
+each in turn, so that what else the machine does falls on all alike; the figure is the median of the
+ratios to the float step of the same round. Memory is the peak of what autograd and the optimizer
+hold, above the weights: on CUDA the allocator's peak, on the CPU the bytes saved for backward. Variants:
+
+- ours, observing; observers frozen; all frozen (batch-norm statistics too)
+- torch fx: `prepare_qat_fx` with PyTorch's default mapping for the backend
+- torch eager: torchvision's quantizable variant, fused and prepared as in its reference script
+- NNCF and Brevitas, where they are installed: pip install ".[bench]"
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import quantization as quantizable
+
+from qat_lightning import prepare
+from qat_lightning.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.quiet import quiet_torch_ao
+
+MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
+
+
+def ours(network: nn.Module, *, observe: bool, freeze_bn: bool) -> nn.Module:
+    prepared = prepare(network, backend="x86").train()
+    with torch.no_grad():
+        prepared(torch.randn(2, 3, 64, 64))
+    set_enabled(prepared, observer=observe, fake_quant=True)
+    freeze_bn_statistics(prepared, frozen=freeze_bn)
+    return prepared
+
+
+def torch_fx(network: nn.Module) -> nn.Module:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(network, get_default_qat_qconfig_mapping("x86"), ())
+
+
+def torch_eager(name: str) -> nn.Module:
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    network = getattr(quantizable, name)(quantize=False).train()
+    network.fuse_model(is_qat=True)
+    network.qconfig = get_default_qat_qconfig("x86")
+    return prepare_qat(network)
+
+
+def nncf(network: nn.Module, x: Tensor) -> nn.Module:
+    import nncf as package
+
+    dataset = package.Dataset([x])
+    return package.quantize(network, dataset, subset_size=1, fast_bias_correction=True).train()
+
+
+def brevitas(network: nn.Module, x: Tensor) -> nn.Module:
+    from brevitas.graph.quantize import preprocess_for_quantize, quantize
+
+    return quantize(preprocess_for_quantize(network.eval())).train()
+
+
+def variants(name: str, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
+    def fresh() -> nn.Module:
+        return getattr(models, name)().train()
+
+    made: dict[str, Callable[[], nn.Module]] = {
+        "float": fresh,
+        "ours, observing": lambda: ours(fresh(), observe=True, freeze_bn=False),
+        "ours, observers frozen": lambda: ours(fresh(), observe=False, freeze_bn=False),
+        "ours, all frozen": lambda: ours(fresh(), observe=False, freeze_bn=True),
+        "torch fx": lambda: torch_fx(fresh()),
+    }
+    if hasattr(quantizable, name):
+        made["torch eager"] = lambda: torch_eager(name)
+    if find_spec("nncf"):
+        made["NNCF"] = lambda: nncf(fresh(), x[:2])
+    if find_spec("brevitas"):
+        made["Brevitas"] = lambda: brevitas(fresh(), x[:2])
+    return made
+
+
+class Stepper:
+    """One network with its optimizer, which does a training step when called."""
+
+    def __init__(self, network: nn.Module, args: argparse.Namespace) -> None:
+        self.network = network.to(args.device)
+        self.forward: Any = torch.compile(self.network) if args.compile else self.network
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-4, momentum=0.9)
+        self.args = args
+
+    def __call__(self, x: Tensor, labels: Tensor) -> None:
+        autocast = self.args.dtype != torch.float32
+        with torch.autocast(self.args.device, dtype=self.args.dtype, enabled=autocast):
+            loss = nn.functional.cross_entropy(self.forward(x), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.args.device == "cuda":
+            torch.cuda.synchronize()
+
+    def memory(self, x: Tensor, labels: Tensor) -> int:
+        """Bytes that a step holds at most."""
+        if self.args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self(x, labels)
+            return torch.cuda.max_memory_allocated() - before
+        saved: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = nn.functional.cross_entropy(self.network(x), labels)
+        del loss
+        return sum(saved.values())
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    torch.manual_seed(0)
+    x = torch.randn(args.batch, 3, args.size, args.size)
+    labels = torch.randint(1000, (args.batch,))
+    with quiet_torch_ao(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steppers = {key: Stepper(make(), args) for key, make in variants(name, x).items()}
+    x, labels = x.to(args.device), labels.to(args.device)
+    memory = {key: stepper.memory(x, labels) for key, stepper in steppers.items()}
+    for stepper in steppers.values():  # warm up
+        stepper(x, labels)
+    times: dict[str, list[float]] = {key: [] for key in steppers}
+    for _ in track(range(args.rounds), f"{name}", transient=True):
+        for key, stepper in steppers.items():
+            start = time.perf_counter()
+            stepper(x, labels)
+            times[key].append(time.perf_counter() - start)
+    return {
+        key: {
+            "milliseconds": statistics.median(values) * 1e3,
+            "ratio": statistics.median(t / f for t, f in zip(values, times["float"], strict=True)),
+            "memory_megabytes": memory[key] / 1e6,
+            "memory_ratio": memory[key] / memory["float"],
+        }
+        for key, values in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("train_step.json"))
+    args = parser.parse_args()
+    found = {name: measure(name, args) for name in args.models}
+    args.output.write_text(json.dumps(found, indent=2))
+    Console().print(table(found, args))
+    plot(copy.deepcopy(found), args.output.with_suffix(".png"))
+    print(f"All figures: {args.output}, {args.output.with_suffix('.png')}")
+
+
+def table(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> Table:
+    title = f"Step time (and saved memory) over float, {args.batch}x3x{args.size}x{args.size}, {args.device}"
+    result = Table(title=title)
+    result.add_column("variant")
+    for name in found:
+        result.add_column(name, justify="right")
+    keys = dict.fromkeys(key for row in found.values() for key in row)
+    for key in keys:
+        cells = []
+        for row in found.values():
+            cell = row.get(key)
+            cells.append(f"{cell['ratio']:.2f} ({cell['memory_ratio']:.2f})" if cell else "-")
+        result.add_row(key, *cells)
+    return result
+
+
+def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(3.5 * len(found), 3), squeeze=False, sharex=True)
+    for axis, (name, row) in zip(axes[0], found.items(), strict=True):
+        keys = [key for key in row if key != "float"]
+        axis.barh(keys[::-1], [row[key]["ratio"] for key in keys[::-1]])
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_title(name)
+        axis.set_xlabel("step time over float")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Finds the first tensor of a prepared network that held a NaN or an infinity.
+
+Raising inside `forward` would break `torch.compile` and make a GPU wait at every layer, so that each
+fake-quantize only sets a flag; here all flags are read in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.fake_quantize import FakeQuantize
+
+
+def first_nonfinite(network: nn.Module) -> str | None:
+    """Names the first tensor in execution order that was observed with a NaN or an infinity."""
+    named = list(_in_execution_order(network))
+    if not named:
+        return None
+    flags = torch.cat([grid.nonfinite for _, grid in named]).tolist()
+    return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
+
+
+def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """A graph's own order; in eager mode the order in which the modules were registered."""
+    if not isinstance(network, fx.GraphModule):
+        for name, module in network.named_modules():
+            if isinstance(module, FakeQuantize):
+                yield _describe(name), module
+        return
+    for node in network.graph.nodes:
+        called: Any = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, FakeQuantize):
+            yield _input_of(node), called
+        elif isinstance(getattr(called, "weight_fake_quant", None), FakeQuantize):
+            yield f"the weight of {node.target!r}", called.weight_fake_quant
+
+
+def _input_of(node: fx.Node) -> str:
+    source = node.all_input_nodes[0]
+    if source.op == "placeholder":
+        return f"the input {source.target!r}"
+    return f"the output of {str(source.target if source.op == 'call_module' else source.name)!r}"
+
+
+def _describe(name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    return f"the weight of {owner!r}" if leaf == "weight_fake_quant" else f"the output of {owner!r}"

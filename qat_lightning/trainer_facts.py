@@ -1,0 +1,66 @@
+"""What the callback asks of a Trainer: whether it can be used, how long its run is, how far it has come."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raises a `MisconfigurationException` where the parameters or the processes are out of reach."""
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            "Quantization-aware training needs every parameter whole on every rank, but "
+            f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
+        )
+    start_method = getattr(trainer.strategy.launcher, "_start_method", None)
+    if start_method is not None:
+        raise MisconfigurationException(
+            f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
+            "module is not prepared. Use strategy='ddp', which starts them as scripts."
+        )
+
+
+def epochs(trainer: pl.Trainer) -> float:
+    """Epochs of the whole run, infinite where there is no limit."""
+    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+
+
+def steps(trainer: pl.Trainer) -> float:
+    """Steps of the whole run in the unit of :func:`steps_done`, infinite where there is no limit."""
+    if _counts_batches(trainer):
+        return trainer.num_training_batches * epochs(trainer)
+    return trainer.estimated_stepping_batches
+
+
+def steps_done(trainer: pl.Trainer) -> int:
+    """Steps that the run has done: of the optimizer, or with manual optimization batches.
+
+    With manual optimization a batch may step several optimizers, or none, and Lightning's global step counts
+    each; only in batches is the length of a run of so many epochs known.
+    """
+    if _counts_batches(trainer):
+        return max(trainer.fit_loop.total_batch_idx, 0)
+    return trainer.global_step
+
+
+def _counts_batches(trainer: pl.Trainer) -> bool:
+    return not trainer.lightning_module.automatic_optimization and math.isfinite(epochs(trainer))
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> Path:
+    """Where the run's checkpoints go, or its root folder where there are none."""
+    beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(beside or trainer.default_root_dir)
+
+
+def highest_learning_rate(trainer: pl.Trainer) -> float:
+    """The highest learning rate of any parameter group at the moment."""
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return float(max(rates, default=0.0))

@@ -1,0 +1,83 @@
+"""A NaN in training is found, named, and never reaches a range or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat_lightning import QuantizationAwareTraining, prepare
+from qat_lightning.finiteness import first_nonfinite
+from tests.networks import CASES, Case, train_steps
+from tests.runs import TinyModule, trainer
+
+
+class Poisoned(nn.Module):
+    """A branch gives NaN from its third batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 4)
+        self.poison = Poison()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.poison(self.first(x))).mean((2, 3)))
+
+
+class Poison(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x / 0.0 if self.calls > 2 else x
+
+
+def poisoned_run(folder: Path, **options: Any) -> tuple[pl.LightningModule, str]:
+    module = TinyModule(Poisoned())
+    qat = QuantizationAwareTraining(keep_float=["poison"], mode="fx")
+    with pytest.raises(FloatingPointError) as caught:
+        trainer(folder, qat, max_epochs=2, limit_val_batches=0, **options).fit(module)
+    return module, str(caught.value)
+
+
+def test_the_first_tensor_in_execution_order_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
+    module, message = poisoned_run(tmp_path)
+    assert "the output of 'poison'" in message
+    assert "step 3" in message
+    assert "gradient_clip_val" in message
+    for name, value in module.state_dict().items():
+        if name.endswith(("min_val", "max_val", ".scale")) and "weight" not in name:
+            assert torch.isfinite(value).all(), name
+
+
+def test_no_checkpoint_is_written_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
+    monkeypatch.setattr(QuantizationAwareTraining, "on_train_batch_end", lambda *_: None)
+    poisoned_run(tmp_path)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_healthy_network_has_none(case: Case) -> None:
+    prepared = prepare(case.build(), mode=case.mode)
+    train_steps(prepared, case.inputs())
+    assert first_nonfinite(prepared) is None
+
+
+def test_a_poisoned_weight_is_named() -> None:
+    prepared: Any = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))).train()
+    with torch.no_grad():
+        prepared.get_submodule("2").weight[0, 0, 0, 0] = torch.nan
+    prepared(torch.randn(2, 3, 8, 8))
+    assert first_nonfinite(prepared) == "the weight of '2'"
