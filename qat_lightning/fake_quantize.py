@@ -25,7 +25,7 @@ from torch.ao.quantization.observer import (
     PerChannelMinMaxObserver,
 )
 
-from qat_lightning.numerics import affine_grid, fake_quantize, symmetric_grid
+from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, symmetric_grid
 
 OBSERVERS: dict[str, type[nn.Module]] = {
     "moving_average": MovingAverageMinMaxObserver,
@@ -78,16 +78,21 @@ class FakeQuantize(ao.FakeQuantize):
         self.symmetric = self.qscheme in _SYMMETRIC
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        if (self.training and self.observing) or (self.axis is not None and not self.seen):
+        observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
+        if observed:
             self.observe(X.detach())
         if not self.rounding or X.numel() == 0:
             return X
-        return self.round(X)
+        if self.axis == 0 and self.symmetric:
+            # A weight's grid was made of this very tensor, which lies inside it.
+            return round_weight(X, self.scale, self.bounds, inside=observed)
+        return fake_quantize(X, self.scale, self.zero_point, *self.bounds, self.axis)
 
-    def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Rounds `x` to the current grid, or to that with another scale, whatever the switches say."""
-        scale = self.scale if scale is None else scale
-        return fake_quantize(x, scale, self.zero_point, *self.bounds, self.axis)
+    @torch.no_grad()
+    def magnitude(self, weight: torch.Tensor) -> torch.Tensor:
+        """The greatest magnitude of each output channel, in float32."""
+        rows = weight.detach().flatten(1).float()
+        return torch.maximum(rows.amax(1), -rows.amin(1))
 
     def observe(self, x: torch.Tensor) -> None:
         """Takes `x` into the range, and makes the grid of it."""

@@ -70,7 +70,7 @@ def test_training_forward_rounds_as_the_folded_weight_would() -> None:
     prepared(x)
     layer.weight_fake_quant.disable_observer()
     factor = (layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)).detach()
-    folded = layer.weight_fake_quant.round(layer.weight * factor.view(-1, 1, 1, 1)).detach()
+    folded = layer.weight_fake_quant(layer.weight * factor.view(-1, 1, 1, 1)).detach()
     before = copy.deepcopy(layer.bn)
     expected = before(layer._conv_forward(x, folded, None) / factor.view(1, -1, 1, 1))
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)

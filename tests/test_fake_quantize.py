@@ -15,7 +15,7 @@ from torch import Tensor
 from qat_lightning import FakeQuantize
 from qat_lightning.fake_quantize import OBSERVERS
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.numerics import affine_grid, fake_quantize, symmetric_grid
+from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, symmetric_grid
 from qat_lightning.quiet import quiet_torch_ao
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
@@ -82,6 +82,49 @@ def test_gradient_is_the_straight_through_estimators(
     inside = (integers >= low) & (integers <= high)
     assert x.grad is not None
     assert torch.equal(x.grad, torch.where(inside, grad, 0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=2, max_size=5),
+    folded=st.booleans(),
+    spread=st.floats(0.5, 4),
+    seed=st.integers(0, 1000),
+)
+def test_round_weight_is_fake_quantize_of_the_folded_weight(
+    shape: list[int], folded: bool, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).float()
+    factor = torch.randn(shape[0], generator=generator) if folded else None
+    scale = torch.rand(shape[0], generator=generator) * spread / 127 + 1e-4
+    grad = torch.randn(shape, generator=generator)
+    plain, fast = (weight.clone().requires_grad_() for _ in range(2))
+    factors = [None if factor is None else factor.clone().requires_grad_() for _ in range(2)]
+
+    column = [-1] + [1] * (len(shape) - 1)
+    product = plain if factors[0] is None else plain * factors[0].view(column)
+    zero = torch.zeros(shape[0], dtype=torch.int32)
+    slow = fake_quantize(product, scale, zero, -128, 127, axis=0)
+    slow.backward(grad)
+    quick = round_weight(fast, scale, (-128, 127), factors[1])
+    quick.backward(grad)
+
+    position = (product.detach() / scale.view(column)).abs()
+    tie = ((position.frac() - 0.5).abs() < 1e-3) | ((position - 127.5).abs() < 1)
+    torch.testing.assert_close(quick[~tie], slow[~tie])
+    assert plain.grad is not None
+    assert fast.grad is not None
+    torch.testing.assert_close(fast.grad[~tie], plain.grad[~tie])
+    if factors[0] is not None and factors[1] is not None and not tie.any():
+        torch.testing.assert_close(factors[1].grad, factors[0].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_inside_its_grid_gets_every_gradient() -> None:
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    weight_grid()(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

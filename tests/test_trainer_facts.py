@@ -24,7 +24,8 @@ class TwoOptimizers(TinyModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         loss = F.cross_entropy(self(batch[0]), batch[1])
         self.manual_backward(loss)
-        for optimizer in self.optimizers():
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 

@@ -21,6 +21,7 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import EPS, FakeQuantize
+from qat_lightning.numerics import round_weight
 
 
 class Undivided:
@@ -35,37 +36,48 @@ class Undivided:
     _conv_forward: Any
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and not self.freeze_bn:
-            y = self.bn(self._conv_forward(x, self._rounded(), self.bias))
-            self._observe()  # after batch-norm has moved its statistics, for the evaluation that may follow
+        if not self._folds(x):
+            magnitude = self.weight_fake_quant.magnitude(self.weight)
+            y = self.bn(self._conv_forward(x, self._rounded(magnitude), self.bias))
+            self._observe(magnitude)  # after batch-norm has moved its statistics: for what follows this step
             return y
-        self._observe()
+        if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
+            self._observe(self.weight_fake_quant.magnitude(self.weight))
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         bias = -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
-        weight = self.weight * factor.view(-1, *[1] * (self.weight.ndim - 1))
-        if self.weight_fake_quant.rounding:
-            weight = self.weight_fake_quant.round(weight)
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(x, self._folded(factor), bias)
+
+    def _folds(self, x: torch.Tensor) -> bool:
+        """Whether batch-norm is folded into the weight, or follows as an operation of its own.
+
+        In eval mode it is, as in the int8 network. In training with frozen statistics both are the same
+        function, and the one with less to do is taken: folding passes over the weight, batch-norm over the
+        activations.
+        """
+        return not self.training or (self.freeze_bn and self.weight.numel() < x.numel())
 
     def _factor(self) -> torch.Tensor:
         """What batch-norm multiplies each channel by."""
         rsqrt = torch.rsqrt(self.bn.running_var + self.bn.eps)
         return rsqrt if self.bn.weight is None else self.bn.weight * rsqrt
 
-    def _magnitude(self) -> torch.Tensor:
-        """The greatest magnitude in each channel of the plain weight."""
-        return self.weight.detach().flatten(1).float().abs().amax(1)
-
     @torch.no_grad()
-    def _observe(self) -> None:
-        """Makes the grid of the folded weight, from the extremes of the plain one."""
+    def _observe(self, magnitude: torch.Tensor) -> None:
+        """Makes the grid of the folded weight, from the greatest magnitudes of the plain one."""
         grid = self.weight_fake_quant
         if (self.training and grid.observing) or not grid.seen:
-            magnitude = self._magnitude() * self._factor().abs()
+            magnitude = magnitude * self._factor().abs()
             grid.observe_range(-magnitude, magnitude)
 
-    def _rounded(self) -> torch.Tensor:
+    def _folded(self, factor: torch.Tensor) -> torch.Tensor:
+        """The folded weight, rounded to its grid."""
+        grid = self.weight_fake_quant
+        if not grid.rounding:
+            return self.weight * factor.view(-1, *[1] * (self.weight.ndim - 1))
+        return round_weight(self.weight, grid.scale, grid.bounds, factor)
+
+    def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
         """The plain weight, rounded to the grid of the folded one divided by the factor.
 
         While the grid follows the weight, that is the grid of the plain weight. It also serves for a channel
@@ -75,11 +87,12 @@ class Undivided:
         if not grid.rounding:
             return self.weight
         with torch.no_grad():
-            scale = self._magnitude() / grid.quant_max
+            scale = magnitude / grid.quant_max
             if not grid.observing:
                 off = grid.scale <= EPS
                 scale = torch.where(off, scale, grid.scale / self._factor().abs())
-        return grid.round(self.weight, scale.clamp(min=torch.finfo(torch.float32).tiny))
+            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return round_weight(self.weight, scale, grid.bounds, inside=grid.observing)
 
 
 class ConvBn1d(Undivided, nniqat.ConvBn1d):
