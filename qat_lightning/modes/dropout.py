@@ -1,4 +1,4 @@
-"""Dropout does nothing in an int8 network, so nothing may be rounded for its sake.
+"""Dropout does nothing in an int8 network, so nothing may be rounded for its sake. Nor does stochastic depth.
 
 torch.ao rounds the output of a dropout in training, on a grid of its own, and leaves that grid out of
 the int8 network: in eval mode the prepared network would clip where the int8 one does not.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.nn.modules.dropout import _DropoutNd
+from torchvision.ops import StochasticDepth
 
 
 def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
@@ -32,7 +33,12 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
 
 
 def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph_module.graph.nodes if isinstance(_module(graph_module, node), _DropoutNd)]
+    return [node for node in graph_module.graph.nodes if _is_dropout(_module(graph_module, node))]
+
+
+def _is_dropout(module: nn.Module | None) -> bool:
+    """Whether `module` returns its input as it is in eval mode; timm, which has one too, is optional."""
+    return isinstance(module, _DropoutNd | StochasticDepth) or type(module).__name__ == "DropPath"
 
 
 def _is_fake_quantize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
