@@ -94,14 +94,18 @@ def fake_quantize(
 
 
 class _Round(torch.autograd.Function):
-    """`clamp(round(x / scale), low, high) * scale`; saves `x`, of which the backward makes the mask."""
+    """`clamp(round(x / scale), low, high) * scale`; saves `x`, of which the backward makes the mask.
+
+    A compiled forward returns a copy, which costs nothing once compiled: the Dynamo of torch 2.11 gives no
+    gradient to a result that an in-place operation returns.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any) -> torch.Tensor:
         ctx.save_for_backward(x, *(v for v in (scale, low, high) if isinstance(v, torch.Tensor)))
         ctx.numbers = None if isinstance(scale, torch.Tensor) else (scale, low, high)
         rounded = (x.float() * (1 / scale)).round_()
-        return rounded.clamp_(low, high).mul_(scale).to(x.dtype)
+        return rounded.clamp_(low, high).mul_(scale).to(x.dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -161,7 +165,7 @@ class _RoundWeight(torch.autograd.Function):
         rounded = (weight.float() * multiplier).round_()
         if not inside:
             rounded.clamp_(*bounds)
-        return rounded.mul_(scale).to(weight.dtype)
+        return rounded.mul_(scale).to(weight.dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
