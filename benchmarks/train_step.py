@@ -12,7 +12,10 @@ hold, above the weights: on CUDA the allocator's peak, on the CPU the bytes save
 - ours, observing; observers frozen; all frozen (batch-norm statistics too)
 - torch fx: `prepare_qat_fx` with PyTorch's default mapping for the backend
 - torch eager: torchvision's quantizable variant, fused and prepared as in its reference script
-- NNCF and Brevitas, where they are installed: pip install ".[bench]"
+- NNCF and Brevitas, where they are installed (pip install ".[bench]"): calibrated, then trained.
+  Brevitas folds batch norm into the convolutions first, so that its steps have none.
+
+A peer that cannot train a network is a dash in the table, and its error is in the JSON file.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from qat_lightning.phases import freeze_bn_statistics, set_enabled
 from qat_lightning.quiet import quiet_torch_ao
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
+PEERS = ("torch fx", "torch eager", "NNCF", "Brevitas")
 
 
 def ours(network: nn.Module, *, observe: bool, freeze_bn: bool) -> nn.Module:
@@ -71,14 +75,30 @@ def torch_eager(name: str) -> nn.Module:
 def nncf(network: nn.Module, x: Tensor) -> nn.Module:
     import nncf as package
 
-    dataset = package.Dataset([x])
-    return package.quantize(network, dataset, subset_size=1, fast_bias_correction=True).train()
+    return package.quantize(settled(network, x), package.Dataset([x]), subset_size=1).train()
 
 
 def brevitas(network: nn.Module, x: Tensor) -> nn.Module:
-    from brevitas.graph.quantize import preprocess_for_quantize, quantize
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import COMPUTE_LAYER_MAP, preprocess_for_quantize, quantize
+    from brevitas.quant import Int8WeightPerChannelFloat
 
-    return quantize(preprocess_for_quantize(network.eval())).train()
+    layers = dict(COMPUTE_LAYER_MAP)  # per-tensor weights
+    for kind in (nn.Conv2d, nn.Linear):
+        layer, settings = layers[kind]
+        layers[kind] = (layer, {**settings, "weight_quant": Int8WeightPerChannelFloat})
+    quantized = quantize(preprocess_for_quantize(settled(network, x).eval()), compute_layer_map=layers)
+    with torch.no_grad(), calibration_mode(quantized):
+        quantized(x)
+    return quantized.train()
+
+
+def settled(network: nn.Module, x: Tensor) -> nn.Module:
+    """The network with the batch-norm statistics of `x`: peers calibrate in evaluation mode."""
+    with torch.no_grad():
+        for _ in range(50):
+            network.train()(x)
+    return network
 
 
 def variants(name: str, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
@@ -142,32 +162,43 @@ class Stepper:
         return sum(saved.values())
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     x = torch.randn(args.batch, 3, args.size, args.size)
     labels = torch.randint(1000, (args.batch,))
-    with quiet_torch_ao(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        steppers = {key: Stepper(make(), args) for key, make in variants(name, x).items()}
+    made = variants(name, x)
     x, labels = x.to(args.device), labels.to(args.device)
-    memory = {key: stepper.memory(x, labels) for key, stepper in steppers.items()}
-    for stepper in steppers.values():  # warm up
-        stepper(x, labels)
+    steppers: dict[str, Stepper] = {}
+    memory: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    for key, make in made.items():
+        try:
+            with quiet_torch_ao(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                stepper = Stepper(make(), args)
+            memory[key] = stepper.memory(x, labels)
+            stepper(x, labels)  # warm up
+            steppers[key] = stepper
+        except Exception as error:
+            if key not in PEERS:
+                raise
+            errors[key] = f"{type(error).__name__}: {error}"
     times: dict[str, list[float]] = {key: [] for key in steppers}
     for _ in track(range(args.rounds), f"{name}", transient=True):
         for key, stepper in steppers.items():
             start = time.perf_counter()
             stepper(x, labels)
             times[key].append(time.perf_counter() - start)
-    return {
-        key: {
-            "milliseconds": statistics.median(values) * 1e3,
-            "ratio": statistics.median(t / f for t, f in zip(values, times["float"], strict=True)),
+
+    def figures(key: str) -> dict[str, float]:
+        return {
+            "milliseconds": statistics.median(times[key]) * 1e3,
+            "ratio": statistics.median(t / f for t, f in zip(times[key], times["float"], strict=True)),
             "memory_megabytes": memory[key] / 1e6,
             "memory_ratio": memory[key] / memory["float"],
         }
-        for key, values in times.items()
-    }
+
+    return {key: {"error": errors[key]} if key in errors else figures(key) for key in made}
 
 
 def main() -> None:
@@ -188,7 +219,7 @@ def main() -> None:
     print(f"All figures: {args.output}, {args.output.with_suffix('.png')}")
 
 
-def table(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> Table:
+def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace) -> Table:
     title = f"Step time (and saved memory) over float, {args.batch}x3x{args.size}x{args.size}, {args.device}"
     result = Table(title=title)
     result.add_column("variant")
@@ -198,13 +229,13 @@ def table(found: dict[str, dict[str, dict[str, float]]], args: argparse.Namespac
     for key in keys:
         cells = []
         for row in found.values():
-            cell = row.get(key)
-            cells.append(f"{cell['ratio']:.2f} ({cell['memory_ratio']:.2f})" if cell else "-")
+            cell = row.get(key, {})
+            cells.append(f"{cell['ratio']:.2f} ({cell['memory_ratio']:.2f})" if "ratio" in cell else "-")
         result.add_row(key, *cells)
     return result
 
 
-def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+def plot(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -212,7 +243,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(found), figsize=(3.5 * len(found), 3), squeeze=False, sharex=True)
     for axis, (name, row) in zip(axes[0], found.items(), strict=True):
-        keys = [key for key in row if key != "float"]
+        keys = [key for key in row if key != "float" and "ratio" in row[key]]
         axis.barh(keys[::-1], [row[key]["ratio"] for key in keys[::-1]])
         axis.axvline(1, color="black", linewidth=1)
         axis.set_title(name)

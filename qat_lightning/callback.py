@@ -12,10 +12,11 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
 from qat_lightning import trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
-from qat_lightning.finiteness import first_nonfinite
+from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.modes.qconfig import QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
@@ -140,6 +141,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._prepared = prepare_module(pl_module, self.settings)
         keep_out_of_ddp_broadcast(pl_module)
         for prepared in self._prepared:
+            clear_flags(prepared.network)
             rank_zero_info(f"Prepared {prepared}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,11 +178,11 @@ class QuantizationAwareTraining(pl.Callback):
         if self.phase_at(trainer) != self._phase:
             self._enter_phase(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Raises if a NaN or an infinity was observed."""
-        if pl_module.device.type == "cpu" or batch_idx % _FINITE_EVERY == 0:
+        """Raises if a NaN or an infinity was observed, while the weights are still good."""
+        if pl_module.device.type == "cpu" or trainer.global_step % _FINITE_EVERY == 0:
             self._check_finite(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

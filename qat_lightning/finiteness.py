@@ -24,6 +24,13 @@ def first_nonfinite(network: nn.Module) -> str | None:
     return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
 
 
+def clear_flags(network: nn.Module) -> None:
+    """Forgets what earlier runs met."""
+    for module in network.modules():
+        if isinstance(module, FakeQuantize):
+            module.nonfinite.zero_()
+
+
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     """A graph's own order; in eager mode the order in which the modules were registered."""
     if not isinstance(network, fx.GraphModule):

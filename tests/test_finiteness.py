@@ -54,8 +54,10 @@ def test_the_first_tensor_in_execution_order_is_named(
     monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
     module, message = poisoned_run(tmp_path)
     assert "the output of 'poison'" in message
-    assert "step 3" in message
+    assert "step 2" in message
     assert "gradient_clip_val" in message
+    module.model.poison.calls = -1000  # type: ignore[union-attr, operator]
+    trainer(tmp_path, QuantizationAwareTraining(mode="fx"), max_epochs=1, limit_val_batches=0).fit(module)
     for name, value in module.state_dict().items():
         if name.endswith(("min_val", "max_val", ".scale")) and "weight" not in name:
             assert torch.isfinite(value).all(), name
@@ -63,7 +65,7 @@ def test_the_first_tensor_in_execution_order_is_named(
 
 def test_no_checkpoint_is_written_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
-    monkeypatch.setattr(QuantizationAwareTraining, "on_train_batch_end", lambda *_: None)
+    monkeypatch.setattr(QuantizationAwareTraining, "on_before_optimizer_step", lambda *_: None)
     poisoned_run(tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
 
