@@ -95,9 +95,11 @@ def brevitas(network: nn.Module, x: Tensor) -> nn.Module:
 
 def settled(network: nn.Module, x: Tensor) -> nn.Module:
     """The network with the batch-norm statistics of `x`: peers calibrate in evaluation mode."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
     with torch.no_grad():
-        for _ in range(50):
-            network.train()(x)
+        network.train()(x)
     return network
 
 
@@ -115,9 +117,9 @@ def variants(name: str, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
     if hasattr(quantizable, name):
         made["torch eager"] = lambda: torch_eager(name)
     if find_spec("nncf"):
-        made["NNCF"] = lambda: nncf(fresh(), x[:2])
+        made["NNCF"] = lambda: nncf(fresh(), x)
     if find_spec("brevitas"):
-        made["Brevitas"] = lambda: brevitas(fresh(), x[:2])
+        made["Brevitas"] = lambda: brevitas(fresh(), x)
     return made
 
 

@@ -57,16 +57,28 @@ def attributes(network: nn.Module) -> dict[str, Any]:
                 elif not hasattr(value, "__get__"):
                     kept[name] = value
     kept.update(vars(network))
-    return {name: value for name, value in kept.items() if _is_carried(name, network)}
+    kept = {name: value for name, value in kept.items() if _is_carried(name, network)}
+    buffers = {
+        name: nn.Buffer(value, persistent=name not in network._non_persistent_buffers_set)
+        for name, value in network._buffers.items()
+        if value is not None
+    }
+    return {**kept, **network._parameters, **buffers, **network._modules}
 
 
 def _is_carried(name: str, network: nn.Module) -> bool:
     return name not in _OWN and not name.startswith("__") and name not in network._modules
 
 
+def _is_there(graph_module: fx.GraphModule, name: str) -> bool:
+    """Whether the graph itself uses a module, a parameter or a buffer of that name."""
+    state = (graph_module._modules, graph_module._parameters, graph_module._buffers)
+    return any(name in part for part in state)
+
+
 def attach(graph_module: fx.GraphModule, kept: dict[str, Any]) -> None:
     """Gives a graph module the attributes; `meta` is where a deep copy of a graph module finds them."""
-    kept = {name: value for name, value in kept.items() if name not in graph_module._modules}
+    kept = {name: value for name, value in kept.items() if not _is_there(graph_module, name)}
     graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {}).update(kept)
     for name, value in kept.items():
         setattr(graph_module, name, value)
@@ -74,7 +86,8 @@ def attach(graph_module: fx.GraphModule, kept: dict[str, Any]) -> None:
 
 def attached(graph_module: fx.GraphModule) -> dict[str, Any]:
     """The attributes that `attach` gave."""
-    return dict(graph_module.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}))
+    kept = graph_module.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+    return {name: getattr(graph_module, name, value) for name, value in kept.items()}
 
 
 def mark_containers(graph_module: fx.GraphModule, network: str) -> None:

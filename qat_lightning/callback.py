@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ class QuantizationAwareTraining(pl.Callback):
         return {
             "recipes": {p.name: p.recipe.to_json() for p in self._prepared},
             "schedule": None if self._resolved is None else self._resolved.state_dict(),
+            "asked": asdict(self.schedule),
             "phase": None if self._phase is None else self._phase._asdict(),
         }
 
@@ -245,6 +247,12 @@ class QuantizationAwareTraining(pl.Callback):
         """Takes over the schedule: its steps stay what they were, whatever the new run's length."""
         if state_dict["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
+        asked = state_dict.get("asked", asdict(self.schedule))
+        if asked != asdict(self.schedule):
+            rank_zero_warn(
+                f"The run was started with the schedule {asked} and keeps it; the one asked for now, "
+                f"{asdict(self.schedule)}, has no effect. Start anew from the weights to change it."
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -315,6 +323,8 @@ def _replaced(name: str) -> str:
 def _report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
     """Says in one line each what begins with `phase`."""
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
+    if before is None and trainer.global_step > 0:
+        when = "since before this start, as in the checkpoint"
     if phase.fake_quant and before is not None and not before.fake_quant:
         rank_zero_info(f"Fake-quantization is on {when}")
     if not phase.observe and (before is None or before.observe):

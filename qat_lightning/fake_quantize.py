@@ -73,6 +73,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
         self.observing = self.rounding = True
         self.seen = False
+        self.eps = float(getattr(self.activation_post_process, "eps", EPS))
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.axis = self.ch_axis if self.is_per_channel else None
         self.symmetric = self.qscheme in _SYMMETRIC
@@ -130,7 +131,7 @@ class FakeQuantize(ao.FakeQuantize):
         else:
             grid = symmetric_grid if self.symmetric else affine_grid
             low, high = observer.min_val, observer.max_val
-            scale, zero_point = grid(low, high, self.quant_min, self.quant_max, EPS)
+            scale, zero_point = grid(low, high, self.quant_min, self.quant_max, self.eps)
         _assign(self.scale, scale)
         _assign(self.zero_point, zero_point)
 

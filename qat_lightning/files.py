@@ -16,7 +16,7 @@ from qat_lightning.errors import Int8FileError, RecipeMismatchError
 from qat_lightning.modes.qconfig import QConfigLike, stored_qconfig
 from qat_lightning.quantize import convert_in_place, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
-from qat_lightning.recipe import Recipe, quantized_networks, recipes_in
+from qat_lightning.recipe import STATE_KEY, Recipe, quantized_networks, recipes_in
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -142,7 +142,7 @@ def _read(path: Path) -> Any:
     try:
         with quiet_torch_ao():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise Int8FileError(
             f"{path} cannot be read: it is damaged, truncated, of another kind, or holds objects "
             f"other than tensors and plain values, which are never loaded. ({_first_line(error)})"
@@ -188,7 +188,7 @@ def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
 def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Raises a `ValueError` where two int8 state dicts differ: torch.ao takes weights of any shape."""
     for name, value in expected.items():
-        if name in found and _shapes(found[name]) != _shapes(value):
+        if not name.endswith(STATE_KEY) and name in found and _shapes(found[name]) != _shapes(value):
             raise ValueError(
                 f"{name!r} has the shape {_shapes(value)} there and {_shapes(found[name])} in the file."
             )

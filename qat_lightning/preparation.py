@@ -36,6 +36,11 @@ class Settings:
             if isinstance(getattr(self, name), str):
                 value = getattr(self, name)
                 raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
+        if self.modules is not None and (not self.modules or len(set(self.modules)) < len(self.modules)):
+            raise ValueError(
+                "modules must name at least one submodule, each once, or be None for all networks, but "
+                f"received {list(self.modules)}."
+            )
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,11 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
 def check_float(network: nn.Module) -> None:
     """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
     check_not_quantized(network)
+    if type(network).__name__ == "OptimizedModule":
+        raise ValueError(
+            "The network is compiled (torch.compile), and a compiled one cannot be changed. Prepare the "
+            "plain network and compile the result, or pass trainer.fit(torch.compile(module))."
+        )
     if not holds_quantizable(network):
         kind = type(network).__name__
         raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")

@@ -13,11 +13,16 @@ _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Raises a `MisconfigurationException` where the parameters or the processes are out of reach."""
+    """Raises a `MisconfigurationException` where parameters, processes or float32 are out of reach."""
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
             "Quantization-aware training needs every parameter whole on every rank, but "
             f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
+        )
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise MisconfigurationException(
+            "Ranges and int8 conversion need float32 weights, but precision is "
+            f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
         )
     start_method = getattr(trainer.strategy.launcher, "_start_method", None)
     if start_method is not None:

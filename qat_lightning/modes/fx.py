@@ -19,9 +19,10 @@ from qat_lightning import behaviour
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.qconfig import qconfig_mapping
 from qat_lightning.modes.relu6 import is_relu6, replace_relu6_modules
-from qat_lightning.modes.tracing import evaluate_only, trace
+from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
 
@@ -38,6 +39,12 @@ class FxMode:
                 "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
                 f"{options.fuse!r}. Leave it out, or use mode='eager'."
             )
+        if hasattr(network, "training_step"):
+            raise ValueError(
+                f"In fx mode {type(network).__name__} would become a graph, and no LightningModule any more. "
+                "Prepare the network inside it, or give the Trainer the callback QuantizationAwareTraining."
+            )
+        check_hooks(network)
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
         """Traces, fuses and prepares; the result shares parameters with `network`.
@@ -51,6 +58,8 @@ class FxMode:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
         mapping = self._mapping(options)
+        for name in _whole_modules(graph_module):
+            mapping.set_module_name(name, None)
         fused = fuse(graph_module, is_qat=True)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=())
         keep_grid_through_dropout(prepared)
@@ -70,6 +79,17 @@ class FxMode:
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping
+
+
+def _whole_modules(graph_module: fx.GraphModule) -> list[str]:
+    """Names of the modules that the graph calls as a whole, whose inner layers stay float with them."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return [
+        name
+        for name in called
+        if not isinstance(graph_module.get_submodule(name), QUANTIZABLE)
+        and holds_quantizable(graph_module.get_submodule(name))
+    ]
 
 
 def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx.GraphModule:

@@ -17,7 +17,7 @@ from torch.ao.quantization import (
 )
 
 from qat_lightning.errors import RecipeMismatchError
-from qat_lightning.fake_quantize import OBSERVER_NAMES, OBSERVERS, FakeQuantize
+from qat_lightning.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
 
 QConfigLike = QConfig | QConfigMapping | str
 
@@ -45,6 +45,7 @@ def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
         quant_max=127 if backend in _SEVEN_BITS else 255,
         dtype=torch.quint8,
         qscheme=torch.per_tensor_affine,
+        eps=2**-12 if backend == "qnnpack" else EPS,  # qnnpack adds no tensors of very unequal scales
     )
     weight = FakeQuantize.with_args(
         observer=OBSERVERS["min_max_per_channel"],

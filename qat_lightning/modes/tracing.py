@@ -27,6 +27,7 @@ from torch.fx.node import map_aggregate
 
 from qat_lightning.errors import UntraceableError
 from qat_lightning.modes.dropout import remove_dropout
+from qat_lightning.modes.purity import records_nothing_else
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -160,17 +161,33 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
-        return tracer.trace(network)
+        with records_nothing_else(network):
+            graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:
         where = _users_line(error, network)
         raise UntraceableError(
             f"torch.fx cannot trace {type(network).__name__}: {error}\n"
             f"  at {where}\n"
-            "A graph needs a forward whose path does not depend on the values of tensors. Either "
-            "rewrite that line, or keep the part float and quantize the rest "
+            "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
+            "or on earlier calls. Either rewrite that line, or keep the part float and quantize the rest "
             "(modules=[…] names the submodules to quantize), or give the network QuantStubs and use "
             "mode='eager'."
         ) from error
+    names = list(inspect.signature(network.forward).parameters)
+    for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
+        if node.target.lstrip("*").startswith(f"{name}_"):
+            node.target = name  # a specialized argument keeps its name, so that it can be passed by it
+    return graph
+
+
+def _defaults(network: nn.Module) -> dict[str, Any] | None:
+    """The optional arguments of `forward` that decide paths: a graph has the path of the default.
+
+    Passing another value to the graph raises, instead of silently taking the wrong path.
+    """
+    parameters = inspect.signature(network.forward).parameters.values()
+    kinds = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
 
 
 def _users_line(error: BaseException, network: nn.Module) -> str:
