@@ -57,13 +57,18 @@ def attributes(network: nn.Module) -> dict[str, Any]:
                 elif not hasattr(value, "__get__"):
                     kept[name] = value
     kept.update(vars(network))
-    kept = {name: value for name, value in kept.items() if _is_carried(name, network)}
+    return {name: value for name, value in kept.items() if _is_carried(name, network)}
+
+
+def unused_state(network: nn.Module, graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The layers, parameters and buffers of `network` that its forward, and so its graph, does not use."""
     buffers = {
         name: nn.Buffer(value, persistent=name not in network._non_persistent_buffers_set)
         for name, value in network._buffers.items()
         if value is not None
     }
-    return {**kept, **network._parameters, **buffers, **network._modules}
+    state = {**network._modules, **network._parameters, **buffers}
+    return {name: value for name, value in state.items() if not _is_there(graph_module, name)}
 
 
 def _is_carried(name: str, network: nn.Module) -> bool:

@@ -131,9 +131,10 @@ def _refuse(networks: Sequence[nn.Module], pattern: FloatPattern) -> NoReturn:
         shown, known = pattern, [name for name, _ in modules]
     else:
         shown, known = pattern.__name__, sorted({type(module).__name__ for _, module in modules})
-    near = shown if shown in known else shown.rpartition(".")[2]
+    last = shown.rpartition(".")[2]
     raise ValueError(
         f"keep_float has {shown!r}, which matches nothing in "
-        f"{' and '.join(type(n).__name__ for n in networks)}. Names are relative to the network that is "
-        f"quantized. {nearest(near, dict.fromkeys(known))}"
+        f"{' and '.join(type(n).__name__ for n in networks)}. "
+        f"{nearest(last if last in known else shown, dict.fromkeys(known))} Names are relative to the "
+        "network that is quantized."
     )

@@ -266,7 +266,8 @@ def test_the_schedule_is_no_part_of_the_comparison(tmp_path: Path) -> None:
     run(tmp_path, TinyModule(), make(tmp_path), schedule={}, max_epochs=1)
     other = {"freeze_observers_at": None, "freeze_bn_at": 1}
     path = tmp_path / "epoch=0.ckpt"
-    qat = run(tmp_path, TinyModule(), make(tmp_path), schedule=other, max_epochs=2, ckpt_path=path)
+    with pytest.warns(UserWarning, match="has no effect"):
+        qat = run(tmp_path, TinyModule(), make(tmp_path), schedule=other, max_epochs=2, ckpt_path=path)
     assert qat.int8_module is not None
     assert qat.int8_module(loader().dataset[0][0][None]).shape == (1, 4)
 

@@ -54,6 +54,7 @@ class FxMode:
         """
         kept = behaviour.attributes(network)
         graph_module, scopes = trace(network)
+        kept |= behaviour.unused_state(network, graph_module)
         if options.replace_relu6:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
