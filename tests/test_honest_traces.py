@@ -165,7 +165,7 @@ def test_what_forward_does_not_use_stays_on_the_network() -> None:
 
 def test_compiled_network_is_refused() -> None:
     with pytest.raises(ValueError, match="is compiled"):
-        prepare(torch.compile(Residual()))  # type: ignore[arg-type]
+        prepare(torch.compile(Residual(), backend="eager"))  # type: ignore[arg-type]
 
 
 def test_lightning_module_is_refused_by_prepare() -> None:
