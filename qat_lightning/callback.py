@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning import trainer_facts
+from qat_lightning import messages, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.modes.qconfig import QConfigLike
@@ -28,7 +28,6 @@ from qat_lightning.selection import FloatPattern
 
 _FINITE_EVERY = 50
 """Steps between two looks at the flags of a GPU, each of which waits for it."""
-_HIGH_LEARNING_RATE = 1e-3
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -150,7 +149,7 @@ class QuantizationAwareTraining(pl.Callback):
         present = set(pl_module.modules())
         for prepared in self._prepared:
             if prepared.network not in present:
-                raise MisconfigurationException(_replaced(prepared.name))
+                raise MisconfigurationException(messages.replaced(prepared.name))
         names = [p.name for p in self._prepared]
         late = [n for n in network_names(pl_module, self.settings) if n not in names]
         if late:
@@ -284,7 +283,7 @@ class QuantizationAwareTraining(pl.Callback):
             set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
             freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
         self._phase = phase
-        _report(trainer, before, phase)
+        messages.report(trainer, before, phase)
 
     def _check_finite(self, trainer: pl.Trainer) -> None:
         for prepared in self._prepared:
@@ -306,30 +305,3 @@ class QuantizationAwareTraining(pl.Callback):
                     f"{name}={getattr(self.schedule, name)} lies beyond the end of this run "
                     f"({epochs:g} epochs), so it will not happen."
                 )
-
-
-def _replaced(name: str) -> str:
-    return (
-        f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
-        "float network would be trained. `configure_model` is called more than once and must leave alone "
-        "what exists:\n"
-        "    def configure_model(self):\n"
-        f"        if self.{name or 'model'} is not None:\n"
-        "            return\n"
-        f"        self.{name or 'model'} = build()"
-    )
-
-
-def _report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
-    """Says in one line each what begins with `phase`."""
-    when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
-    if before is None and trainer.global_step > 0:
-        when = "since before this start, as in the checkpoint"
-    if phase.fake_quant and before is not None and not before.fake_quant:
-        rank_zero_info(f"Fake-quantization is on {when}")
-    if not phase.observe and (before is None or before.observe):
-        rank_zero_info(f"Observers are frozen {when}")
-    if phase.freeze_bn and (before is None or not before.freeze_bn):
-        rate = trainer_facts.highest_learning_rate(trainer)
-        high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
-        rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")

@@ -1,0 +1,39 @@
+"""What the callback says: a line for each thing that happens."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from qat_lightning import trainer_facts
+from qat_lightning.schedule import Phase
+
+_HIGH_LEARNING_RATE = 1e-3
+
+
+def replaced(name: str) -> str:
+    """What is said where a prepared network was thrown away."""
+    return (
+        f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
+        "float network would be trained. `configure_model` is called more than once and must leave alone "
+        "what exists:\n"
+        "    def configure_model(self):\n"
+        f"        if self.{name or 'model'} is not None:\n"
+        "            return\n"
+        f"        self.{name or 'model'} = build()"
+    )
+
+
+def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
+    """Says in one line each what begins with `phase`."""
+    when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
+    if before is None and trainer.global_step > 0:
+        when = "since before this start, as in the checkpoint"
+    if phase.fake_quant and before is not None and not before.fake_quant:
+        rank_zero_info(f"Fake-quantization is on {when}")
+    if not phase.observe and (before is None or before.observe):
+        rank_zero_info(f"Observers are frozen {when}")
+    if phase.freeze_bn and (before is None or not before.freeze_bn):
+        rate = trainer_facts.highest_learning_rate(trainer)
+        high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
+        rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")

@@ -1,0 +1,87 @@
+"""Small modules of a graph that choose by their own `training` flag, as the traced forward did."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+
+class ByMode(nn.Module):
+    """Calls `function` with one set of arguments in training mode and with another in eval mode.
+
+    Args:
+        function: What the two traces both call.
+        method: Whether `function` is the name of a method of the first argument.
+        train: Positional and keyword arguments in training mode; `Slot(i)` stands for the i-th
+            tensor.
+        evaluate: The same in eval mode.
+    """
+
+    def __init__(self, function: Any, method: bool, train: Any, evaluate: Any) -> None:
+        super().__init__()
+        self.function, self.method = function, method
+        self.train_arguments, self.eval_arguments = train, evaluate
+
+    def forward(self, *tensors: Any) -> Any:
+        arguments = self.train_arguments if self.training else self.eval_arguments
+        args, kwargs = _fill(arguments, tensors)
+        if self.method:
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
+
+
+class OutputByMode(nn.Module):
+    """Returns its first argument in training mode and its second in eval mode."""
+
+    def forward(self, train: Any, evaluate: Any) -> Any:
+        return train if self.training else evaluate
+
+
+class Slot(int):
+    """The place of a tensor in the stored arguments of a :class:`ByMode`."""
+
+
+def _fill(arguments: Any, tensors: tuple[Any, ...]) -> Any:
+    if isinstance(arguments, Slot):
+        return tensors[arguments]
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(_fill(item, tensors) for item in arguments)
+    if isinstance(arguments, dict):
+        return {key: _fill(item, tensors) for key, item in arguments.items()}
+    return arguments
+
+
+def by_mode(node: fx.Node, args: Any, kwargs: Any) -> nn.Module:
+    """The module that does in training mode what `node` does and in eval mode the given arguments.
+
+    A dropout becomes `nn.Dropout`, which torch.ao knows how to carry through int8.
+    """
+    function: Any = node.target
+    dropout = _DROPOUTS.get(function)
+    if dropout is not None:
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        return dropout(p=bound.arguments["p"])
+    slots: dict[fx.Node, Slot] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
+
+    def stored(arguments: Any) -> Any:
+        return map_aggregate(arguments, lambda a: slots[a] if isinstance(a, fx.Node) else a)
+
+    return ByMode(
+        node.target,
+        node.op == "call_method",
+        (stored(node.args), stored(node.kwargs)),
+        (stored(args), stored(kwargs)),
+    )
+
+
+_DROPOUTS: dict[Any, Callable[..., nn.Module]] = {
+    nn.functional.dropout: nn.Dropout,
+    nn.functional.dropout1d: nn.Dropout1d,
+    nn.functional.dropout2d: nn.Dropout2d,
+    nn.functional.dropout3d: nn.Dropout3d,
+}
