@@ -232,7 +232,11 @@ def test_help_says_what_to_type(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_multirun_of_two_processes_each(tmp_path: Path) -> None:
+def test_multirun_of_two_processes_each(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    probed = tmp_path_factory.mktemp("probed")
     done = command(
         tmp_path,
         "--multirun",
@@ -241,8 +245,14 @@ def test_multirun_of_two_processes_each(tmp_path: Path) -> None:
         "hydra.sweep.dir=sweep",
         *SHORT,
         "trainer=ddp_cpu",
+        "+callbacks.probe._target_=tests.grid_probe.GridProbe",
+        f"+callbacks.probe.folder={probed}",
     )
     assert done.stderr == ""
+    grids = [torch.load(probed / f"grid{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert len(grids[0]) > 8
+    assert grids[0].keys() == grids[1].keys()
+    assert all(torch.equal(grids[0][name], grids[1][name]) for name in grids[0])
     for job in ("0", "1"):
         folder = tmp_path / "sweep" / job
         assert (folder / "metrics.json").is_file(), done.stdout
