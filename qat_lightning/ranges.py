@@ -16,6 +16,11 @@ def has_range(fake_quantize: Any) -> bool:
     return hasattr(getattr(fake_quantize, "activation_post_process", None), "min_val")
 
 
+def has_histogram(fake_quantize: Any) -> bool:
+    """Whether its observer keeps a histogram, of which the extremes are only the ends."""
+    return hasattr(fake_quantize.activation_post_process, "histogram")
+
+
 def is_moving_average(fake_quantize: Any) -> bool:
     """Whether its observer averages over batches, rather than keeping the extremes."""
     return getattr(fake_quantize.activation_post_process, "averaging_constant", 1) != 1

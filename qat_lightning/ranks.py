@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.ranges import has_range, is_moving_average, set_range
+from qat_lightning.ranges import has_histogram, has_range, is_moving_average, set_range
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -22,10 +22,14 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
     """Makes DistributedDataParallel leave the buffers of every fake-quantize in `module` alone.
 
-    Must happen before `module` is wrapped. What the user has listed stays listed.
+    Must happen before `module` is wrapped. What the user has listed stays listed. Histograms cannot be
+    merged by their extremes: they stay in the broadcast, so that all ranks have rank 0's.
     """
     names = {
-        f"{name}.{buffer}" for name, child in fake_quantizes(module) for buffer, _ in child.named_buffers()
+        f"{name}.{buffer}"
+        for name, child in fake_quantizes(module)
+        if not has_histogram(child)
+        for buffer, _ in child.named_buffers()
     }
     setattr(module, _IGNORED, sorted(names.union(getattr(module, _IGNORED, ()))))
 
@@ -42,7 +46,9 @@ def merge_ranges(module: nn.Module) -> None:
         return
     if distributed.get_world_size() == 1:
         return
-    children = {name: child for name, child in fake_quantizes(module) if has_range(child)}
+    children = {
+        name: child for name, child in fake_quantizes(module) if has_range(child) and not has_histogram(child)
+    }
     ranges = [_range_of(module, name, child) for name, child in children.items()]
     if not ranges:
         return

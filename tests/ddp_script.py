@@ -42,6 +42,9 @@ def main(folder: Path) -> None:
         "path": str(qat.int8_path),
     }
     torch.save(result, folder / f"rank{runner.global_rank}.pt")
+    # Together, or gloo aborts the process that is still there when the other one leaves.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

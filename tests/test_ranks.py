@@ -21,6 +21,7 @@ from torch.ao.quantization.observer import (
 
 from qat_lightning import prepare
 from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.modes.qconfig import default_qconfig
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 
 WEIGHT = FakeQuantize.with_args(
@@ -152,6 +153,17 @@ def test_what_ddp_ignores_already_stays_ignored() -> None:
     }
     assert ignored == {"mine", *observers}
     assert f"{INPUT}.min_val" in ignored
+
+
+def test_histograms_stay_in_the_broadcast() -> None:
+    default = default_qconfig("onednn")
+    histogram = default_qconfig("onednn", "histogram").activation
+    prepared: Any = prepare(Line(), qconfig=QConfig(activation=histogram, weight=default.weight))
+    keep_out_of_ddp_broadcast(prepared)
+    ignored = prepared._ddp_params_and_buffers_to_ignore
+    assert ignored
+    assert not any(name.startswith(INPUT.split(".")[0]) for name in ignored)
+    assert any("weight_fake_quant" in name for name in ignored)
 
 
 def test_a_distributed_run_ends_with_one_grid_and_one_int8_network(tmp_path: Path) -> None:
