@@ -21,7 +21,7 @@ from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.qconfig import qconfig_mapping
-from qat_lightning.modes.relu6 import is_relu6, replace_relu6_modules
+from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
@@ -104,13 +104,9 @@ def _replace_relu6_calls(
     graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]
 ) -> None:
     for node in graph_module.graph.nodes:
-        if is_relu6(node) and not _is_inside(scopes[node.name][0], keep_float):
+        if is_relu6(node) and not is_inside(scopes[node.name][0], keep_float):
             node.target, node.args, node.kwargs = F.relu, node.args[:1], {}
     graph_module.recompile()
-
-
-def _is_inside(name: str, roots: tuple[str, ...]) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def _place_on_device(prepared: nn.Module) -> None:

@@ -27,12 +27,16 @@ def is_relu6(node: fx.Node) -> bool:
     return (bound.get("min_val"), bound.get("max_val")) == (0, 6)
 
 
+def is_inside(name: str, roots: tuple[str, ...]) -> bool:
+    """Whether a module is one of `roots`, or in one of them."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
 def replace_relu6_modules(network: nn.Module, keep_float: tuple[str, ...] = ()) -> list[str]:
     """Replaces every ReLU6 module in `network`, in place, and returns their names."""
     replaced = []
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        inside = any(name == root or name.startswith(f"{root}.") for root in keep_float)
-        if name and not inside and is_relu6_module(module):
+        if name and not is_inside(name, keep_float) and is_relu6_module(module):
             parent, _, leaf = name.rpartition(".")
             relu = nn.ReLU(inplace=bool(module.inplace)).train(module.training)
             network.get_submodule(parent)._modules[leaf] = relu
