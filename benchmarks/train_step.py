@@ -1,7 +1,7 @@
 """What a step of quantization-aware training costs, over a step of float training.
 
     python -m benchmarks.train_step                                  # four networks, batch 32x3x64x64, CPU
-    python -m benchmarks.train_step --models resnet18 --size 224     # memory at full size
+    python -m benchmarks.train_step --size 224 --rounds 0            # memory at full size, no times
     python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile
 
 A step is forward, backward and SGD. All variants of a network are timed in one process, a step of
@@ -21,7 +21,6 @@ A peer that cannot train a network is a dash in the table, and its error is in t
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -179,8 +178,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 warnings.simplefilter("ignore")
                 stepper = Stepper(make(), args)
             memory[key] = stepper.memory(x, labels)
-            stepper(x, labels)  # warm up
-            steppers[key] = stepper
+            if args.rounds:
+                stepper(x, labels)  # warm up
+                steppers[key] = stepper
         except Exception as error:
             if key not in PEERS:
                 raise
@@ -193,12 +193,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             times[key].append(time.perf_counter() - start)
 
     def figures(key: str) -> dict[str, float]:
-        return {
-            "milliseconds": statistics.median(times[key]) * 1e3,
-            "ratio": statistics.median(t / f for t, f in zip(times[key], times["float"], strict=True)),
-            "memory_megabytes": memory[key] / 1e6,
-            "memory_ratio": memory[key] / memory["float"],
-        }
+        found = {"memory_megabytes": memory[key] / 1e6, "memory_ratio": memory[key] / memory["float"]}
+        if args.rounds:
+            found["milliseconds"] = statistics.median(times[key]) * 1e3
+            found["ratio"] = statistics.median(t / f for t, f in zip(times[key], times["float"], strict=True))
+        return found
 
     return {key: {"error": errors[key]} if key in errors else figures(key) for key in made}
 
@@ -217,8 +216,11 @@ def main() -> None:
     found = {name: measure(name, args) for name in args.models}
     args.output.write_text(json.dumps(found, indent=2))
     Console().print(table(found, args))
-    plot(copy.deepcopy(found), args.output.with_suffix(".png"))
-    print(f"All figures: {args.output}, {args.output.with_suffix('.png')}")
+    written = [args.output]
+    if args.rounds:
+        written.append(args.output.with_suffix(".png"))
+        plot(found, written[-1])
+    print("All figures:", *written)
 
 
 def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace) -> Table:
@@ -232,7 +234,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace)
         cells = []
         for row in found.values():
             cell = row.get(key, {})
-            cells.append(f"{cell['ratio']:.2f} ({cell['memory_ratio']:.2f})" if "ratio" in cell else "-")
+            time = f"{cell['ratio']:.2f} " if "ratio" in cell else ""
+            cells.append(f"{time}({cell['memory_ratio']:.2f})" if "memory_ratio" in cell else "-")
         result.add_row(key, *cells)
     return result
 

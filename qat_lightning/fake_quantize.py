@@ -58,6 +58,7 @@ class FakeQuantize(ao.FakeQuantize):
         scale: float32, one element or one for each channel.
         zero_point: int32, likewise.
         nonfinite: One bool, true once a NaN or an infinity was observed.
+        in_place: Whether training may overwrite the input with the result.
     """
 
     nonfinite: torch.Tensor
@@ -72,7 +73,7 @@ class FakeQuantize(ao.FakeQuantize):
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
         self.observing = self.rounding = True
-        self.seen = False
+        self.seen = self.in_place = False
         self.eps = float(getattr(self.activation_post_process, "eps", EPS))
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.axis = self.ch_axis if self.is_per_channel else None
@@ -80,14 +81,21 @@ class FakeQuantize(ao.FakeQuantize):
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
-        if observed:
-            self.observe(X.detach())
+        extremes = self.observe(X.detach()) if observed else None
         if not self.rounding or X.numel() == 0:
             return X
         if self.axis == 0 and self.symmetric:
             # A weight's grid was made of this very tensor, which lies inside it.
             return round_weight(X, self.scale, self.bounds, inside=observed)
-        return fake_quantize(X, self.scale, self.zero_point, *self.bounds, self.axis)
+        return fake_quantize(
+            X,
+            self.scale,
+            self.zero_point,
+            *self.bounds,
+            self.axis,
+            extremes=extremes,
+            in_place=self.in_place and self.training,
+        )
 
     @torch.no_grad()
     def magnitude(self, weight: torch.Tensor) -> torch.Tensor:
@@ -95,15 +103,22 @@ class FakeQuantize(ao.FakeQuantize):
         rows = weight.detach().flatten(1).float()
         return torch.maximum(rows.amax(1), -rows.amin(1))
 
-    def observe(self, x: torch.Tensor) -> None:
-        """Takes `x` into the range, and makes the grid of it."""
+    def observe(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Takes `x` into the range, and makes the grid of it.
+
+        Returns:
+            The minimum and the maximum of `x`, of each channel where the grid is per-channel; None where
+            they were not needed.
+        """
         if x.numel() == 0:
-            return
+            return None
         x = x.float()
         if isinstance(self.activation_post_process, HistogramObserver):
             self._observe_histogram(x)
-        else:
-            self._follow(*self._extremes(x))
+            return None
+        extremes = self._extremes(x)
+        self._follow(*extremes)
+        return extremes
 
     def observe_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Takes a tensor of the given extremes into the range: for one that is never made in memory."""

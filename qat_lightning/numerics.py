@@ -63,6 +63,9 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     axis: int | None = None,
+    *,
+    extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
     """Rounds `x` to a grid; the gradient passes where `x` lies inside it (straight-through estimator).
 
@@ -76,6 +79,8 @@ def fake_quantize(
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.
         axis: The channel dimension of a per-channel grid; None for one grid for the whole tensor.
+        extremes: The minimum and the maximum of `x` where they are known.
+        in_place: Whether a float32 `x` may be overwritten: whoever made it must not need it for its gradient.
 
     Returns:
         A tensor like `x`.
@@ -84,38 +89,92 @@ def fake_quantize(
         shape = [1] * x.ndim
         shape[axis] = -1
         scale, zero_point = scale.view(shape), zero_point.view(shape)
-    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
         # Python numbers take the vectorized kernels, and on the CPU they cost no synchronisation.
         step, zero = float(scale), int(zero_point)
-        return _Round.apply(x, step, quant_min - zero, quant_max - zero)
+        low, high = extremes if extremes is not None else torch.aminmax(x.detach())
+        reach = float(low), float(high)
+        return _Round.apply(x, step, quant_min - zero, quant_max - zero, reach, in_place)
     else:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point)
+    return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point, None, in_place)
 
 
 class _Round(torch.autograd.Function):
-    """`clamp(round(x / scale), low, high) * scale`; saves `x`, of which the backward makes the mask.
+    """`clamp(round(x / scale), low, high) * scale`; a byte saved for each element, none if all are inside.
 
     A compiled forward returns a copy, which costs nothing once compiled: the Dynamo of torch 2.11 gives no
     gradient to a result that an in-place operation returns.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any) -> torch.Tensor:
-        ctx.save_for_backward(x, *(v for v in (scale, low, high) if isinstance(v, torch.Tensor)))
-        ctx.numbers = None if isinstance(scale, torch.Tensor) else (scale, low, high)
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any, reach: Any, in_place: bool
+    ) -> torch.Tensor:
+        inside = _inside(x, (low - 0.5) * scale, (high + 0.5) * scale, reach)
+        ctx.save_for_backward(inside)
+        if in_place and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            ctx.mark_dirty(x)
+            return x.mul_(1 / scale).round_().clamp_(low, high).mul_(scale)
         rounded = (x.float() * (1 / scale)).round_()
         return rounded.clamp_(low, high).mul_(scale).to(x.dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        if ctx.numbers is not None:
-            (x,), (scale, low, high) = ctx.saved_tensors, ctx.numbers
-            bounds = (low - 0.5) * scale, (high + 0.5) * scale
-            return torch.ops.aten.hardtanh_backward(grad, x, *bounds), None, None, None
-        x, scale, low, high = ctx.saved_tensors
-        inside = (x > (low - 0.5) * scale) & (x < (high + 0.5) * scale)
-        return torch.where(inside, grad, 0), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grad if inside is None else _masked(grad, inside), None, None, None, None, None
+
+
+def _inside(x: torch.Tensor, low: Any, high: Any, reach: tuple[float, float] | None) -> torch.Tensor | None:
+    """Which elements lie between `low` and `high`; None if all do, as their `reach` tells."""
+    if reach is not None:
+        above, below = low < reach[0], reach[1] < high
+        if above and below:
+            return None
+        if above or below:
+            return x < high if above else x > low
+    return (x > low).logical_and_(x < high)
+
+
+def _masked(grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The gradient where the mask is true, else 0; a product of floats is what the CPU does fast."""
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+        return mask.to(grad.dtype).mul_(grad)
+    return torch.where(mask, grad, 0)
+
+
+def rectify(x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """ReLU that saves a byte for each element, where torch's saves its result.
+
+    For a result that is rounded at once, and that nobody else keeps.
+
+    Args:
+        x: Tensor of any shape and floating dtype.
+        in_place: Whether `x` may be overwritten: whoever made it must not need it for its gradient.
+
+    Returns:
+        A tensor like `x`.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return torch.relu(x)
+    return _Rectify.apply(x, in_place)
+
+
+class _Rectify(torch.autograd.Function):
+    """`max(x, 0)`; saves where the result is not zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, in_place: bool) -> torch.Tensor:
+        if in_place:
+            ctx.mark_dirty(x)
+        result = x.relu_() if in_place else x.relu()
+        ctx.save_for_backward(result.bool())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (positive,) = ctx.saved_tensors
+        return _masked(grad, positive), None
 
 
 def round_weight(

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.ao.nn.intrinsic import qat as nniqat
-from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import EPS, FakeQuantize
-from qat_lightning.numerics import round_weight
+from qat_lightning.numerics import rectify, round_weight
 
 
 class Undivided:
@@ -120,21 +119,21 @@ class ConvBnReLU1d(Undivided, nniqat.ConvBnReLU1d):
     """`nn.Conv1d`, `nn.BatchNorm1d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self._forward(x))
+        return rectify(self._forward(x), in_place=True)
 
 
 class ConvBnReLU2d(Undivided, nniqat.ConvBnReLU2d):
     """`nn.Conv2d`, `nn.BatchNorm2d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self._forward(x))
+        return rectify(self._forward(x), in_place=True)
 
 
 class ConvBnReLU3d(Undivided, nniqat.ConvBnReLU3d):
     """`nn.Conv3d`, `nn.BatchNorm3d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self._forward(x))
+        return rectify(self._forward(x), in_place=True)
 
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {

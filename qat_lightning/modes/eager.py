@@ -13,6 +13,7 @@ from torch.ao import quantization as ao
 from qat_lightning.errors import nearest
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
+from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs
 from qat_lightning.modes.relu6 import replace_relu6_modules
 
@@ -79,6 +80,7 @@ class EagerMode:
         )
         network.train()
         use_undivided(network)
+        round_in_place(network)
         for module, training in modes.items():
             module.training = training
         return network

@@ -20,6 +20,7 @@ from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
 from qat_lightning.modes.hooks import check_hooks
+from qat_lightning.modes.in_place import restore_relus, round_in_place
 from qat_lightning.modes.qconfig import qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
@@ -65,6 +66,7 @@ class FxMode:
         prepared = prepare(fused, mapping, True, scopes, example_inputs=())
         keep_grid_through_dropout(prepared)
         use_undivided(prepared)
+        round_in_place(prepared)
         _place_on_device(prepared)
         return _finish(prepared, kept, type(network).__name__)
 
@@ -73,6 +75,7 @@ class FxMode:
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
         evaluate_only(prepared)
+        restore_relus(prepared)
         return _finish(convert_fx(prepared), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:

@@ -1,0 +1,120 @@
+"""Rounding in place: less memory, the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision import models
+from torchvision.models import quantization as quantizable
+
+from qat_lightning import FakeQuantize, convert, prepare
+from qat_lightning.numerics import rectify
+
+
+def saved_bytes(network: nn.Module, x: torch.Tensor) -> int:
+    """What autograd keeps for the backward of `network`, its parameters aside."""
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = network(x).sum()
+    del loss
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_training_keeps_at_most_a_third_more_than_float(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 160, 160)
+    network = getattr(models, name)().train()
+    float_bytes = saved_bytes(network, x)
+    prepared = prepare(network).train()
+    assert saved_bytes(prepared, x) <= 1.3 * float_bytes
+
+
+def _fresh(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "eager resnet18":
+        return quantizable.resnet18(quantize=False).train()
+    network: nn.Module = getattr(models, name)().train()
+    return network
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "shufflenet_v2_x0_5", "eager resnet18"])
+def test_overwriting_changes_neither_outputs_nor_gradients(name: str) -> None:
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for in_place in (True, False):
+        prepared = prepare(_fresh(name)).train()
+        grids = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
+        assert any(grid.in_place for grid in grids)
+        for grid in grids:
+            grid.in_place = grid.in_place and in_place
+        torch.manual_seed(1)
+        outputs = prepared(x)
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        output.square().sum().backward()
+        found.append([output, *(p.grad for p in prepared.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_evaluation_overwrites_nothing() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    prepared = prepare(network).train()
+    x = torch.randn(2, 3, 8, 8)
+    prepared(x)
+    outputs: list[torch.Tensor] = []
+    prepared.eval().get_submodule("0").register_forward_hook(lambda *args: outputs.append(args[-1]))
+    prepared(x)
+    (before,) = outputs
+    grid = next(m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.in_place)
+    assert not torch.equal(before, grid(before))
+
+
+class TwoReaders(nn.Module):
+    """Returns the tensor of a ReLU beside what a layer makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.a(x)
+        y = torch.relu(y + y)
+        return self.b(y), torch.sigmoid(y)
+
+
+def test_int8_fuses_the_relu_that_training_replaced() -> None:
+    prepared = prepare(TwoReaders()).train()
+    assert any(node.target is rectify for node in prepared.graph.nodes)  # type: ignore[union-attr]
+    prepared(torch.randn(4, 3, 8, 8))
+    targets = [node.target for node in convert(prepared).graph.nodes]  # type: ignore[union-attr]
+    assert torch.ops.quantized.add_relu in targets
+    assert rectify not in targets
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    in_place=st.booleans(),
+)
+def test_rectify_is_relu(shape: list[int], dtype: torch.dtype, in_place: bool) -> None:
+    source = torch.randn(shape, dtype=dtype).requires_grad_()
+    weight = torch.randn(shape, dtype=dtype)
+    results = []
+    for function in (lambda x: rectify(x, in_place), torch.relu):
+        y = function(source * 1)
+        (grad,) = torch.autograd.grad((y * weight).sum(), source)
+        results.append((y, grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
