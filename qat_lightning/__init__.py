@@ -5,12 +5,14 @@ from qat_lightning.errors import (
     ConversionError,
     Int8FileError,
     MissingExtraError,
+    PreflightError,
     RecipeMismatchError,
     UntraceableError,
 )
 from qat_lightning.export import export_onnx
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
+from qat_lightning.inspection import NetworkReport, preflight
 from qat_lightning.quantize import convert, prepare
 from qat_lightning.recipe import Recipe
 
@@ -19,6 +21,8 @@ __all__ = [
     "FakeQuantize",
     "Int8FileError",
     "MissingExtraError",
+    "NetworkReport",
+    "PreflightError",
     "QuantizationAwareTraining",
     "Recipe",
     "RecipeMismatchError",
@@ -27,6 +31,7 @@ __all__ = [
     "export_onnx",
     "load_int8",
     "load_qat_checkpoint",
+    "preflight",
     "prepare",
     "save_int8",
 ]

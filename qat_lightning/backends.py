@@ -65,6 +65,12 @@ class _EngineSwitch:
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._before.append(torch.backends.quantized.engine)
         torch.backends.quantized.engine = self.backend
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                raise RuntimeError(
+                    f"Int8 networks run on the CPU, but {type(module).__name__} received a tensor on "
+                    f"{value.device}. Pass x.cpu(), and test with Trainer(accelerator='cpu')."
+                )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         torch.backends.quantized.engine = self._before.pop()

@@ -13,11 +13,14 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from qat_lightning import messages, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
+from qat_lightning.first_batch import FirstBatch
+from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.modes.qconfig import QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
@@ -80,6 +83,9 @@ class QuantizationAwareTraining(pl.Callback):
             ModelCheckpoint among those with fake-quantization on, else the last; `"last"`; or None
             for no conversion.
         output_dir: Folder for `int8.pt`; by default the checkpoints' folder.
+        preflight: Whether to try, after the first training batch and in seconds, a training step, the
+            conversion and an int8 forward on copies of the networks: what could not be converted after hours
+            of training is an error then, with its line. See :func:`qat_lightning.preflight`.
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
@@ -106,6 +112,7 @@ class QuantizationAwareTraining(pl.Callback):
         fake_quant_from: int = 0,
         convert: str | None = "best",
         output_dir: str | Path | None = None,
+        preflight: bool = True,
     ) -> None:
         self.settings = Settings(backend, qconfig, mode, modules, keep_float, fuse, replace_relu6)
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
@@ -115,6 +122,9 @@ class QuantizationAwareTraining(pl.Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         if self.output_dir is not None and self.output_dir.is_file():
             raise ValueError(f"output_dir must be a folder, but {self.output_dir} is a file.")
+        if not isinstance(preflight, bool):
+            raise TypeError(f"preflight must be True or False, but received {preflight!r}.")
+        self.preflight = preflight
         self.int8_module: pl.LightningModule | None = None
         self.int8_path: Path | None = None
         self.converted_from: str | None = None
@@ -124,6 +134,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._warned: set[str] = set()
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
+        self._first_batch = FirstBatch()
 
     # The life of a run, in Lightning's order.
 
@@ -164,6 +175,8 @@ class QuantizationAwareTraining(pl.Callback):
             length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
+        if self.preflight:
+            self._first_batch.watch(pl_module, self._networks)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enters the phase of this epoch."""
@@ -177,6 +190,12 @@ class QuantizationAwareTraining(pl.Callback):
         self._random_states.restore(trainer, epoch_start=False)
         if self.phase_at(trainer) != self._phase:
             self._enter_phase(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tries the networks out with what the first batch gave them."""
+        self._first_batch.try_out(trainer, self._networks)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -215,6 +234,7 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Switches observers back to what they were, if a validation was interrupted."""
         self._observers_off.leave()
+        self._first_batch.stop()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges a last time, while the processes can still talk."""
@@ -269,6 +289,15 @@ class QuantizationAwareTraining(pl.Callback):
             self._random_states.load(checkpoint)
 
     # The verbs.
+
+    @property
+    def preflight_reports(self) -> list[NetworkReport]:
+        """What the preflight found, network by network; on rank 0."""
+        return self._first_batch.reports
+
+    @property
+    def _networks(self) -> dict[str, nn.Module]:
+        return {prepared.name: prepared.network for prepared in self._prepared}
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 from rich.console import Console
 from rich.table import Table
+
+from qat_lightning.inspection.report import NetworkReport, preflight_table
 
 _LIGHTNING = str(Path(lightning.__file__).parent)
 
@@ -61,6 +63,11 @@ def print_results(metrics: Mapping[str, Any]) -> None:
     for name, key in (("float", "float_path"), ("from", "checkpoint"), ("int8", "int8_path")):
         if metrics[key] is not None:
             console.print(f"{name:6} {metrics[key]}", highlight=False)
+
+
+def print_preflight(reports: Iterable[NetworkReport]) -> None:
+    """Prints what a preflight found as a table."""
+    Console().print(preflight_table(reports))
 
 
 def percent(accuracy: float) -> str:

@@ -18,6 +18,23 @@ class ConversionError(RuntimeError):
     """A prepared network could not be converted to int8. The trained weights are untouched."""
 
 
+class PreflightError(RuntimeError):
+    """A network would not train, convert or run as int8; found before the first epoch.
+
+    Attributes:
+        network: Name of the network in the LightningModule, `""` for the module itself.
+        path: Name of the submodule that fails, relative to the network; `""` for the network's own forward.
+        line: The line of the user's code that led there, as `file:line: code`; None where there is none.
+        op: The operation that fails, as PyTorch calls it; empty where it is none.
+    """
+
+    def __init__(
+        self, message: str, *, network: str = "", path: str = "", line: str | None = None, op: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.network, self.path, self.line, self.op = network, path, line, op
+
+
 class Int8FileError(ValueError):
     """A file is no int8 file of this package, is damaged, or belongs to another network."""
 

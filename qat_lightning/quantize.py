@@ -172,7 +172,7 @@ def check_not_quantized(network: nn.Module) -> None:
                 f"{kind} is quantized already: it holds fake-quantize modules, so torch.ao or an "
                 "earlier call has prepared it. Pass the float network."
             )
-        if _is_int8(module):
+        if is_int8(module):
             raise ValueError(
                 f"{kind} is quantized already: its {name or kind!r} is the int8 module "
                 f"{type(module).__module__}.{type(module).__name__}. Pass the float network; "
@@ -180,7 +180,8 @@ def check_not_quantized(network: nn.Module) -> None:
             )
 
 
-def _is_int8(module: nn.Module) -> bool:
+def is_int8(module: nn.Module) -> bool:
+    """Whether `module` is an int8 layer of torch.ao."""
     package = type(module).__module__
     return package.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and not type(
         module

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat_lightning.console import ignore_advice, percent, print_results
+from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
+from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job
 from qat_lightning.weights import load_weights
 
@@ -48,8 +49,9 @@ def train(cfg: DictConfig) -> Metrics:
         cfg: As composed from `train.yaml`. Everything is written to `cfg.output_dir`.
 
     Returns:
-        What `metrics.json` holds, with None for what this run does not have; empty on every process
-        of a distributed run but the first. Accuracies are on the whole test split, from 0 to 1:
+        What `metrics.json` holds, with None for what this run does not have; empty with
+        `preflight=only`, and on every process of a distributed run but the first. Accuracies are on the
+        whole test split, from 0 to 1:
 
         - `float_accuracy`: of the starting weights, or with `backend=float` of the best epoch;
         - `fake_quant_accuracy`: of the weights that were converted, in simulated int8;
@@ -59,7 +61,7 @@ def train(cfg: DictConfig) -> Metrics:
         - `float_path`, `int8_path`: the files of weights.
 
     Raises:
-        ValueError: If `num_classes` is not the data's.
+        ValueError: If `num_classes` is not the data's, or there is no int8 to try with `preflight=only`.
         Exception: What the constructors named in `cfg` raise.
     """
     with one_job():
@@ -67,8 +69,10 @@ def train(cfg: DictConfig) -> Metrics:
         data: LightningDataModule = instantiate(cfg.data, _convert_="all")
         _check_classes(cfg.num_classes, data)
         classifier: LightningModule = instantiate(cfg.classifier, _convert_="all")
-        quantized = cfg.quantization._target_ is not None
-        qat = instantiate(cfg.quantization, _convert_="all") if quantized else None
+        qat = _callback(cfg)
+        if cfg.preflight == "only":
+            _preflight(qat, classifier, data)
+            return {}
         trainer = _trainer(cfg, qat)
         metrics = _start(cfg, classifier, data, trainer)
         trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -116,11 +120,30 @@ def evaluate(
     return float(results["test/accuracy"])
 
 
+def _callback(cfg: DictConfig) -> Any:
+    """The callback, or None with `backend=float`."""
+    if cfg.preflight not in (True, False, "only"):
+        raise ValueError(f"preflight must be true, false or only, but received {cfg.preflight!r}.")
+    if cfg.quantization._target_ is None:
+        return None
+    return instantiate(cfg.quantization, preflight=bool(cfg.preflight), _convert_="all")
+
+
 def _trainer(cfg: DictConfig, qat: Any) -> Trainer:
     callbacks = [instantiate(each, _convert_="all") for each in cfg.callbacks.values() if each]
     build = instantiate(cfg.trainer, _partial_=True, _convert_="all")
     trainer: Trainer = build(callbacks=[*callbacks, qat] if qat else callbacks)
     return trainer
+
+
+def _preflight(qat: Any, classifier: LightningModule, data: LightningDataModule) -> None:
+    """Prints what the preflight finds on the first training batch."""
+    if qat is None:
+        raise ValueError("preflight=only tries int8, and backend=float has none. Choose another backend.")
+    data.prepare_data()
+    data.setup("fit")
+    images = next(iter(data.train_dataloader()))[0]
+    print_preflight(preflight_with(qat.settings, classifier, images))
 
 
 def _start(

@@ -14,7 +14,7 @@ from torchvision import models
 
 from qat_lightning import UntraceableError, convert, prepare
 from qat_lightning.phases import set_enabled
-from tests.networks import ConvBnRelu, Residual, images, leaves, train_steps
+from tests.networks import ConvBnRelu, Residual, images, leaves, sqnr, train_steps
 
 # Networks whose forward differs between training and eval mode, each in its own way: stochastic depth
 # by module or function, functional dropout with self.training, auxiliary outputs, drop path.
@@ -212,3 +212,47 @@ def test_noise_in_training_only() -> None:
         assert not torch.equal(prepared.train()(x), prepared(x))
         evaluate(prepared)
         assert torch.equal(prepared(x), prepared(x))
+
+
+class Tokens(nn.Module):
+    """A class token beside reshaped pixels, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+        self.token = nn.Parameter(torch.full((1, 1, 8), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return self.fc(x)
+
+
+def test_what_is_concatenated_is_on_one_grid_from_the_layer_that_made_it() -> None:
+    torch.manual_seed(0)
+    prepared = prepare(Tokens(), backend="onednn").train()
+    x = torch.randn(8, 3, 12, 12)
+    for _ in range(3):
+        prepared(x)
+    expected = prepared.eval()(x)
+    assert sqnr(expected, convert(prepared)(x)) > 45  # PyTorch's warning of unequal grids would be an error
+
+
+class Spelled(nn.Module):
+    """A ReLU, by one of its names."""
+
+    def __init__(self, relu: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "relu", [torch.relu, torch.relu_, F.relu, lambda x: x.relu(), lambda x: x.relu_()], ids=range(5)
+)
+def test_a_relu_is_fused_however_it_is_spelled(relu: Callable[[Tensor], Tensor]) -> None:
+    prepared = prepare(Spelled(relu)).train()
+    prepared(torch.randn(2, 3, 8, 8))
+    assert "ConvReLU2d" in str(convert(prepared))

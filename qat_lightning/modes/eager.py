@@ -16,6 +16,7 @@ from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs
 from qat_lightning.modes.relu6 import replace_relu6_modules
+from qat_lightning.modes.tracing import forward_line
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -38,7 +39,8 @@ class EagerMode:
                 f"Eager mode needs QuantStub and DeQuantStub where int8 begins and ends, but {kind} "
                 f"has no {' and no '.join(missing)}. Use mode='fx', which needs none, or write them:\n"
                 "    self.quant, self.dequant = QuantStub(), DeQuantStub()   # in __init__\n"
-                "    x = self.quant(x); …; return self.dequant(x)            # in forward"
+                "    x = self.quant(x); …; return self.dequant(x)            # in forward\n"
+                f"  at {forward_line(network)}"
             )
         if options.fuse == "auto":
             self._check_fusable(network)

@@ -22,7 +22,8 @@ from qat_lightning.modes.dropout import keep_grid_through_dropout
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
 from qat_lightning.modes.qconfig import qconfig_mapping
-from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
+from qat_lightning.modes.relu6 import is_inside, is_relu6, name_relus_alike, replace_relu6_modules
+from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
@@ -56,6 +57,7 @@ class FxMode:
         kept = behaviour.attributes(network)
         graph_module, scopes = trace(network)
         kept |= behaviour.unused_state(network, graph_module)
+        name_relus_alike(graph_module)
         if options.replace_relu6:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
@@ -65,6 +67,7 @@ class FxMode:
         fused = fuse(graph_module, is_qat=True)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=())
         keep_grid_through_dropout(prepared)
+        share_grids(prepared)
         use_undivided(prepared)
         round_in_place(prepared)
         _place_on_device(prepared)

@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.conv_bn import Undivided
 from qat_lightning.numerics import rectify
-
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 
 def round_in_place(prepared: nn.Module) -> None:
@@ -46,9 +43,9 @@ def _rectify_relus(graph_module: fx.GraphModule) -> None:
     """Makes each ReLU whose one reader is a fake-quantize save a byte for each element."""
     for node in graph_module.graph.nodes:
         module = _module(graph_module, node)
-        is_relu = type(module) is nn.ReLU or (node.op != "call_module" and node.target in _RELUS)
+        is_relu = type(module) is nn.ReLU or node.target is F.relu
         if is_relu and _sole_reader(graph_module, node) is not None:
-            in_place = bool(getattr(module, "inplace", False))
+            in_place = bool(getattr(module, "inplace", False) or node.kwargs.get("inplace"))
             node.op, node.target = "call_function", rectify
             node.args, node.kwargs = node.args[:1], {"in_place": in_place}
     graph_module.recompile()

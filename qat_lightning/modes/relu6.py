@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -42,3 +43,13 @@ def replace_relu6_modules(network: nn.Module, keep_float: tuple[str, ...] = ()) 
             network.get_submodule(parent)._modules[leaf] = relu
             replaced.append(name)
     return replaced
+
+
+def name_relus_alike(graph_module: fx.GraphModule) -> None:
+    """Makes `torch.relu(x)` and `x.relu()` of a graph `F.relu(x)`, in place, which alone torch.ao fuses."""
+    for node in graph_module.graph.nodes:
+        is_function = node.op == "call_function" and node.target in (torch.relu, torch.relu_)
+        if is_function or (node.op == "call_method" and node.target in ("relu", "relu_")):
+            in_place = node.target in (torch.relu_, "relu_")
+            node.op, node.target, node.kwargs = "call_function", F.relu, {"inplace": in_place}
+    graph_module.recompile()

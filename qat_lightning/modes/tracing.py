@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import dis
 import inspect
+import linecache
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
@@ -206,7 +208,7 @@ class _Merge:
         if node.op == "call_module" and _keeps_state(self.network.get_submodule(str(node.target))):
             raise UntraceableError(
                 f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
-                f"that training mode does not, at {_stack_line(node)}. One graph cannot do both: make "
+                f"that training mode does not, at {stack_line(node)}. One graph cannot do both: make "
                 "the call the same in both modes, or name the submodules to quantize (modules=[…])."
             )
         with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
@@ -266,7 +268,22 @@ def _keeps_state(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _stack_line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if "File " in line]
-    users = [line for line in lines if "/torch/" not in line.replace("\\", "/")]
-    return users[-1] if users else "an unknown line"
+def forward_line(network: nn.Module) -> str:
+    """The line where the forward of `network`'s class begins, as `file:line: code`."""
+    code = getattr(type(network).forward, "__code__", None)
+    if code is None:
+        return "an unknown line"
+    line = linecache.getline(code.co_filename, code.co_firstlineno).strip()
+    return f"{code.co_filename}:{code.co_firstlineno}: {line}"
+
+
+def stack_line(node: fx.Node) -> str:
+    """The line of the user's code that made `node`, as `file:line: code`."""
+    lines = (node.stack_trace or "").splitlines()
+    frames = [(line.strip(), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
+    users = [frame for frame in frames if "/torch/" not in frame[0].replace("\\", "/")]
+    if not users:
+        return "an unknown line"
+    place, code = users[-1]
+    _, file, rest = place.split('"', 2)
+    return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
