@@ -1,0 +1,83 @@
+"""The preflight of a run: at the first training batch, on copies of the networks, with their real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from qat_lightning.errors import PreflightError
+from qat_lightning.inspection.inputs import Catcher
+from qat_lightning.inspection.preflight import undisturbed
+from qat_lightning.inspection.rehearsal import rehearse
+from qat_lightning.inspection.report import NetworkReport
+from qat_lightning.quantize import copy_of
+
+
+class FirstBatch:
+    """Catches what the first batch gives the networks, and tries them with it.
+
+    Attributes:
+        reports: What became of each network that the first batch reached, on rank 0.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[NetworkReport] = []
+        self._catcher: Catcher | None = None
+        self._done = False
+
+    def watch(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
+        """Begins to catch inputs, unless that was done before, or would have compiled code compiled again."""
+        if self._done:
+            return
+        self._done = True
+        if _is_compiled(module):
+            rank_zero_info("Preflight is left out, because the module is compiled")
+            return
+        self._catcher = Catcher(networks.values())
+
+    def try_out(self, trainer: pl.Trainer, networks: Mapping[str, nn.Module]) -> None:
+        """Tries, once, what was caught: rank 0 does, and all ranks get the verdict.
+
+        Raises:
+            PreflightError: On every rank, if a network would not convert or run.
+        """
+        if self._catcher is None:
+            return
+        catcher, self._catcher = self._catcher, None
+        catcher.close()
+        error = self._rehearse_all(catcher, networks) if trainer.is_global_zero else None
+        if trainer.world_size > 1:
+            error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
+        for report in self.reports:
+            rank_zero_info(f"Preflight: {report}")
+
+    def stop(self) -> None:
+        """Removes the hooks, if a run ended before its first batch did."""
+        if self._catcher is not None:
+            self._catcher.close()
+            self._catcher = None
+
+    def _rehearse_all(self, catcher: Catcher, networks: Mapping[str, nn.Module]) -> PreflightError | None:
+        try:
+            with undisturbed():
+                for name, network in networks.items():
+                    if network in catcher.caught:
+                        copy = copy_of(network).cpu()
+                        self.reports.append(rehearse(name, copy, catcher.caught[network]))
+        except PreflightError as error:
+            return error
+        except Exception as error:  # a flaw of the preflight is no reason to stop a run
+            rank_zero_warn(
+                f"The preflight itself failed, and training goes on: {type(error).__name__}: {error}"
+            )
+        return None
+
+
+def _is_compiled(module: pl.LightningModule) -> bool:
+    compiled = getattr(module, "_compiler_ctx", None) is not None
+    return compiled or any(m._compiled_call_impl is not None for m in module.modules())

@@ -1,0 +1,70 @@
+"""What a network is really called with: caught by a hook while something else calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+_SAMPLES = 2
+"""Enough for batch-norm, and a quick pass on the CPU."""
+
+
+class Inputs(NamedTuple):
+    """The positional and keyword arguments of a call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Catcher:
+    """Remembers the first samples of what each network is called with first, as copies on the CPU.
+
+    Args:
+        networks: Whose inputs to catch.
+
+    Attributes:
+        caught: The inputs of each network that was called.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self.caught: dict[nn.Module, Inputs] = {}
+        self._handles = [n.register_forward_pre_hook(self._catch, with_kwargs=True) for n in networks]
+
+    def __enter__(self) -> Catcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network not in self.caught:
+            self.caught[network] = Inputs(*first_samples((args, kwargs)))
+
+
+def first_samples(values: Any) -> Any:
+    """Copies, on the CPU, the first samples of every tensor in nested `values` that has the batch's size.
+
+    The batch's size is that of the first tensor's first dimension.
+    """
+    shapes = [v.shape for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim]
+    size = shapes[0][0] if shapes else 0
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        batched = value.ndim > 0 and value.shape[0] == size
+        return (value.detach()[:_SAMPLES] if batched else value.detach()).cpu().clone()
+
+    return tree_map(copied, values)
