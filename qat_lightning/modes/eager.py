@@ -1,24 +1,23 @@
-"""Eager mode: the network's own code runs, with the stubs and the fusions that its author wrote."""
+"""Eager mode: the network's own code runs, with the stubs that its author wrote."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.ao import quantization as ao
 
-from qat_lightning.errors import nearest
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
+from qat_lightning.modes.fusion import check_groups, find_groups
 from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs
 from qat_lightning.modes.relu6 import replace_relu6_modules
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class EagerMode:
@@ -26,8 +25,8 @@ class EagerMode:
 
     name = "eager"
 
-    def check(self, network: nn.Module, options: Options) -> None:
-        """Raises if `network` lacks what eager mode leaves to its author: stubs and fusions."""
+    def check(self, network: nn.Module, options: Options) -> Options:
+        """Raises if `network` lacks stubs, or cannot be fused; returns `options` with the groups to fuse."""
         kind = type(network).__name__
         stubs = [ao.QuantStub, ao.DeQuantStub]
         missing = [
@@ -40,22 +39,11 @@ class EagerMode:
                 "    self.quant, self.dequant = QuantStub(), DeQuantStub()   # in __init__\n"
                 "    x = self.quant(x); …; return self.dequant(x)            # in forward"
             )
-        if options.fuse == "auto":
-            self._check_fusable(network)
-        else:
-            _check_groups(network, options.fuse)
-
-    def _check_fusable(self, network: nn.Module) -> None:
-        fused = _owns_fuse_model(network)
-        norms = [n for n, m in network.named_modules() if isinstance(m, _BATCH_NORMS)]
-        if norms and not fused:
-            raise ValueError(
-                "In eager mode BatchNorm has to be fused into the layer before it, and fuse='auto' "
-                f"calls the network's own fuse_model(), but {type(network).__name__} has none; its "
-                f"BatchNorm layers are {norms[:3]}{' …' if len(norms) > 3 else ''}. List the fusions, "
-                "as in fuse=[['conv1', 'bn1', 'relu1'], …], write a fuse_model, or use mode='fx', "
-                "which finds them."
-            )
+        if options.fuse != "auto":
+            return replace(options, fuse=check_groups(network, options))
+        if _owns_fuse_model(network):
+            return options
+        return replace(options, fuse=find_groups(network, options))
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
         """Fuses and prepares `network` in place."""
@@ -107,21 +95,6 @@ def _call_fuse_model(network: nn.Module) -> None:
         fuse_model(is_qat=True)
     else:
         fuse_model()
-
-
-def _check_groups(network: nn.Module, groups: str | Sequence[Sequence[str]]) -> None:
-    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
-        raise TypeError(
-            "fuse must be 'auto' or a list of groups of module names, as in "
-            f"[['conv1', 'bn1', 'relu1']], but received {groups!r}."
-        )
-    known = {name for name, _ in network.named_modules(remove_duplicate=False) if name}
-    for name in (name for group in groups for name in group):
-        if name not in known:
-            raise ValueError(
-                f"fuse names the module {name!r}, which {type(network).__name__} does not have. "
-                f"{nearest(name, known)}"
-            )
 
 
 def _keep_float(module: nn.Module, qconfig: Any) -> None:

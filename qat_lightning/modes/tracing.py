@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.purity import records_nothing_else
 
+_HERE = os.path.dirname(__file__)
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -117,9 +119,9 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
         with records_nothing_else(network):
-            graph = tracer.trace(network, concrete_args=_defaults(network))
+            graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
-        where = _users_line(error, network)
+        where = users_line(error, network)
         raise UntraceableError(
             f"torch.fx cannot trace {type(network).__name__}: {error}\n"
             f"  at {where}\n"
@@ -135,7 +137,7 @@ def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     return graph
 
 
-def _defaults(network: nn.Module) -> dict[str, Any] | None:
+def defaults(network: nn.Module) -> dict[str, Any] | None:
     """The optional arguments of `forward` that decide paths: a graph has the path of the default.
 
     Passing another value to the graph raises, instead of silently taking the wrong path.
@@ -145,12 +147,12 @@ def _defaults(network: nn.Module) -> dict[str, Any] | None:
     return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
 
 
-def _users_line(error: BaseException, network: nn.Module) -> str:
+def users_line(error: BaseException, network: nn.Module) -> str:
     """The last frame of the traceback outside PyTorch: the line that the user can change."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__
+        if "/torch/" not in frame.filename.replace("\\", "/") and not frame.filename.startswith(_HERE)
     ]
     if not frames:
         return f"{inspect.getsourcefile(type(network))}"
