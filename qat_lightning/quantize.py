@@ -187,8 +187,8 @@ def check_not_quantized(network: nn.Module) -> None:
 def _check_example_inputs(example_inputs: object) -> None:
     if example_inputs is not None and not isinstance(example_inputs, tuple):
         raise TypeError(
-            "example_inputs must be a tuple of what forward takes, as in example_inputs=(batch,), but received "
-            f"{type(example_inputs).__name__}."
+            "example_inputs must be a tuple of what forward takes, as in example_inputs=(batch,), but "
+            f"received {type(example_inputs).__name__}."
         )
 
 

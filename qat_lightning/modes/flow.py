@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,8 @@ def traced_parts(network: nn.Module, keep_float: tuple[str, ...], prefix: str = 
 def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, ...]) -> list[Flow]:
     """The flows of `network` in eval and in training mode, from running copies of it on `inputs`.
 
-    A forward that needs more in training (targets, say) is watched in eval mode only. Batch-norm stays in eval
-    mode, since it would refuse a batch of one.
+    A forward that needs more in training (targets, say) is watched in eval mode only. Batch-norm stays in
+    eval mode, since it would refuse a batch of one.
 
     Raises:
         ValueError: The network does not run on `inputs`.
@@ -86,15 +87,13 @@ def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, 
     state = random_state.capture()
     try:
         flows = [_watch(network, inputs, keep_float, training=False)]
-        try:
+        with suppress(Exception):
             flows.append(_watch(network, inputs, keep_float, training=True))
-        except Exception:
-            pass
     except Exception as error:
         raise ValueError(
             f"{type(network).__name__} cannot be traced, and it does not run on the example inputs either, "
-            f"which would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a tuple "
-            "of what forward takes."
+            f"which would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a "
+            "tuple of what forward takes."
         ) from error
     finally:
         random_state.restore(state)
@@ -161,7 +160,9 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.flow = Flow()
         self.depth = 0
-        self.makers: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensors, so that no id is used again
+        self.makers: dict[
+            int, tuple[str, torch.Tensor]
+        ] = {}  # holds the tensors, so that no id is used again
 
     def follow(self, module: nn.Module, name: str) -> None:
         """Watches a leaf module from now on."""

@@ -36,8 +36,8 @@ _FUSABLE: set[tuple[type[nn.Module], ...]] = {
     (nn.BatchNorm3d, nn.ReLU),
 }
 _POSSIBLE = (
-    "Possible are Conv1d, Conv2d or Conv3d with the BatchNorm of as many dimensions, with a ReLU, or with both "
-    "in this order; Linear with ReLU; Linear with BatchNorm1d; BatchNorm2d or BatchNorm3d with ReLU."
+    "Possible are Conv1d, Conv2d or Conv3d with the BatchNorm of as many dimensions, with a ReLU, or with "
+    "both in this order; Linear with ReLU; Linear with BatchNorm1d; BatchNorm2d or BatchNorm3d with ReLU."
 )
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -119,10 +119,10 @@ def _obstacle(modules: Sequence[Any], replace_relu6: bool) -> str | None:
         return "a ReLU6 is fused only where it becomes a ReLU (replace_relu6=True)"
     if kinds not in _FUSABLE:
         return "torch.ao cannot fuse these for training"
-    norm = next((m for m in modules[1:] if isinstance(m, NORMS)), None)
+    norm = next((m for m in modules if isinstance(m, NORMS)), None)
     if norm is None:
         return None
-    channels = modules[0].out_features if isinstance(modules[0], nn.Linear) else modules[0].out_channels
+    channels = getattr(modules[0], "out_features", getattr(modules[0], "out_channels", norm.num_features))
     if norm.num_features != channels:
         return f"the layer has {channels} output channels and the batch-norm {norm.num_features}"
     if not norm.affine or not norm.track_running_stats:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import dis
 import inspect
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -30,7 +30,7 @@ from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.purity import records_nothing_else
 
-_HERE = os.path.dirname(__file__)
+_HERE = str(Path(__file__).parent)
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
