@@ -46,9 +46,9 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
             _call(twin, example)
     except Exception as error:
         raise ValueError(
-            f"To find what to fuse, a copy of {type(module).__name__} runs on its example_input_array, and that "
-            f"failed: {error} ({type(error).__name__}). Correct it, or list the fusions: fuse=[['conv1', "
-            "'bn1', 'relu1'], …]."
+            f"To find what to fuse, a copy of {type(module).__name__} runs on its example_input_array, and "
+            f"that failed: {error} ({type(error).__name__}). Correct it, or list the fusions, as in "
+            "fuse=[['conv1', 'bn1', 'relu1'], …]."
         ) from error
     finally:
         random_state.restore(state)
