@@ -40,9 +40,8 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
     example = tree_map(
         lambda v: v.to(parameter.device, copy=True) if isinstance(v, torch.Tensor) else v, example
     )
-    state = random_state.capture()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_state.kept():
             _call(twin, example)
     except Exception as error:
         raise ValueError(
@@ -50,8 +49,6 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
             f"that failed: {error} ({type(error).__name__}). Correct it, or list the fusions, as in "
             "fuse=[['conv1', 'bn1', 'relu1'], …]."
         ) from error
-    finally:
-        random_state.restore(state)
     return caught[0] if caught else None
 
 

@@ -23,6 +23,20 @@ def test_a_list_and_a_fuse_model_of_ones_own_win() -> None:
     assert groups_of(prepare(Traceable(), fuse=[])) == ()
 
 
+def test_a_relu6_that_stays_is_not_fused() -> None:
+    assert groups_of(prepare(StubbedConvBnRelu(nn.ReLU6))) == (("conv", "bn", "relu"),)
+    assert groups_of(prepare(StubbedConvBnRelu(nn.ReLU6), replace_relu6=False)) == (("conv", "bn"),)
+
+
+class ReadsWeights(StubbedConvBnRelu):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bn.weight.mean()
+
+
+def test_a_module_whose_weight_is_read_is_not_replaced() -> None:
+    assert groups_of(prepare(ReadsWeights())) == ()
+
+
 ALONE: dict[str, Callable[[], list[nn.Module]]] = {
     "after a pool": lambda: [nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)],
     "with a ReLU": lambda: [nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)],
@@ -96,6 +110,25 @@ def test_the_callback_takes_the_example_input_array(tmp_path: Path, example: Any
     x = images()
     with torch.no_grad():
         assert sqnr(module.eval()(x), qat.int8_module(x)) > 25
+
+
+class Loose(TinyModule):
+    """The layers are on the LightningModule itself."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        del self.model
+        for name, child in Untraceable().named_children():
+            self.add_module(name, child)
+        self.example_input_array = images(2)
+
+    forward = Untraceable.forward  # type: ignore[assignment]
+
+
+def test_a_module_that_is_the_network_itself(tmp_path: Path) -> None:
+    module = Loose()
+    trainer(tmp_path, QuantizationAwareTraining(), max_epochs=1, enable_checkpointing=False).fit(module)
+    assert len(groups_of(module)) == 3
 
 
 def test_a_wrong_example_input_array(tmp_path: Path) -> None:

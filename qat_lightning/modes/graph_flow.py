@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from qat_lightning import random_state
 from qat_lightning.modes.flow import TRANSPARENT, Flow, attributes, is_leaf
-from qat_lightning.modes.purity import records_nothing_else
 from qat_lightning.modes.tracing import defaults
 
 
@@ -24,7 +24,7 @@ def traced(network: nn.Module, keep_float: tuple[str, ...], prefix: str = "") ->
     flows = []
     for training in (True, False):
         twin = copy.deepcopy(network).train(training)
-        with records_nothing_else(twin):
+        with random_state.kept():
             graph = _Tracer(keep_float, prefix).trace(twin, concrete_args=defaults(twin))
         kept = {proxy.node for proxy in attributes(twin) if isinstance(proxy, fx.Proxy)}
         flows.append(_flow_of(graph, kept, prefix))

@@ -12,6 +12,7 @@ and in eval mode, and the two graphs are merged into one:
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import traceback
@@ -30,7 +31,7 @@ from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.purity import records_nothing_else
 
-_HERE = str(Path(__file__).parent)
+_NO_USERS = (str(Path(__file__).parent), contextlib.__file__)
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -152,7 +153,7 @@ def users_line(error: BaseException, network: nn.Module) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename.replace("\\", "/") and not frame.filename.startswith(_HERE)
+        if "/torch/" not in frame.filename.replace("\\", "/") and not frame.filename.startswith(_NO_USERS)
     ]
     if not frames:
         return f"{inspect.getsourcefile(type(network))}"

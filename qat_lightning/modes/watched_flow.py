@@ -25,19 +25,17 @@ def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, 
     Raises:
         ValueError: The network does not run on `inputs`.
     """
-    state = random_state.capture()
     try:
-        flows = [_watch(network, inputs, keep_float, training=False)]
-        with suppress(Exception):
-            flows.append(_watch(network, inputs, keep_float, training=True))
+        with random_state.kept():
+            flows = [_watch(network, inputs, keep_float, training=False)]
+            with suppress(Exception):
+                flows.append(_watch(network, inputs, keep_float, training=True))
     except Exception as error:
         raise ValueError(
             f"{type(network).__name__} cannot be traced, and it does not run on the example inputs either, "
             f"which would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a "
             "tuple of what forward takes."
         ) from error
-    finally:
-        random_state.restore(state)
     return flows
 
 
