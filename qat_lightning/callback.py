@@ -69,7 +69,8 @@ class QuantizationAwareTraining(pl.Callback):
             LightningModule that is a network (a container with convolutions or linear layers).
         keep_float: Names, globs or types of submodules that stay float, inside those networks.
         fuse: `"auto"`, or in eager mode groups of module names, as `fuse_modules_qat` takes them.
-            In eager mode auto calls the network's own `fuse_model`.
+            Auto finds them in the graph of the network; in eager mode its own `fuse_model` goes first, and
+            where a network cannot be traced they are found by running the module's `example_input_array`.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it.
         freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run
             (float below 1), or None for never. Never by default: with statistics frozen, a learning

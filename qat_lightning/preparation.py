@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from qat_lightning.backends import check_backend
+from qat_lightning.errors import UntraceableError
+from qat_lightning.example_inputs import example_inputs_of
 from qat_lightning.modes import check_mode, choose_mode
 from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
@@ -164,15 +167,21 @@ def _prepare(
     keep_float: Sequence[FloatPattern],
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
-    prepared = prepare(
-        network,
-        backend=settings.backend,
-        qconfig=settings.qconfig,
-        mode=mode,
-        keep_float=keep_float,
-        fuse=settings.fuse,
-        replace_relu6=settings.replace_relu6,
-    )
+    options: dict[str, Any] = {
+        "backend": settings.backend,
+        "qconfig": settings.qconfig,
+        "mode": mode,
+        "keep_float": keep_float,
+        "fuse": settings.fuse,
+        "replace_relu6": settings.replace_relu6,
+    }
+    try:
+        prepared = prepare(network, **options)
+    except UntraceableError:
+        inputs = example_inputs_of(module, name) if mode == "eager" else None
+        if inputs is None:
+            raise
+        prepared = prepare(network, **options, example_inputs=inputs)
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)
     assert recipe is not None

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -37,6 +37,7 @@ def prepare(
     keep_float: Sequence[FloatPattern] = (),
     fuse: str | Sequence[Sequence[str]] = "auto",
     replace_relu6: bool = True,
+    example_inputs: tuple[Any, ...] | None = None,
 ) -> nn.Module:
     """Fuses a float network and inserts fake-quantization, ready for training.
 
@@ -50,9 +51,11 @@ def prepare(
         qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"eager"`, `"fx"`, or `"auto"`: eager where the network holds QuantStubs, else fx.
         keep_float: Names, globs or types of submodules that stay float.
-        fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. In eager mode
-            auto calls the network's own `fuse_model`; in fx mode fusions are found in the graph.
+        fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. Auto finds them in the
+            graph of the network; in eager mode its own `fuse_model` goes first, where it has one.
         replace_relu6: Whether to replace ReLU6 by ReLU, which int8 fuses into the layer before it.
+        example_inputs: What `forward` takes, as a tuple. Eager mode needs it where the network cannot be
+            traced: to find the fusions, a copy of the network runs on it.
 
     Returns:
         The prepared network, in the mode (training or eval) that `network` was in.
@@ -65,12 +68,13 @@ def prepare(
     check_backend(backend)
     check_qconfig(qconfig)
     check_mode(mode)
+    _check_example_inputs(example_inputs)
     check_float(network)
     kept = resolve_keep_float(network, keep_float)
-    options = Options(backend, qconfig, kept, fuse, replace_relu6)
+    options = Options(backend, qconfig, kept, fuse, replace_relu6, example_inputs)
     chosen, _ = choose_mode(network, mode)
     with quiet_torch_ao(), engine(backend):
-        MODES[chosen].check(network, options)
+        options = MODES[chosen].check(network, options)
         prepared = MODES[chosen].prepare(network, options)
         replace_zero_scales(prepared)
         recipe = _recipe(prepared, chosen, options)
@@ -178,6 +182,14 @@ def check_not_quantized(network: nn.Module) -> None:
                 f"{type(module).__module__}.{type(module).__name__}. Pass the float network; "
                 "torchvision's quantizable models take quantize=False."
             )
+
+
+def _check_example_inputs(example_inputs: object) -> None:
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
+        raise TypeError(
+            "example_inputs must be a tuple of what forward takes, as in example_inputs=(batch,), but "
+            f"received {type(example_inputs).__name__}."
+        )
 
 
 def is_int8(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,3 +34,13 @@ def restore(state: dict[str, Any]) -> None:
     cuda = state.get("cuda", ())
     if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([generator.cpu() for generator in cuda])
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Puts every generator back at the end of the block, whatever was drawn in it."""
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)

@@ -31,7 +31,7 @@ class Recipe:
         mode: `"eager"` or `"fx"`.
         qconfig: `"default"`, or the fingerprint of one's own QConfig, which has to be passed again.
         keep_float: Resolved names of the submodules that stayed float.
-        fuse: `"auto"`, or the groups that were asked for.
+        fuse: `"auto"`, or the groups that were asked for or found.
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.

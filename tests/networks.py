@@ -88,6 +88,24 @@ class Stubbed(nn.Module):
         fuse_modules_qat(self, [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"]], inplace=True)
 
 
+class Unlisted(Stubbed):
+    """The same without a `fuse_model`: what to fuse has to be found."""
+
+    fuse_model = None  # type: ignore[assignment]
+
+
+class StubbedLayers(nn.Module):
+    """Layers in a row between QuantStubs."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequant(self.layers(self.quant(x)))
+
+
 class TwoInputs(nn.Module):
     """An image and a keyword input; an output that holds a dict and a tuple."""
 
@@ -164,8 +182,35 @@ CASES = [
     Case("conv_bn_relu", ConvBnRelu, "fx", _image),
     Case("conv_bn_relu6", lambda: ConvBnRelu(nn.ReLU6), "fx", _image),
     Case("residual", Residual, "fx", _image),
-    # torch.ao rounds the output of an average pool in int8 and, in eager mode, not in training.
-    Case("stubbed", Stubbed, "eager", _image, min_sqnr=24),
+    Case("stubbed", Stubbed, "eager", _image),
+    Case("unlisted", Unlisted, "eager", _image),
+    Case(
+        "conv1d",
+        lambda: StubbedLayers(
+            *(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8)),
+            *(nn.Conv1d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, CLASSES)),
+        ),
+        "eager",
+        lambda: ((torch.randn(16, 3, SIZE),), {}),
+    ),
+    Case(
+        "conv3d",
+        lambda: StubbedLayers(
+            *(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU6(), nn.Conv3d(8, 8, 3), nn.ReLU()),
+            *(nn.BatchNorm3d(8), nn.ReLU(), nn.AvgPool3d(4), nn.Flatten(), nn.Linear(8, CLASSES)),
+        ),
+        "eager",
+        lambda: ((torch.randn(16, 3, 8, 8, 8),), {}),
+    ),
+    Case(
+        "linear_bn",
+        lambda: StubbedLayers(
+            *(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
+            *(nn.BatchNorm1d(8), nn.Linear(8, CLASSES)),
+        ),
+        "eager",
+        lambda: ((torch.randn(64, 6),), {}),
+    ),
     Case("two_inputs", TwoInputs, "fx", lambda: ((images(),), {"extra": torch.randn(16, 5)})),
     Case("embedded", Embedded, "fx", lambda: ((torch.randint(10, (16, 6)),), {})),
     Case("zero_init_residual", ZeroInitResidual, "fx", _image),

@@ -83,6 +83,11 @@ class NoStubs(ConvBnRelu):
     pass
 
 
+class StubbedBranching(StubbedConvBnRelu):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.mean() > 0 else -x)
+
+
 @pytest.mark.parametrize(
     ("build", "options", "kind", "message"),
     [
@@ -105,7 +110,13 @@ class NoStubs(ConvBnRelu):
             r"cannot trace Branching(.|\n)*test_bad_input.py:\d+: .*x\.mean\(\)",
         ),
         (NoStubs, {"mode": "eager"}, ValueError, r"NoStubs has no QuantStub and no DeQuantStub.*mode='fx'"),
-        (StubbedConvBnRelu, {}, ValueError, r"own fuse_model\(\), but .* has none; .*\['bn'\].*fuse=\[\["),
+        (
+            StubbedBranching,
+            {},
+            UntraceableError,
+            r"trace StubbedBranching, so .* unknown for \['bn'\](.|\n)*test_bad_input.py:\d+: .*x\.mean\(\)"
+            r"(.|\n)*example_inputs=\(…,\).*example_input_array.*fuse=\[\[.*mode='fx'",
+        ),
         (Stubbed, {"fuse": [["conv1", "bn"]]}, ValueError, r"fuse names the module 'bn', .*Nearest: .*'bn1'"),
         (Stubbed, {"fuse": ["conv1"]}, TypeError, r"fuse must be 'auto' or a list of groups.*\['conv1'\]"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -21,6 +21,7 @@ class Options:
         keep_float: Names of the submodules that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).
         replace_relu6: Whether ReLU6 becomes ReLU.
+        example_inputs: What `forward` takes, or None (eager mode only).
     """
 
     backend: str
@@ -28,6 +29,7 @@ class Options:
     keep_float: tuple[str, ...] = ()
     fuse: str | Sequence[Sequence[str]] = "auto"
     replace_relu6: bool = True
+    example_inputs: tuple[Any, ...] | None = None
 
 
 class Mode(Protocol):
@@ -35,8 +37,12 @@ class Mode(Protocol):
 
     name: str
 
-    def check(self, network: nn.Module, options: Options) -> None:
-        """Raises if the mode cannot prepare `network`. Changes nothing."""
+    def check(self, network: nn.Module, options: Options) -> Options:
+        """Raises if the mode cannot prepare `network`. Changes nothing.
+
+        Returns:
+            `options` with what was found out on the way, so that the same can be prepared from a recipe.
+        """
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
         """Fuses `network` and inserts fake-quantization. The result may share its modules."""

@@ -1,25 +1,35 @@
-"""Eager mode: the network's own code runs, with the stubs and the fusions that its author wrote."""
+"""Eager mode: the network's own code runs, with the stubs that its author wrote."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.ao import quantization as ao
+from torch.ao.nn import intrinsic as nni
+from torch.ao.nn import qat as nnqat
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import qat as nniqat
+from torch.ao.nn.intrinsic import quantized as nniq
 
-from qat_lightning.errors import nearest
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
+from qat_lightning.modes.float_parts import compute_in_float, keep_float
+from qat_lightning.modes.fusion import check_groups, find_groups
 from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs
 from qat_lightning.modes.relu6 import replace_relu6_modules
 from qat_lightning.modes.tracing import forward_line
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# torch.ao has these modules for training, and leaves them out of eager mode's tables.
+_TRAINED = ao.get_default_qat_module_mappings() | {nn.Conv1d: nnqat.Conv1d, nni.ConvReLU1d: nniqat.ConvReLU1d}
+_CONVERTED = ao.get_default_static_quant_module_mappings() | {
+    nnqat.Conv1d: nnq.Conv1d,
+    nniqat.ConvReLU1d: nniq.ConvReLU1d,
+}
 
 
 class EagerMode:
@@ -27,8 +37,8 @@ class EagerMode:
 
     name = "eager"
 
-    def check(self, network: nn.Module, options: Options) -> None:
-        """Raises if `network` lacks what eager mode leaves to its author: stubs and fusions."""
+    def check(self, network: nn.Module, options: Options) -> Options:
+        """Raises if `network` lacks stubs, or cannot be fused; returns `options` with the groups to fuse."""
         kind = type(network).__name__
         stubs = [ao.QuantStub, ao.DeQuantStub]
         missing = [
@@ -42,22 +52,11 @@ class EagerMode:
                 "    x = self.quant(x); …; return self.dequant(x)            # in forward\n"
                 f"  at {forward_line(network)}"
             )
-        if options.fuse == "auto":
-            self._check_fusable(network)
-        else:
-            _check_groups(network, options.fuse)
-
-    def _check_fusable(self, network: nn.Module) -> None:
-        fused = _owns_fuse_model(network)
-        norms = [n for n, m in network.named_modules() if isinstance(m, _BATCH_NORMS)]
-        if norms and not fused:
-            raise ValueError(
-                "In eager mode BatchNorm has to be fused into the layer before it, and fuse='auto' "
-                f"calls the network's own fuse_model(), but {type(network).__name__} has none; its "
-                f"BatchNorm layers are {norms[:3]}{' …' if len(norms) > 3 else ''}. List the fusions, "
-                "as in fuse=[['conv1', 'bn1', 'relu1'], …], write a fuse_model, or use mode='fx', "
-                "which finds them."
-            )
+        if options.fuse != "auto":
+            return replace(options, fuse=check_groups(network, options))
+        if _owns_fuse_model(network):
+            return options
+        return replace(options, fuse=find_groups(network, options))
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
         """Fuses and prepares `network` in place."""
@@ -72,14 +71,11 @@ class EagerMode:
         configs = eager_qconfigs(options.backend, options.qconfig)
         configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
         for name in options.keep_float:
-            _keep_float(network.get_submodule(name), configs[""])
+            keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)
-        ao.convert(network, ao.get_default_qat_module_mappings(), inplace=True, remove_qconfig=False)
-        ao.prepare(
-            network,
-            observer_non_leaf_module_list=set(ao.get_default_qat_module_mappings().values()),
-            inplace=True,
-        )
+        compute_in_float(network)
+        ao.convert(network, _TRAINED, inplace=True, remove_qconfig=False)
+        ao.prepare(network, observer_non_leaf_module_list=set(_TRAINED.values()), inplace=True)
         network.train()
         use_undivided(network)
         round_in_place(network)
@@ -89,7 +85,7 @@ class EagerMode:
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""
-        return ao.convert(prepared, inplace=True)
+        return ao.convert(prepared, _CONVERTED, inplace=True)
 
 
 def _holds(network: nn.Module, kind: type[nn.Module]) -> bool:
@@ -109,41 +105,3 @@ def _call_fuse_model(network: nn.Module) -> None:
         fuse_model(is_qat=True)
     else:
         fuse_model()
-
-
-def _check_groups(network: nn.Module, groups: str | Sequence[Sequence[str]]) -> None:
-    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
-        raise TypeError(
-            "fuse must be 'auto' or a list of groups of module names, as in "
-            f"[['conv1', 'bn1', 'relu1']], but received {groups!r}."
-        )
-    known = {name for name, _ in network.named_modules(remove_duplicate=False) if name}
-    for name in (name for group in groups for name in group):
-        if name not in known:
-            raise ValueError(
-                f"fuse names the module {name!r}, which {type(network).__name__} does not have. "
-                f"{nearest(name, known)}"
-            )
-
-
-def _keep_float(module: nn.Module, qconfig: Any) -> None:
-    """Keeps `module` float between int8 neighbours: its inputs are dequantized, its output quantized.
-
-    Hooks and a stub do it, so that the names of the parameters stay.
-    """
-    for child in module.modules():
-        child.qconfig = None  # type: ignore[assignment]
-    module.requantize = ao.QuantStub(qconfig)
-    module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
-    module.register_forward_hook(_quantize_output)
-
-
-def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    def floating(value: Any) -> Any:
-        return value.dequantize() if isinstance(value, torch.Tensor) and value.is_quantized else value
-
-    return tuple(floating(a) for a in args), {key: floating(a) for key, a in kwargs.items()}
-
-
-def _quantize_output(module: Any, args: Any, output: Any) -> Any:
-    return module.requantize(output)

@@ -34,7 +34,7 @@ class FxMode:
 
     name = "fx"
 
-    def check(self, network: nn.Module, options: Options) -> None:
+    def check(self, network: nn.Module, options: Options) -> Options:
         """Raises if there is an explicit list of fusions, which a graph has no use for."""
         if options.fuse != "auto":
             raise ValueError(
@@ -47,6 +47,7 @@ class FxMode:
                 "Prepare the network inside it, or give the Trainer the callback QuantizationAwareTraining."
             )
         check_hooks(network)
+        return options
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
         """Traces, fuses and prepares; the result shares parameters with `network`.

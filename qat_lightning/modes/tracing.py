@@ -12,6 +12,7 @@ and in eval mode, and the two graphs are merged into one:
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import linecache
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
@@ -31,6 +33,7 @@ from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.purity import records_nothing_else
 
+_NO_USERS = (str(Path(__file__).parent), contextlib.__file__)
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -119,9 +122,9 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
         with records_nothing_else(network):
-            graph = tracer.trace(network, concrete_args=_defaults(network))
+            graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
-        where = _users_line(error, network)
+        where = users_line(error, network)
         raise UntraceableError(
             f"torch.fx cannot trace {type(network).__name__}: {error}\n"
             f"  at {where}\n"
@@ -137,7 +140,7 @@ def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     return graph
 
 
-def _defaults(network: nn.Module) -> dict[str, Any] | None:
+def defaults(network: nn.Module) -> dict[str, Any] | None:
     """The optional arguments of `forward` that decide paths: a graph has the path of the default.
 
     Passing another value to the graph raises, instead of silently taking the wrong path.
@@ -147,12 +150,12 @@ def _defaults(network: nn.Module) -> dict[str, Any] | None:
     return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
 
 
-def _users_line(error: BaseException, network: nn.Module) -> str:
+def users_line(error: BaseException, network: nn.Module) -> str:
     """The last frame of the traceback outside PyTorch: the line that the user can change."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__
+        if "/torch/" not in frame.filename.replace("\\", "/") and not frame.filename.startswith(_NO_USERS)
     ]
     if not frames:
         return f"{inspect.getsourcefile(type(network))}"

@@ -1,0 +1,77 @@
+"""Modules of an eager network that compute in float between int8 neighbours.
+
+Their inputs are dequantized and their output is rounded to a grid of its own, in training as in int8. Hooks
+and a stub do it, so that the names of the parameters stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao import quantization as ao
+from torch.ao.nn.intrinsic import _FusedModule
+from torch.ao.nn.quantized import Quantize
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
+from torch.utils._pytree import tree_leaves, tree_map
+
+_AVERAGES = (_AvgPoolNd, _AdaptiveAvgPoolNd)
+
+
+def keep_float(module: nn.Module, qconfig: Any) -> None:
+    """Keeps `module` float between int8 neighbours."""
+    for child in module.modules():
+        child.qconfig = None  # type: ignore[assignment]
+    module.requantize = ao.QuantStub(qconfig)
+    module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
+    module.register_forward_hook(_quantize_output)
+
+
+def compute_in_float(network: nn.Module) -> None:
+    """Does the same for what has no int8 form or a poor one, in a network whose modules have QConfigs.
+
+    An int8 average pool rounds to the grid of its input, which is coarse for averages and nothing that
+    training could know of.
+    """
+    fused = {child for module in network.modules() if isinstance(module, _FusedModule) for child in module}
+    for module in [module for module in network.modules() if module not in fused]:
+        qconfig: Any = getattr(module, "qconfig", None)
+        if qconfig is not None and (isinstance(module, _AVERAGES) or _lacks_int8(module)):
+            module.qconfig = None  # type: ignore[assignment]
+            module.requantize = ao.QuantStub(qconfig)
+            module.register_forward_pre_hook(_dequantize_if_int8, with_kwargs=True)
+            module.register_forward_hook(_quantize_if_int8)
+
+
+def _lacks_int8(module: nn.Module) -> bool:
+    """Whether eager mode has no int8 form of `module` that it could train for."""
+    if isinstance(module, _BatchNorm):
+        exists = type(module) in (nn.BatchNorm2d, nn.BatchNorm3d)
+        return not (exists and module.affine and module.track_running_stats)
+    return isinstance(module, _ConvTransposeNd)
+
+
+def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(lambda value: value.dequantize() if _is_int8(value) else value, (args, kwargs))
+
+
+def _quantize_output(module: Any, args: Any, output: Any) -> Any:
+    return module.requantize(output)
+
+
+def _dequantize_if_int8(module: Any, args: Any, kwargs: Any) -> Any:
+    """The same; what stands before the QuantStub or after the DeQuantStub gets and gives floats."""
+    if isinstance(module.requantize, Quantize):
+        module.between_int8 = any(_is_int8(value) for value in tree_leaves((args, kwargs)))
+    return _dequantize_inputs(module, args, kwargs)
+
+
+def _quantize_if_int8(module: Any, args: Any, output: Any) -> Any:
+    return module.requantize(output) if getattr(module, "between_int8", True) else output
+
+
+def _is_int8(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_quantized
