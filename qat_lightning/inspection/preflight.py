@@ -71,7 +71,7 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
     with undisturbed():
         names = _names(module, settings)
         caught = _network_inputs(copy_of(module).cpu(), names, inputs)
-        prepared = _prepare(copy_of(module).cpu(), settings)
+        prepared = _prepare(copy_of(module).cpu(), settings, inputs)
         return [rehearse(name, network, caught[name]) for name, network in prepared if name in caught]
 
 
@@ -119,9 +119,11 @@ def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -
     return caught
 
 
-def _prepare(module: nn.Module, settings: Settings) -> list[tuple[str, nn.Module]]:
+def _prepare(module: nn.Module, settings: Settings, inputs: Inputs) -> list[tuple[str, nn.Module]]:
     if not _is_whole(module, settings):
+        example: Any = module
+        example.example_input_array = inputs.kwargs or inputs.args
         return [(p.name, p.network) for p in prepare_module(module, settings)]
     options = vars(settings).copy()
     del options["modules"]
-    return [("", prepare(module, **options))]
+    return [("", prepare(module, example_inputs=inputs.args, **options))]
