@@ -1,4 +1,4 @@
-"""A run on two gloo processes, each of which writes what it ended with: `ddp_script.py FOLDER`."""
+"""A run on two gloo processes, each of which writes what it ended with: `ddp_script.py FOLDER [mistake]`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.ao.quantization import DeQuantStub, QuantStub
 
-from qat_lightning import QuantizationAwareTraining
+from qat_lightning import PreflightError, QuantizationAwareTraining
+from tests.networks import CLASSES
 from tests.runs import TinyModule, dataset, loader, trainer
 from tests.test_ranks import ranges
 
@@ -26,6 +28,28 @@ class Unequal(TinyModule):
 
     def train_dataloader(self) -> Any:
         return loader(32, batch_size=4)
+
+
+class PlainPlus(torch.nn.Module):
+    """Adds int8 tensors by an operator, which eager mode cannot convert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.conv = torch.nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.quant(x))
+        return self.dequant(x + x).mean((2, 3))
+
+
+def mistake(folder: Path) -> None:
+    """Every process writes the error that ends its run."""
+    runner = trainer(folder, QuantizationAwareTraining(), max_epochs=1, strategy="ddp", devices=2)
+    try:
+        runner.fit(TinyModule(PlainPlus()))
+    except PreflightError as error:
+        (folder / f"error{runner.global_rank}.txt").write_text(f"{error.line}\n{error}")
 
 
 def main(folder: Path) -> None:
@@ -48,4 +72,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (mistake if "mistake" in sys.argv else main)(Path(sys.argv[1]))

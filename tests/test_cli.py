@@ -206,6 +206,23 @@ def test_no_conversion(tmp_path: Path) -> None:
     assert metrics["int8_accuracy"] is metrics["int8_path"] is None
 
 
+def test_preflight_only_prints_a_table_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(configure(tmp_path, "preflight=only")) == {}
+    shown = capsys.readouterr().out
+    assert "100.0% of the multiply-adds, 4 layers" in shown
+    assert "3 Conv2d+BatchNorm2d+ReLU" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_preflight_is_true_false_or_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be true, false or only, but received 'maybe'"):
+        train(configure(tmp_path, "preflight=maybe"))
+    with pytest.raises(ValueError, match="backend=float has none"):
+        train(configure(tmp_path, "preflight=only", "backend=float"))
+
+
 def test_num_classes_has_to_be_the_datas(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 10, num_classes is 7\. Set num_classes=10"):
         run(tmp_path, "num_classes=7")

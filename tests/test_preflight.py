@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +277,16 @@ class PlainPlusClassifier(PlainPlus):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).mean((2, 3))
+
+
+def test_every_process_gets_the_verdict(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ddp_script", str(tmp_path), "mistake"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=environment, timeout=300)
+    errors = [(tmp_path / f"error{rank}.txt").read_text() for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert "return self.dequant(x + x)" in errors[0]
+    assert "FloatFunctional" in errors[0]
 
 
 def test_the_callback_says_in_one_line_what_it_found(
