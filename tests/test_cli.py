@@ -100,7 +100,7 @@ def test_the_callback_is_configured_in_full() -> None:
     arguments = inspect.signature(qat_lightning.QuantizationAwareTraining).parameters
     assert set(cfg.quantization) - {"_target_"} == set(arguments) - {"qconfig"}
     defaults = {name: each.default for name, each in arguments.items() if name in cfg.quantization}
-    set_here = OmegaConf.to_container(cfg.quantization)
+    set_here = OmegaConf.to_container(cfg.quantization, resolve=True)
     assert isinstance(set_here, dict)
     del set_here["_target_"], set_here["output_dir"], defaults["output_dir"]
     assert set_here == {**defaults, "keep_float": []}
