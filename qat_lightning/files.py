@@ -212,7 +212,7 @@ def _qconfigs(recipes: dict[str, Recipe], qconfig: QConfigLike | None) -> dict[s
 def _prepare_all(
     module: ModuleT, recipes: dict[str, Recipe], qconfigs: dict[str, QConfigLike | None]
 ) -> ModuleT:
-    for name, recipe in recipes.items():
+    for name, recipe in sorted(recipes.items()):  # a module itself before the networks in it
         prepared = prepare(
             module.get_submodule(name),
             backend=recipe.backend,

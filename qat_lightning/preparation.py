@@ -9,6 +9,7 @@ from torch import nn
 
 from qat_lightning.backends import check_backend
 from qat_lightning.modes import check_mode, choose_mode
+from qat_lightning.modes.graft import calls
 from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
@@ -85,24 +86,24 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
         if network not in patterns
         else _prepare(module, name, network, settings, patterns[network])
         for name, network in zip(names, networks, strict=True)
+        if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
     ]
 
 
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """The names of the networks to prepare in `module`; `("",)` if it is the network itself.
+    """The names of the networks to prepare in `module`; the module itself, if it is one, is `""` and first.
 
     Raises:
-        ValueError: There is nothing to quantize, or there are layers directly on the module.
+        ValueError: There is nothing to quantize.
     """
-    if recipe_of(module) is not None:
-        return ("",)
-    if settings.modules is not None:
+    recipe = recipe_of(module)
+    if settings.modules is not None and recipe is None:
         return check_modules(module, settings.modules)
     found = find_networks(module)
-    if found.loose:
-        if _is_eager(module, settings):
-            return ("",)
-        raise ValueError(_loose_layers(module, found.loose))
+    if recipe is not None or found.loose:
+        mode = choose_mode(module, settings.mode)[0] if recipe is None else recipe.mode
+        others = [] if mode == "eager" else [n for n in found.networks if not calls(module, n)]
+        return ("", *others)
     if not found.networks:
         check_not_quantized(module)
         raise ValueError(
@@ -114,23 +115,6 @@ def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
             "            self.model = build()"
         )
     return found.networks
-
-
-def _is_eager(module: nn.Module, settings: Settings) -> bool:
-    return choose_mode(module, settings.mode)[0] == "eager"
-
-
-def _loose_layers(module: nn.Module, loose: Sequence[str]) -> str:
-    first = loose[0]
-    return (
-        f"{type(module).__name__} has quantizable layers directly on it ({', '.join(loose[:4])}"
-        f"{', …' if len(loose) > 4 else ''}). Prepared one by one, nothing would be fused. Wrap them in "
-        "one network:\n"
-        f"    self.model = nn.Sequential(self.{first}, …)   # in __init__, instead of self.{first} = …\n"
-        "    y = self.model(x)                            # in forward\n"
-        "or give the module QuantStub and DeQuantStub and use mode='eager', or name the networks with "
-        "modules=[…]."
-    )
 
 
 def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:

@@ -16,6 +16,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from torch.nn import functional as F
 
 from qat_lightning import behaviour
+from qat_lightning.modes import graft
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
@@ -40,15 +41,12 @@ class FxMode:
                 "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
                 f"{options.fuse!r}. Leave it out, or use mode='eager'."
             )
-        if hasattr(network, "training_step"):
-            raise ValueError(
-                f"In fx mode {type(network).__name__} would become a graph, and no LightningModule any more. "
-                "Prepare the network inside it, or give the Trainer the callback QuantizationAwareTraining."
-            )
+        if graft.stays_itself(network):
+            _check_own_forward(network)
         check_hooks(network)
 
     def prepare(self, network: nn.Module, options: Options) -> nn.Module:
-        """Traces, fuses and prepares; the result shares parameters with `network`.
+        """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
 
         Raises:
             UntraceableError: `torch.fx` cannot trace the network.
@@ -56,6 +54,15 @@ class FxMode:
         kept = behaviour.attributes(network)
         graph_module, scopes = trace(network)
         kept |= behaviour.unused_state(network, graph_module)
+        used = graft.targets(graph_module.graph)
+        prepared = self._prepare(graph_module, scopes, options)
+        if graft.stays_itself(network):
+            graft.graft(network, prepared, used)
+            return network
+        return _finish(prepared, kept, type(network).__name__)
+
+    def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
+        """Fuses and prepares a graph."""
         if options.replace_relu6:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
@@ -68,10 +75,16 @@ class FxMode:
         use_undivided(prepared)
         round_in_place(prepared)
         _place_on_device(prepared)
-        return _finish(prepared, kept, type(network).__name__)
+        return prepared
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        """Converts a prepared graph module into an int8 one, without what only training runs."""
+        """Converts a prepared graph into an int8 one, without what only training runs."""
+        if graft.is_grafted(prepared):
+            graph_module = graft.ungraft(prepared)
+            evaluate_only(graph_module)
+            restore_relus(graph_module)
+            graft.regraft(prepared, convert_fx(graph_module))
+            return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
         evaluate_only(prepared)
@@ -83,6 +96,17 @@ class FxMode:
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping
+
+
+def _check_own_forward(network: nn.Module) -> None:
+    if type(network).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning.")):
+        raise ValueError(
+            f"{type(network).__name__} has layers of its own and no `forward` that calls them, so there is "
+            "nothing to trace. Write a `forward` and call self(x) in the steps, or put the layers into a "
+            "network of their own:\n"
+            "    self.model = nn.Sequential(…)   # in __init__\n"
+            "    y = self.model(x)               # in the steps"
+        )
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:
