@@ -68,6 +68,8 @@ class QuantizationAwareTraining(pl.Callback):
         fuse: `"auto"`, or in eager mode groups of module names, as `fuse_modules_qat` takes them.
             In eager mode auto calls the network's own `fuse_model`.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it.
+        untraceable: What to do in fx mode with a part whose forward cannot be traced: `"error"` raises
+            with its file and line, `"float"` keeps the smallest such parts float, and says so.
         freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run
             (float below 1), or None for never. Never by default: with statistics frozen, a learning
             rate that is still high costs points of accuracy, in float training just the same;
@@ -101,13 +103,16 @@ class QuantizationAwareTraining(pl.Callback):
         keep_float: Sequence[FloatPattern] = (),
         fuse: str | Sequence[Sequence[str]] = "auto",
         replace_relu6: bool = True,
+        untraceable: str = "error",
         freeze_bn_at: int | float | None = None,
         freeze_observers_at: int | float | None = 0.5,
         fake_quant_from: int = 0,
         convert: str | None = "best",
         output_dir: str | Path | None = None,
     ) -> None:
-        self.settings = Settings(backend, qconfig, mode, modules, keep_float, fuse, replace_relu6)
+        self.settings = Settings(
+            backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, untraceable
+        )
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
         if convert not in ("best", "last", None):
             raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")

@@ -221,6 +221,7 @@ def _prepare_all(
             keep_float=recipe.keep_float,
             fuse=recipe.fuse,
             replace_relu6=recipe.replace_relu6,
+            untraceable="float" if recipe.untraceable else "error",
         )
         module = replace_submodule(module, name, prepared)
     return module

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qat_lightning.backends import check_backend
-from qat_lightning.modes import check_mode, choose_mode
+from qat_lightning.modes import check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.graft import calls
 from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
@@ -28,11 +28,13 @@ class Settings:
     keep_float: Sequence[FloatPattern]
     fuse: str | Sequence[Sequence[str]]
     replace_relu6: bool
+    untraceable: str
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_qconfig(self.qconfig)
         check_mode(self.mode)
+        check_untraceable(self.untraceable)
         for name in ("modules", "keep_float"):
             if isinstance(getattr(self, name), str):
                 value = getattr(self, name)
@@ -62,6 +64,8 @@ class Prepared:
 
     def __str__(self) -> str:
         kept = f", {len(self.recipe.keep_float)} parts stay float" if self.recipe.keep_float else ""
+        if self.recipe.untraceable:
+            kept += f", as do {', '.join(self.recipe.untraceable)}, which cannot be traced"
         return (
             f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
             f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"
@@ -156,6 +160,7 @@ def _prepare(
         keep_float=keep_float,
         fuse=settings.fuse,
         replace_relu6=settings.replace_relu6,
+        untraceable=settings.untraceable,
     )
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)

@@ -13,7 +13,7 @@ from torch import nn
 from qat_lightning.backends import check_backend, engine, run_on_engine
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, Options, check_mode, choose_mode
+from qat_lightning.modes import MODES, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
 from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
@@ -37,6 +37,7 @@ def prepare(
     keep_float: Sequence[FloatPattern] = (),
     fuse: str | Sequence[Sequence[str]] = "auto",
     replace_relu6: bool = True,
+    untraceable: str = "error",
 ) -> nn.Module:
     """Fuses a float network and inserts fake-quantization, ready for training.
 
@@ -53,6 +54,9 @@ def prepare(
         fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. In eager mode
             auto calls the network's own `fuse_model`; in fx mode fusions are found in the graph.
         replace_relu6: Whether to replace ReLU6 by ReLU, which int8 fuses into the layer before it.
+        untraceable: What to do in fx mode with a part whose forward `torch.fx` cannot trace: `"error"`
+            raises with its file and line, `"float"` keeps the smallest such parts float and quantizes
+            the rest; the recipe's `untraceable` lists them.
 
     Returns:
         The prepared network, in the mode (training or eval) that `network` was in.
@@ -65,15 +69,16 @@ def prepare(
     check_backend(backend)
     check_qconfig(qconfig)
     check_mode(mode)
+    check_untraceable(untraceable)
     check_float(network)
     kept = resolve_keep_float(network, keep_float)
-    options = Options(backend, qconfig, kept, fuse, replace_relu6)
+    options = Options(backend, qconfig, kept, fuse, replace_relu6, untraceable)
     chosen, _ = choose_mode(network, mode)
     with quiet_torch_ao(), engine(backend):
         MODES[chosen].check(network, options)
-        prepared = MODES[chosen].prepare(network, options)
+        prepared, left = MODES[chosen].prepare(network, options)
         replace_zero_scales(prepared)
-        recipe = _recipe(prepared, chosen, options)
+        recipe = _recipe(prepared, chosen, options, left)
     attach(prepared, recipe)
     return prepared
 
@@ -187,14 +192,14 @@ def _is_int8(module: nn.Module) -> bool:
     ).__name__.endswith("FloatFunctional")
 
 
-def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
+def _recipe(prepared: nn.Module, mode: str, options: Options, untraceable: tuple[str, ...]) -> Recipe:
     grid = {name: describe(child) for name, child in fake_quantizes(prepared)}
     suffix = ".weight_fake_quant"
     layers = tuple(name.removesuffix(suffix) for name in grid if name.endswith(suffix))
     if not layers:
         raise ValueError(
-            f"Nothing is left to quantize: keep_float={options.keep_float} and the qconfig keep every "
-            "layer float. Keep fewer."
+            f"Nothing is left to quantize: keep_float={options.keep_float}, the qconfig and what cannot be "
+            f"traced ({', '.join(untraceable) or 'nothing'}) keep every layer float. Keep fewer."
         )
     fuse = options.fuse
     return Recipe(
@@ -204,6 +209,7 @@ def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
         keep_float=options.keep_float,
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,
+        untraceable=untraceable,
         layers=layers,
         grid=grid,
         versions=_VERSIONS,

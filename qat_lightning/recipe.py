@@ -35,6 +35,7 @@ class Recipe:
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.
+        untraceable: Name and line of each part that could not be traced, and so stayed float.
         int8: Whether the network has been converted.
         versions: Of the packages that made it; not compared.
     """
@@ -48,6 +49,7 @@ class Recipe:
     layers: tuple[str, ...]
     grid: dict[str, str]
     int8: bool = False
+    untraceable: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -59,8 +61,8 @@ class Recipe:
         """The recipe that `to_json` wrote; fields of later versions are ignored."""
         values: dict[str, Any] = json.loads(text)
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name in ("keep_float", "layers"):
-            fields[name] = tuple(fields[name])
+        for name in ("keep_float", "layers", "untraceable"):
+            fields[name] = tuple(fields.get(name, ()))
         if not isinstance(fields["fuse"], str):
             fields["fuse"] = tuple(tuple(group) for group in fields["fuse"])
         return cls(**fields)

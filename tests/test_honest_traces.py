@@ -168,9 +168,10 @@ def test_compiled_network_is_refused() -> None:
         prepare(torch.compile(Residual(), backend="eager"))  # type: ignore[arg-type]
 
 
-def test_lightning_module_is_refused_by_prepare() -> None:
-    with pytest.raises(ValueError, match="the callback QuantizationAwareTraining"):
-        prepare(TinyModule())
+def test_a_lightning_module_is_prepared_as_the_object_it_is() -> None:
+    module = TinyModule()
+    assert prepare(module) is module
+    assert isinstance(module, TinyModule)
 
 
 @pytest.mark.parametrize("modules", [[], ["model", "model"]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
@@ -21,6 +21,7 @@ class Options:
         keep_float: Names of the submodules that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).
         replace_relu6: Whether ReLU6 becomes ReLU.
+        untraceable: `"error"` or `"float"`: what happens to parts that cannot be traced (fx mode only).
     """
 
     backend: str
@@ -28,6 +29,19 @@ class Options:
     keep_float: tuple[str, ...] = ()
     fuse: str | Sequence[Sequence[str]] = "auto"
     replace_relu6: bool = True
+    untraceable: str = "error"
+
+
+class Made(NamedTuple):
+    """What a mode makes of a float network.
+
+    Attributes:
+        network: The prepared network.
+        untraceable: Name and line of each part that could not be traced and stays float.
+    """
+
+    network: nn.Module
+    untraceable: tuple[str, ...] = ()
 
 
 class Mode(Protocol):
@@ -38,7 +52,7 @@ class Mode(Protocol):
     def check(self, network: nn.Module, options: Options) -> None:
         """Raises if the mode cannot prepare `network`. Changes nothing."""
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+    def prepare(self, network: nn.Module, options: Options) -> Made:
         """Fuses `network` and inserts fake-quantization. The result may share its modules."""
 
     def convert(self, prepared: nn.Module) -> nn.Module:

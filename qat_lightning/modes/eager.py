@@ -11,7 +11,7 @@ from torch import nn
 from torch.ao import quantization as ao
 
 from qat_lightning.errors import nearest
-from qat_lightning.modes.base import Options
+from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs
@@ -57,7 +57,7 @@ class EagerMode:
                 "which finds them."
             )
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+    def prepare(self, network: nn.Module, options: Options) -> Made:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
         network.train()  # torch.ao fuses and prepares for QAT in training mode only
@@ -83,7 +83,7 @@ class EagerMode:
         round_in_place(network)
         for module, training in modes.items():
             module.training = training
-        return network
+        return Made(network)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""

@@ -7,6 +7,7 @@ our own, which keeps the difference between training and eval mode.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from qat_lightning import behaviour
 from qat_lightning.modes import graft
-from qat_lightning.modes.base import Options
+from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
 from qat_lightning.modes.hooks import check_hooks
@@ -25,6 +26,7 @@ from qat_lightning.modes.in_place import restore_relus, round_in_place
 from qat_lightning.modes.qconfig import qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.untraceable import trace_around
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
 
@@ -45,21 +47,23 @@ class FxMode:
             _check_own_forward(network)
         check_hooks(network)
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+    def prepare(self, network: nn.Module, options: Options) -> Made:
         """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
 
         Raises:
             UntraceableError: `torch.fx` cannot trace the network.
         """
         kept = behaviour.attributes(network)
-        graph_module, scopes = trace(network)
+        graph_module, scopes, untraceable = _trace(network, options.untraceable)
+        options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
         prepared = self._prepare(graph_module, scopes, options)
         if graft.stays_itself(network):
             graft.graft(network, prepared, used)
-            return network
-        return _finish(prepared, kept, type(network).__name__)
+        else:
+            network = _finish(prepared, kept, type(network).__name__)
+        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()))
 
     def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
         """Fuses and prepares a graph."""
@@ -96,6 +100,10 @@ class FxMode:
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping
+
+
+def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
+    return trace_around(network) if untraceable == "float" else (*trace(network), {})
 
 
 def _check_own_forward(network: nn.Module) -> None:
