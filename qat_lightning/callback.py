@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from qat_lightning import messages, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
-from qat_lightning.modes.qconfig import QConfigLike
+from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
@@ -64,10 +64,13 @@ class QuantizationAwareTraining(pl.Callback):
             there are QuantStubs, else fx.
         modules: Dotted names of the submodules to quantize. By default every child of the
             LightningModule that is a network (a container with convolutions or linear layers).
-        keep_float: Names, globs or types of submodules that stay float, inside those networks.
+        keep_float: Names, globs or types of submodules that stay float, inside those networks; in fx
+            mode also functions, of which all calls stay float.
         fuse: `"auto"`, or in eager mode groups of module names, as `fuse_modules_qat` takes them.
             In eager mode auto calls the network's own `fuse_model`.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it.
+        overrides: By name or glob, the QConfig of single convolutions and linear layers, the name of a
+            backend to use its default, or None to keep them float.
         untraceable: What to do in fx mode with a part whose forward cannot be traced: `"error"` raises
             with its file and line, `"float"` keeps the smallest such parts float, and says so.
         freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run
@@ -103,6 +106,7 @@ class QuantizationAwareTraining(pl.Callback):
         keep_float: Sequence[FloatPattern] = (),
         fuse: str | Sequence[Sequence[str]] = "auto",
         replace_relu6: bool = True,
+        overrides: Overrides | None = None,
         untraceable: str = "error",
         freeze_bn_at: int | float | None = None,
         freeze_observers_at: int | float | None = 0.5,
@@ -111,7 +115,7 @@ class QuantizationAwareTraining(pl.Callback):
         output_dir: str | Path | None = None,
     ) -> None:
         self.settings = Settings(
-            backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, untraceable
+            backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
         )
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
         if convert not in ("best", "last", None):

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from qat_lightning.backends import check_backend
-from qat_lightning.modes import check_mode, check_untraceable, choose_mode
+from qat_lightning.modes import MODES, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.graft import calls
-from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import Recipe, recipe_of
-from qat_lightning.selection import FloatPattern, check_modules, find_networks, split_patterns
+from qat_lightning.selection import (
+    FloatPattern,
+    check_modules,
+    find_networks,
+    split_overrides,
+    split_patterns,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Settings:
     keep_float: Sequence[FloatPattern]
     fuse: str | Sequence[Sequence[str]]
     replace_relu6: bool
+    overrides: Overrides | None
     untraceable: str
 
     def __post_init__(self) -> None:
@@ -82,16 +89,25 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
     names = network_names(module, settings)
     networks = [module.get_submodule(name) for name in names]
     floating = [n for n in networks if recipe_of(n) is None]
-    patterns = (
-        dict(zip(floating, split_patterns(floating, settings.keep_float), strict=True)) if floating else {}
-    )
+    own = dict(zip(floating, _split(floating, settings), strict=True)) if floating else {}
     return [
         _again(name, network, settings)
-        if network not in patterns
-        else _prepare(module, name, network, settings, patterns[network])
+        if network not in own
+        else _prepare(module, name, network, own[network])
         for name, network in zip(names, networks, strict=True)
         if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
     ]
+
+
+def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
+    """For each network, the settings with those names in them that it has."""
+
+    def functions(network: nn.Module) -> frozenset[str] | None:
+        return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
+
+    kept = split_patterns(networks, settings.keep_float, functions)
+    overrides = split_overrides(networks, settings.overrides or {})
+    return [replace(settings, keep_float=k, overrides=o) for k, o in zip(kept, overrides, strict=True)]
 
 
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
@@ -149,7 +165,6 @@ def _prepare(
     name: str,
     network: nn.Module,
     settings: Settings,
-    keep_float: Sequence[FloatPattern],
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
     prepared = prepare(
@@ -157,9 +172,10 @@ def _prepare(
         backend=settings.backend,
         qconfig=settings.qconfig,
         mode=mode,
-        keep_float=keep_float,
+        keep_float=settings.keep_float,
         fuse=settings.fuse,
         replace_relu6=settings.replace_relu6,
+        overrides=settings.overrides,
         untraceable=settings.untraceable,
     )
     replace_submodule(module, name, prepared)

@@ -15,13 +15,13 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
-from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, describe, qconfig_name
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
 from qat_lightning.modes.zero_scale import replace_zero_scales
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.ranges import check_observed
 from qat_lightning.recipe import Recipe, attach, quantized_networks, recipe_of
-from qat_lightning.selection import FloatPattern, resolve_keep_float
+from qat_lightning.selection import FloatPattern, resolve_keep_float, resolve_overrides
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -37,6 +37,7 @@ def prepare(
     keep_float: Sequence[FloatPattern] = (),
     fuse: str | Sequence[Sequence[str]] = "auto",
     replace_relu6: bool = True,
+    overrides: Overrides | None = None,
     untraceable: str = "error",
 ) -> nn.Module:
     """Fuses a float network and inserts fake-quantization, ready for training.
@@ -50,10 +51,13 @@ def prepare(
         backend: The engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`.
         qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"eager"`, `"fx"`, or `"auto"`: eager where the network holds QuantStubs, else fx.
-        keep_float: Names, globs or types of submodules that stay float.
+        keep_float: Names, globs or types of submodules that stay float; in fx mode also functions, such as
+            `torch.matmul` or, by name, `"torch.matmul()"`, of which all calls do.
         fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. In eager mode
             auto calls the network's own `fuse_model`; in fx mode fusions are found in the graph.
         replace_relu6: Whether to replace ReLU6 by ReLU, which int8 fuses into the layer before it.
+        overrides: By name or glob, the `QConfig` of single convolutions and linear layers, the name of a
+            backend to use its default, or None to keep them float.
         untraceable: What to do in fx mode with a part whose forward `torch.fx` cannot trace: `"error"`
             raises with its file and line, `"float"` keeps the smallest such parts float and quantizes
             the rest; the recipe's `untraceable` lists them.
@@ -71,9 +75,14 @@ def prepare(
     check_mode(mode)
     check_untraceable(untraceable)
     check_float(network)
-    kept = resolve_keep_float(network, keep_float)
-    options = Options(backend, qconfig, kept, fuse, replace_relu6, untraceable)
     chosen, _ = choose_mode(network, mode)
+    resolved = resolve_overrides(network, overrides or {})
+    floating = [name for name, value in resolved.items() if value is None]
+    kept = resolve_keep_float(
+        network, [*keep_float, *floating], lambda n: MODES[chosen].functions(n, untraceable)
+    )
+    qconfigs = {name: value for name, value in resolved.items() if value is not None}
+    options = Options(backend, qconfig, kept, fuse, replace_relu6, qconfigs, untraceable)
     with quiet_torch_ao(), engine(backend):
         MODES[chosen].check(network, options)
         prepared, left = MODES[chosen].prepare(network, options)
@@ -209,6 +218,7 @@ def _recipe(prepared: nn.Module, mode: str, options: Options, untraceable: tuple
         keep_float=options.keep_float,
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,
+        overrides={name: qconfig_name(value) for name, value in options.overrides.items()},
         untraceable=untraceable,
         layers=layers,
         grid=grid,

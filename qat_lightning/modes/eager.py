@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.ao import quantization as ao
+from torch.ao.nn.intrinsic import _FusedModule
 
 from qat_lightning.errors import nearest
 from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.in_place import round_in_place
-from qat_lightning.modes.qconfig import eager_qconfigs
+from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 from qat_lightning.modes.relu6 import replace_relu6_modules
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -57,6 +58,9 @@ class EagerMode:
                 "which finds them."
             )
 
+    def functions(self, network: nn.Module, untraceable: str) -> None:
+        """Says that there is no graph to find functions in."""
+
     def prepare(self, network: nn.Module, options: Options) -> Made:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
@@ -69,6 +73,7 @@ class EagerMode:
             ao.fuse_modules_qat(network, [list(group) for group in options.fuse], inplace=True)
         configs = eager_qconfigs(options.backend, options.qconfig)
         configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
+        configs |= {name: override_qconfig(value) for name, value in options.overrides.items()}
         for name in options.keep_float:
             _keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)
@@ -131,9 +136,12 @@ def _keep_float(module: nn.Module, qconfig: Any) -> None:
     """
     for child in module.modules():
         child.qconfig = None  # type: ignore[assignment]
+    if isinstance(module, _FusedModule):
+        module.__class__ = nn.Sequential  # torch.ao does not look inside a fused one
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
-    module.register_forward_hook(_quantize_output)
+    if type(module).forward is not nn.Sequential.forward:  # which runs the stub as its last layer
+        module.register_forward_hook(_quantize_output)
 
 
 def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -21,9 +21,10 @@ from qat_lightning.modes import graft
 from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.functions import called_functions, keep_functions_float
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
-from qat_lightning.modes.qconfig import qconfig_mapping
+from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 from qat_lightning.modes.untraceable import trace_around
@@ -47,6 +48,10 @@ class FxMode:
             _check_own_forward(network)
         check_hooks(network)
 
+    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
+        """Names of the functions that the graph of `network` calls."""
+        return called_functions(_trace(network, untraceable)[0].graph)
+
     def prepare(self, network: nn.Module, options: Options) -> Made:
         """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
 
@@ -58,6 +63,7 @@ class FxMode:
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
+        keep_functions_float(graph_module, scopes, options.keep_float)
         prepared = self._prepare(graph_module, scopes, options)
         if graft.stays_itself(network):
             graft.graft(network, prepared, used)
@@ -97,6 +103,8 @@ class FxMode:
 
     def _mapping(self, options: Options) -> QConfigMapping:
         mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
+        for name, value in options.overrides.items():
+            mapping = mapping.set_module_name(name, override_qconfig(value))
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import fx, nn
 
 from qat_lightning.errors import UntraceableError
 from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
+
+_HERE = str(Path(__file__).parent)
 
 
 def merge(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[str, Any]:
@@ -117,5 +120,5 @@ def _keeps_state(module: nn.Module) -> bool:
 
 def _stack_line(node: fx.Node) -> str:
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if "File " in line]
-    users = [line for line in lines if "/torch/" not in line.replace("\\", "/")]
+    users = [line for line in lines if "/torch/" not in line.replace("\\", "/") and _HERE not in line]
     return users[-1] if users else "an unknown line"

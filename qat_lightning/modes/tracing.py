@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.nn.quantized import FXFloatFunctional
@@ -35,6 +36,9 @@ from qat_lightning.modes.purity import Impure, records_nothing_else, same_state
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+_HERE = str(Path(__file__).parent)
+
+
 def reads_training(module: nn.Module) -> bool:
     """Whether the forward of `module`'s class looks at `self.training`."""
     code = getattr(type(module).forward, "__code__", None)
@@ -42,6 +46,11 @@ def reads_training(module: nn.Module) -> bool:
         step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "training"
         for step in dis.get_instructions(code)
     )
+
+
+def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same type and values."""
+    return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
 def holds_quantizable(module: nn.Module) -> bool:
@@ -61,6 +70,14 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
         self.leaves = leaves
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
+
+    def create_arg(self, a: Any) -> Any:
+        """Names a constant tensor as the trace before named an equal one, so that the graphs agree."""
+        if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
+            for name, value in vars(self.root).items():
+                if name.startswith("_tensor_constant") and same_tensor(a, value):
+                    self.tensor_attrs[a] = name
+        return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
@@ -180,7 +197,7 @@ def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__
+        if "/torch/" not in frame.filename.replace("\\", "/") and _HERE not in frame.filename
     ]
     return frames[-1] if frames else None
 
