@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.nn.intrinsic import _FusedModule
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from qat_lightning.errors import nearest
 from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
-from qat_lightning.modes.relu6 import replace_relu6_modules
+from qat_lightning.modes.relu6 import is_inside, replace_relu6_modules
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -74,7 +75,8 @@ class EagerMode:
         configs = eager_qconfigs(options.backend, options.qconfig)
         configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
         configs |= {name: override_qconfig(value) for name, value in options.overrides.items()}
-        for name in options.keep_float:
+        transposed = [n for n, m in network.named_modules() if isinstance(m, _ConvTransposeNd)]
+        for name in (*options.keep_float, *(n for n in transposed if not is_inside(n, options.keep_float))):
             _keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)
         ao.convert(network, ao.get_default_qat_module_mappings(), inplace=True, remove_qconfig=False)
@@ -137,7 +139,8 @@ def _keep_float(module: nn.Module, qconfig: Any) -> None:
     for child in module.modules():
         child.qconfig = None  # type: ignore[assignment]
     if isinstance(module, _FusedModule):
-        module.__class__ = nn.Sequential  # torch.ao does not look inside a fused one
+        # torch.ao does not look inside a fused one.
+        module.__class__ = nn.Sequential  # type: ignore[assignment]
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
     if type(module).forward is not nn.Sequential.forward:  # which runs the stub as its last layer

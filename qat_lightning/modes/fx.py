@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
 from torch.ao.quantization.fx import fuse, prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 from torch.nn import functional as F
@@ -79,8 +81,9 @@ class FxMode:
         mapping = self._mapping(options)
         for name in _whole_modules(graph_module):
             mapping.set_module_name(name, None)
-        fused = fuse(graph_module, is_qat=True)
-        prepared = prepare(fused, mapping, True, scopes, example_inputs=())
+        known = _backend_config()
+        fused = fuse(graph_module, is_qat=True, backend_config=known)
+        prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_grid_through_dropout(prepared)
         use_undivided(prepared)
         round_in_place(prepared)
@@ -93,13 +96,13 @@ class FxMode:
             graph_module = graft.ungraft(prepared)
             evaluate_only(graph_module)
             restore_relus(graph_module)
-            graft.regraft(prepared, convert_fx(graph_module))
+            graft.regraft(prepared, convert_fx(graph_module, backend_config=_backend_config()))
             return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
         evaluate_only(prepared)
         restore_relus(prepared)
-        return _finish(convert_fx(prepared), kept, kept[_NAME])
+        return _finish(convert_fx(prepared, backend_config=_backend_config()), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
         mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
@@ -112,6 +115,17 @@ class FxMode:
 
 def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
     return trace_around(network) if untraceable == "float" else (*trace(network), {})
+
+
+@cache
+def _backend_config() -> BackendConfig:
+    """What torch.ao knows to quantize, but transposed convolutions.
+
+    It has no training module for them: their weights would be rounded in int8 alone, per tensor at that.
+    """
+    configs = get_native_backend_config().configs
+    kept = [config for config in configs if "transpose" not in str(config.pattern).lower()]
+    return BackendConfig().set_backend_pattern_configs(kept)
 
 
 def _check_own_forward(network: nn.Module) -> None:

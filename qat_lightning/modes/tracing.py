@@ -32,6 +32,7 @@ from qat_lightning.modes.by_mode import OutputByMode
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.merge import merge
 from qat_lightning.modes.purity import Impure, records_nothing_else, same_state
+from qat_lightning.modes.transformers import traceable_transformers
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -129,10 +130,11 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
 def trace_with_leaves(network: nn.Module, leaves: frozenset[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces as :func:`trace` does, with the modules named in `leaves` called as a whole."""
     tracer = _Tracer(leaves)
-    with _mode(network, training=True):
-        graph = _trace_once(tracer, network)
-    with _mode(network, training=False):
-        eval_graph = _trace_once(_Tracer(leaves), network)
+    with traceable_transformers(network):
+        with _mode(network, training=True):
+            graph = _trace_once(tracer, network)
+        with _mode(network, training=False):
+            eval_graph = _trace_once(_Tracer(leaves), network)
     scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
     return fx.GraphModule(network, graph, type(network).__name__), scopes
 
