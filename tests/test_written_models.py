@@ -144,6 +144,27 @@ def test_a_u_net_in_a_trainer(tmp_path: Path) -> None:
         assert sqnr(module.eval()(x), qat.int8_module(x)) > 25  # type: ignore[misc]
 
 
+class Pooled(nn.Module):
+    """Concatenates what reshapes and means have made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), F.relu(self.right(5 * x))
+        return self.fc(torch.cat([left.mean((2, 3)), right.flatten(2).mean(2)], 1))
+
+
+def test_a_concatenation_has_one_grid() -> None:
+    prepared = prepare(Pooled(), backend="onednn")
+    x = images()
+    train_steps(prepared, ((x,), {}))
+    settle(prepared)
+    with torch.no_grad():
+        assert sqnr(prepared(x), convert(prepared)(x)) > 30
+
+
 def test_a_layer_called_twice_is_one_layer() -> None:
     prepared: Any = prepare(Nested())
     calls = [str(n.target) for n in prepared.graph.nodes if n.op == "call_module"]

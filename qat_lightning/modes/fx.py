@@ -28,6 +28,7 @@ from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
+from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 from qat_lightning.modes.untraceable import trace_around
 
@@ -84,6 +85,7 @@ class FxMode:
         known = _backend_config()
         fused = fuse(graph_module, is_qat=True, backend_config=known)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
+        share_grids(prepared)
         keep_grid_through_dropout(prepared)
         use_undivided(prepared)
         round_in_place(prepared)
