@@ -43,7 +43,8 @@ class QuantizationAwareTraining(pl.Callback):
     Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
 
     One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
-    original but no other methods.
+    original but no other methods. A LightningModule with layers of its own stays what it is: its
+    `forward` runs the graph, and everything else is untouched.
 
     Example::
 

@@ -181,4 +181,7 @@ def _prepare(
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)
     assert recipe is not None
+    if prepared is module and mode == "fx":
+        outside = [n for n in find_networks(module).loose if not calls(module, n)]
+        reason += f"; {', '.join(outside)} stay float, since forward does not call them" if outside else ""
     return Prepared(name, prepared, recipe, reason)

@@ -200,7 +200,9 @@ class Listed(TinyModule):
         return self.heads["main"](x.mean((2, 3)))
 
 
-def test_lists_dicts_and_layers_outside_forward(tmp_path: Path) -> None:
+def test_lists_dicts_and_layers_outside_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("qat_lightning.callback.rank_zero_info", said.append)
     module = Listed()
     outside, other = module.outside, module.heads["other"]
     qat = fit(tmp_path, module)
@@ -211,6 +213,7 @@ def test_lists_dicts_and_layers_outside_forward(tmp_path: Path) -> None:
     int8: Any = qat.int8_module
     assert type(int8.outside) is type(int8.heads["other"]) is nn.Linear
     assert type(int8.heads["main"]).__module__.startswith("torch.ao.nn.quantized")
+    assert "(it holds no QuantStubs; heads.other, outside stay float" in said[0]
     assert agreement(module, int8, images()) > 25
     assert module(images(), verbose=False).shape == (16, CLASSES)
 
@@ -261,6 +264,26 @@ class ByValue(Loose):
         if x.sum() > 0:
             x = -x
         return super().forward(x)
+
+
+class OwnWeight(Loose):
+    """Calls F.linear with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.body, self.fc
+        self.weight = nn.Parameter(torch.randn(CLASSES, 8) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.bn(self.conv(x))).mean((2, 3)), self.weight)
+
+
+def test_a_functional_layer_of_the_module_stays_float(tmp_path: Path) -> None:
+    module = OwnWeight()
+    qat = fit(tmp_path, module, output_dir=tmp_path)
+    x = images()
+    assert agreement(module, qat.int8_module, x) > 25
+    assert torch.equal(load_int8(tmp_path / "int8.pt", OwnWeight())(x), qat.int8_module(x))  # type: ignore[misc]
 
 
 def test_a_module_without_a_forward_of_its_own(tmp_path: Path) -> None:

@@ -33,11 +33,19 @@ def called_functions(graph: fx.Graph) -> frozenset[str]:
 
 
 def keep_functions_float(
-    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]
+    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...], *, own_weights: bool
 ) -> None:
-    """Makes a module of each call of the functions in `keep_float`, in place."""
+    """Makes a module of each call of the functions in `keep_float`, in place.
+
+    Args:
+        graph_module: A traced network.
+        scopes: Of its nodes; that of each new one is added.
+        keep_float: Names of functions, among others.
+        own_weights: Also of `F.linear` and the like where the weight is a parameter of the network: torch.ao
+            keeps its int8 form in an attribute, which only a graph module would save.
+    """
     for node in list(graph_module.graph.nodes):
-        if _name(node) in keep_float:
+        if _name(node) in keep_float or (own_weights and _has_own_weight(node)):
             name = f"{node.name}_float"
             module = ByMode.of(node, node.args, node.kwargs)
             graph_module.add_submodule(name, module)
@@ -47,6 +55,12 @@ def keep_functions_float(
             node.replace_all_uses_with(call)
             graph_module.graph.erase_node(node)
     graph_module.recompile()
+
+
+def _has_own_weight(node: fx.Node) -> bool:
+    weights: Any = [*node.args[1:2], node.kwargs.get("weight")]
+    named = any(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
+    return named and node.target in (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def _name(node: fx.Node) -> str | None:

@@ -66,7 +66,8 @@ class FxMode:
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
-        keep_functions_float(graph_module, scopes, options.keep_float)
+        own = graft.stays_itself(network)
+        keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
         prepared = self._prepare(graph_module, scopes, options)
         if graft.stays_itself(network):
             graft.graft(network, prepared, used)
@@ -126,7 +127,8 @@ def _backend_config() -> BackendConfig:
     It has no training module for them: their weights would be rounded in int8 alone, per tensor at that.
     """
     configs = get_native_backend_config().configs
-    kept = [config for config in configs if "transpose" not in str(config.pattern).lower()]
+    names = ("ConvTranspose", "conv_transpose")
+    kept = [config for config in configs if not any(name in str(config.pattern) for name in names)]
     return BackendConfig().set_backend_pattern_configs(kept)
 
 

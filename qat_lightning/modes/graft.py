@@ -14,7 +14,6 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.behaviour import LostForward, mark_containers
-from qat_lightning.errors import ConversionError
 
 _ATTRIBUTE = "_qat_graft"
 _MARK = "_qat_runs_a_graph"  # of the classes that `graft` makes
@@ -109,7 +108,8 @@ def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) ->
     for name, old in module.named_modules():
         # A ModuleList or ModuleDict has no forward that could be lost, and is indexed.
         if name and _uses(used, name) and type(old).forward is not nn.Module.forward:
-            new[old] = prepared.get(name) or LostForward(type(module).__name__, name, _FIX)
+            lost = name not in prepared
+            new[old] = LostForward(type(module).__name__, name, _FIX) if lost else prepared[name]
     for old, replacement in new.items():
         if isinstance(replacement, LostForward):
             for key, child in old.named_children():
@@ -134,10 +134,4 @@ def _add(module: nn.Module, graph_module: fx.GraphModule) -> list[str]:
             if name not in vars(module)[kind]:
                 setattr(module, name, nn.Buffer(value) if kind == "_buffers" else value)
                 added.append(name)
-    for name in targets(graph_module.graph):
-        if name.startswith("_packed_weight"):
-            raise ConversionError(
-                f"{type(module).__name__} calls F.linear or F.conv2d with a parameter of its own, whose "
-                "int8 weight would get into no state dict. Make it a layer, such as nn.Linear."
-            )
     return added
