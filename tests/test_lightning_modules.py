@@ -266,6 +266,29 @@ class ByValue(Loose):
         return super().forward(x)
 
 
+class Constants(Loose):
+    """Constant tensors, made in forward or kept as an attribute, and an output that depends on the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.ones(CLASSES)
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        y = torch.matmul(super().forward(x), torch.eye(CLASSES)) + self.shift
+        return {"logits": y, "mean": y.mean()} if self.training else y
+
+
+def test_constants_and_outputs_by_mode(tmp_path: Path) -> None:
+    module = prepare(Constants())
+    x = images()
+    train_steps(module, ((x,), {}))
+    assert set(module.train()(x)) == {"logits", "mean"}
+    int8 = convert(module)
+    assert agreement(module, int8, x) > 25
+    assert torch.equal(load_int8(save_int8(int8, tmp_path / "int8.pt"), Constants())(x), int8(x))
+    assert torch.equal(copy.deepcopy(int8)(x), int8(x))
+
+
 class OwnWeight(Loose):
     """Calls F.linear with a parameter of its own."""
 

@@ -132,6 +132,7 @@ def _add(module: nn.Module, graph_module: fx.GraphModule) -> list[str]:
     for kind in ("_modules", "_parameters", "_buffers"):
         for name, value in vars(graph_module)[kind].items():
             if name not in vars(module)[kind]:
+                vars(module).pop(name, None)  # a constant, which in a graph is a buffer
                 setattr(module, name, nn.Buffer(value) if kind == "_buffers" else value)
                 added.append(name)
     return added
