@@ -34,15 +34,15 @@ class LostMethod:
 class LostForward(nn.Module):
     """Stands where the original network had a container; its layers are there, its `forward` is not."""
 
-    def __init__(self, network: str, path: str) -> None:
+    def __init__(self, network: str, path: str, fix: str | None = None) -> None:
         super().__init__()
         self._network, self._path = network, path
+        self._fix = fix or f'Quantize that part instead of the whole, as in modules=["model.{path}"].'
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise AttributeError(
             f"{self._network} was traced into one graph for quantization, so its part {self._path!r} "
-            f"cannot be called by itself. Quantize that part instead of the whole, as in "
-            f'modules=["model.{self._path}"].'
+            f"cannot be called by itself. {self._fix}"
         )
 
 
@@ -95,11 +95,11 @@ def attached(graph_module: fx.GraphModule) -> dict[str, Any]:
     return {name: getattr(graph_module, name, value) for name, value in kept.items()}
 
 
-def mark_containers(graph_module: fx.GraphModule, network: str) -> None:
+def mark_containers(graph_module: fx.GraphModule, network: str, fix: str | None = None) -> None:
     """Replaces the graph module's empty containers by ones whose `forward` says what to do."""
     for path, module in list(graph_module.named_modules()):
         if type(module) is nn.Module:
-            container = LostForward(network, path)
+            container = LostForward(network, path, fix)
             container.training = module.training
             for name, child in module.named_children():
                 container.add_module(name, child)

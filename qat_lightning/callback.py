@@ -21,7 +21,7 @@ from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
-from qat_lightning.modes.qconfig import QConfigLike
+from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
@@ -46,7 +46,8 @@ class QuantizationAwareTraining(pl.Callback):
     Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
 
     One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
-    original but no other methods.
+    original but no other methods. A LightningModule with layers of its own stays what it is: its
+    `forward` runs the graph, and everything else is untouched.
 
     Example::
 
@@ -67,11 +68,16 @@ class QuantizationAwareTraining(pl.Callback):
             there are QuantStubs, else fx.
         modules: Dotted names of the submodules to quantize. By default every child of the
             LightningModule that is a network (a container with convolutions or linear layers).
-        keep_float: Names, globs or types of submodules that stay float, inside those networks.
+        keep_float: Names, globs or types of submodules that stay float, inside those networks; in fx
+            mode also functions, of which all calls stay float.
         fuse: `"auto"`, or in eager mode groups of module names, as `fuse_modules_qat` takes them.
             Auto finds them in the graph of the network; in eager mode its own `fuse_model` goes first, and
             where a network cannot be traced they are found by running the module's `example_input_array`.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it.
+        overrides: By name or glob, the QConfig of single convolutions and linear layers, the name of a
+            backend to use its default, or None to keep them float.
+        untraceable: What to do in fx mode with a part whose forward cannot be traced: `"error"` raises
+            with its file and line, `"float"` keeps the smallest such parts float, and says so.
         freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run
             (float below 1), or None for never. Never by default: with statistics frozen, a learning
             rate that is still high costs points of accuracy, in float training just the same;
@@ -108,6 +114,8 @@ class QuantizationAwareTraining(pl.Callback):
         keep_float: Sequence[FloatPattern] = (),
         fuse: str | Sequence[Sequence[str]] = "auto",
         replace_relu6: bool = True,
+        overrides: Overrides | None = None,
+        untraceable: str = "error",
         freeze_bn_at: int | float | None = None,
         freeze_observers_at: int | float | None = 0.5,
         fake_quant_from: int = 0,
@@ -115,7 +123,9 @@ class QuantizationAwareTraining(pl.Callback):
         output_dir: str | Path | None = None,
         preflight: bool = True,
     ) -> None:
-        self.settings = Settings(backend, qconfig, mode, modules, keep_float, fuse, replace_relu6)
+        self.settings = Settings(
+            backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
+        )
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
         if convert not in ("best", "last", None):
             raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")

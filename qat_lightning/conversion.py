@@ -11,7 +11,7 @@ import torch
 
 from qat_lightning.best import Choice, choose_weights
 from qat_lightning.errors import ConversionError
-from qat_lightning.files import save_int8
+from qat_lightning.files import load_packed, save_int8
 from qat_lightning.quantize import convert, convert_in_place, copy_of
 from qat_lightning.quiet import quiet_torch_ao
 
@@ -106,7 +106,7 @@ def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
         raise ConversionError(message.failure)
     int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
-        int8.load_state_dict(torch.load(io.BytesIO(message.state), weights_only=True))
+        load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
     path = None if message.path is None else Path(message.path)
     return Outcome(int8, path, message.source, message.why)
 

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 
 class UntraceableError(ValueError):
-    """`torch.fx` cannot turn the network into a graph, or not into one that keeps its behaviour."""
+    """`torch.fx` cannot turn the network into a graph, or not into one that keeps its behaviour.
+
+    Attributes:
+        part: Name of the innermost submodule at fault, `""` for the network itself.
+        line: Its file and line.
+    """
+
+    def __init__(self, message: str, part: str = "", line: str = "") -> None:
+        super().__init__(message)
+        self.part, self.line = part, line
 
 
 class RecipeMismatchError(RuntimeError):

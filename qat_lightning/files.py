@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qat_lightning.backends import engine
 from qat_lightning.errors import Int8FileError, RecipeMismatchError
-from qat_lightning.modes.qconfig import QConfigLike, stored_qconfig
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
 from qat_lightning.quantize import convert_in_place, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import STATE_KEY, Recipe, quantized_networks, recipes_in
+from qat_lightning.selection import resolve_overrides, split_overrides
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -65,7 +67,13 @@ def _umask() -> int:
     return mask
 
 
-def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None = None) -> ModuleT:
+def load_int8(
+    path: str | Path,
+    module: ModuleT,
+    *,
+    qconfig: QConfigLike | None = None,
+    overrides: Overrides | None = None,
+) -> ModuleT:
     """Reads an int8 file into a fresh float module of the class that was trained.
 
     Args:
@@ -73,6 +81,7 @@ def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None 
         module: A freshly built float module: the LightningModule, or the bare network inside it. It
             is used up.
         qconfig: One's own QConfig, if the network was prepared with one.
+        overrides: The same, if layers were prepared with QConfigs of their own.
 
     Returns:
         The int8 module, on the CPU in eval mode. Its outputs equal the saved one's, bit for bit.
@@ -92,18 +101,32 @@ def load_int8(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None 
         state_dict, recipes = _fit_to(module, content["state_dict"])
     except (ValueError, KeyError) as error:
         raise Int8FileError(f"{path} is damaged: it holds no readable recipe. ({error!r})") from error
-    qconfigs = _qconfigs(recipes, qconfig)
+    own = _own(module, recipes, qconfig, overrides or {})
     try:
-        int8 = convert_in_place(_prepare_all(module, recipes, qconfigs))
+        int8 = convert_in_place(_prepare_all(module, recipes, own))
         _check_shapes(int8.state_dict(), state_dict)
         with quiet_torch_ao():
-            int8.load_state_dict(state_dict)
+            load_packed(int8, state_dict)
     except (RuntimeError, ValueError, AttributeError, KeyError) as error:
         raise Int8FileError(f"{path} does not fit {type(module).__name__}: {error}") from error
     return int8
 
 
-def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLike | None = None) -> ModuleT:
+def load_packed(int8: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Loads a state dict into an int8 module, each network's weights packed for its own engine."""
+    int8.load_state_dict(state_dict)
+    for name, network, recipe in quantized_networks(int8):
+        with engine(recipe.backend):
+            network.load_state_dict(_inside(state_dict, name))
+
+
+def load_qat_checkpoint(
+    path: str | Path,
+    module: ModuleT,
+    *,
+    qconfig: QConfigLike | None = None,
+    overrides: Overrides | None = None,
+) -> ModuleT:
     """Reads a Lightning checkpoint of a QAT run back into a prepared module, in a new process.
 
     Args:
@@ -111,6 +134,7 @@ def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLi
         module: A freshly built float module: the LightningModule, or the bare network inside it. It
             is used up.
         qconfig: One's own QConfig, if the run had one.
+        overrides: The same, if layers had QConfigs of their own.
 
     Returns:
         The prepared module in eval mode, with its observers and fake-quantization as they were:
@@ -131,7 +155,7 @@ def load_qat_checkpoint(path: str | Path, module: ModuleT, *, qconfig: QConfigLi
             f"checkpoint use {type(module).__name__}.load_from_checkpoint or load_state_dict."
         )
     state_dict, recipes = _fit_to(module, state_dict)
-    prepared = _prepare_all(module, recipes, _qconfigs(recipes, qconfig))
+    prepared = _prepare_all(module, recipes, _own(module, recipes, qconfig, overrides or {}))
     prepared.load_state_dict(state_dict)
     return prepared.eval()
 
@@ -174,7 +198,7 @@ def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, An
 
 def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
     """The part of a state dict that belongs to the submodule `name`, with the versions of its modules."""
-    prefix = f"{name}."
+    prefix = f"{name}." if name else ""
     inner = OrderedDict((k.removeprefix(prefix), v) for k, v in state_dict.items() if k.startswith(prefix))
     versions = getattr(state_dict, "_metadata", {})
     inner._metadata = {  # type: ignore[attr-defined]
@@ -205,22 +229,33 @@ def _has(module: nn.Module, name: str) -> bool:
     return any(known == name for known, _ in module.named_modules(remove_duplicate=False))
 
 
-def _qconfigs(recipes: dict[str, Recipe], qconfig: QConfigLike | None) -> dict[str, QConfigLike | None]:
-    return {name: stored_qconfig(recipe.qconfig, qconfig) for name, recipe in recipes.items()}
+def _own(
+    module: nn.Module, recipes: dict[str, Recipe], qconfig: QConfigLike | None, overrides: Overrides
+) -> dict[str, dict[str, Any]]:
+    """The arguments of `prepare` that no file holds, for each network."""
+    split = split_overrides([module.get_submodule(name) for name in recipes], overrides)
+    return {
+        name: {
+            "qconfig": stored_qconfig(recipe.qconfig, qconfig),
+            "overrides": stored_overrides(
+                recipe.overrides, resolve_overrides(module.get_submodule(name), given)
+            ),
+        }
+        for (name, recipe), given in zip(recipes.items(), split, strict=True)
+    }
 
 
-def _prepare_all(
-    module: ModuleT, recipes: dict[str, Recipe], qconfigs: dict[str, QConfigLike | None]
-) -> ModuleT:
-    for name, recipe in recipes.items():
+def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], own: dict[str, dict[str, Any]]) -> ModuleT:
+    for name, recipe in sorted(recipes.items()):  # a module itself before the networks in it
         prepared = prepare(
             module.get_submodule(name),
             backend=recipe.backend,
-            qconfig=qconfigs[name],
             mode=recipe.mode,
             keep_float=recipe.keep_float,
             fuse=recipe.fuse,
             replace_relu6=recipe.replace_relu6,
+            untraceable="float" if recipe.untraceable else "error",
+            **own[name],
         )
         module = replace_submodule(module, name, prepared)
     return module

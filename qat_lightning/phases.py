@@ -29,9 +29,10 @@ def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:
             inside_fused.add(child.bn)
             if child.freeze_bn != frozen:
                 child.freeze_bn_stats() if frozen else child.update_bn_stats()
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in inside_fused:
-            child.train(not frozen and module.training)
+    for parent in module.modules():  # whose mode tells a network that stays in eval mode, such as a teacher
+        for child in parent.children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in inside_fused:
+                child.train(not frozen and parent.training)
 
 
 class ObserversOff:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,12 +11,19 @@ from torch import nn
 from qat_lightning.backends import check_backend
 from qat_lightning.errors import UntraceableError
 from qat_lightning.example_inputs import example_inputs_of
-from qat_lightning.modes import check_mode, choose_mode
-from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, qconfig_name
+from qat_lightning.modes import MODES, check_mode, check_untraceable, choose_mode
+from qat_lightning.modes.graft import calls
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import Recipe, recipe_of
-from qat_lightning.selection import FloatPattern, check_modules, find_networks, split_patterns
+from qat_lightning.selection import (
+    FloatPattern,
+    check_modules,
+    find_networks,
+    split_overrides,
+    split_patterns,
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,14 @@ class Settings:
     keep_float: Sequence[FloatPattern]
     fuse: str | Sequence[Sequence[str]]
     replace_relu6: bool
+    overrides: Overrides | None
+    untraceable: str
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_qconfig(self.qconfig)
         check_mode(self.mode)
+        check_untraceable(self.untraceable)
         for name in ("modules", "keep_float"):
             if isinstance(getattr(self, name), str):
                 value = getattr(self, name)
@@ -64,6 +74,8 @@ class Prepared:
 
     def __str__(self) -> str:
         kept = f", {len(self.recipe.keep_float)} parts stay float" if self.recipe.keep_float else ""
+        if self.recipe.untraceable:
+            kept += f", as do {', '.join(self.recipe.untraceable)}, which cannot be traced"
         return (
             f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
             f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"
@@ -80,32 +92,41 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
     names = network_names(module, settings)
     networks = [module.get_submodule(name) for name in names]
     floating = [n for n in networks if recipe_of(n) is None]
-    patterns = (
-        dict(zip(floating, split_patterns(floating, settings.keep_float), strict=True)) if floating else {}
-    )
+    own = dict(zip(floating, _split(floating, settings), strict=True)) if floating else {}
     return [
         _again(name, network, settings)
-        if network not in patterns
-        else _prepare(module, name, network, settings, patterns[network])
+        if network not in own
+        else _prepare(module, name, network, own[network])
         for name, network in zip(names, networks, strict=True)
+        if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
     ]
 
 
+def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
+    """For each network, the settings with those names in them that it has."""
+
+    def functions(network: nn.Module) -> frozenset[str] | None:
+        return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
+
+    kept = split_patterns(networks, settings.keep_float, functions)
+    overrides = split_overrides(networks, settings.overrides or {})
+    return [replace(settings, keep_float=k, overrides=o) for k, o in zip(kept, overrides, strict=True)]
+
+
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """The names of the networks to prepare in `module`; `("",)` if it is the network itself.
+    """The names of the networks to prepare in `module`; the module itself, if it is one, is `""` and first.
 
     Raises:
-        ValueError: There is nothing to quantize, or there are layers directly on the module.
+        ValueError: There is nothing to quantize.
     """
-    if recipe_of(module) is not None:
-        return ("",)
-    if settings.modules is not None:
+    recipe = recipe_of(module)
+    if settings.modules is not None and recipe is None:
         return check_modules(module, settings.modules)
     found = find_networks(module)
-    if found.loose:
-        if _is_eager(module, settings):
-            return ("",)
-        raise ValueError(_loose_layers(module, found.loose))
+    if recipe is not None or found.loose:
+        mode = choose_mode(module, settings.mode)[0] if recipe is None else recipe.mode
+        others = [] if mode == "eager" else [n for n in found.networks if not calls(module, n)]
+        return ("", *others)
     if not found.networks:
         check_not_quantized(module)
         raise ValueError(
@@ -117,23 +138,6 @@ def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
             "            self.model = build()"
         )
     return found.networks
-
-
-def _is_eager(module: nn.Module, settings: Settings) -> bool:
-    return choose_mode(module, settings.mode)[0] == "eager"
-
-
-def _loose_layers(module: nn.Module, loose: Sequence[str]) -> str:
-    first = loose[0]
-    return (
-        f"{type(module).__name__} has quantizable layers directly on it ({', '.join(loose[:4])}"
-        f"{', …' if len(loose) > 4 else ''}). Prepared one by one, nothing would be fused. Wrap them in "
-        "one network:\n"
-        f"    self.model = nn.Sequential(self.{first}, …)   # in __init__, instead of self.{first} = …\n"
-        "    y = self.model(x)                            # in forward\n"
-        "or give the module QuantStub and DeQuantStub and use mode='eager', or name the networks with "
-        "modules=[…]."
-    )
 
 
 def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
@@ -164,16 +168,17 @@ def _prepare(
     name: str,
     network: nn.Module,
     settings: Settings,
-    keep_float: Sequence[FloatPattern],
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
     options: dict[str, Any] = {
         "backend": settings.backend,
         "qconfig": settings.qconfig,
         "mode": mode,
-        "keep_float": keep_float,
+        "keep_float": settings.keep_float,
         "fuse": settings.fuse,
         "replace_relu6": settings.replace_relu6,
+        "overrides": settings.overrides,
+        "untraceable": settings.untraceable,
     }
     try:
         prepared = prepare(network, **options)
@@ -185,4 +190,7 @@ def _prepare(
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)
     assert recipe is not None
+    if prepared is module and mode == "fx":
+        outside = [n for n in find_networks(module).loose if not calls(module, n)]
+        reason += f"; {', '.join(outside)} stay float, since forward does not call them" if outside else ""
     return Prepared(name, prepared, recipe, reason)

@@ -13,15 +13,15 @@ from torch import nn
 from qat_lightning.backends import check_backend, engine, run_on_engine
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, Options, check_mode, choose_mode
+from qat_lightning.modes import MODES, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
-from qat_lightning.modes.qconfig import QConfigLike, check_qconfig, describe, qconfig_name
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
 from qat_lightning.modes.zero_scale import replace_zero_scales
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.ranges import check_observed
 from qat_lightning.recipe import Recipe, attach, quantized_networks, recipe_of
-from qat_lightning.selection import FloatPattern, resolve_keep_float
+from qat_lightning.selection import FloatPattern, resolve_keep_float, resolve_overrides
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -37,6 +37,8 @@ def prepare(
     keep_float: Sequence[FloatPattern] = (),
     fuse: str | Sequence[Sequence[str]] = "auto",
     replace_relu6: bool = True,
+    overrides: Overrides | None = None,
+    untraceable: str = "error",
     example_inputs: tuple[Any, ...] | None = None,
 ) -> nn.Module:
     """Fuses a float network and inserts fake-quantization, ready for training.
@@ -50,10 +52,16 @@ def prepare(
         backend: The engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`.
         qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"eager"`, `"fx"`, or `"auto"`: eager where the network holds QuantStubs, else fx.
-        keep_float: Names, globs or types of submodules that stay float.
+        keep_float: Names, globs or types of submodules that stay float; in fx mode also functions, such as
+            `torch.matmul` or, by name, `"torch.matmul()"`, of which all calls do.
         fuse: `"auto"`, or in eager mode a list of groups of module names to fuse. Auto finds them in the
             graph of the network; in eager mode its own `fuse_model` goes first, where it has one.
         replace_relu6: Whether to replace ReLU6 by ReLU, which int8 fuses into the layer before it.
+        overrides: By name or glob, the `QConfig` of single convolutions and linear layers, the name of a
+            backend to use its default, or None to keep them float.
+        untraceable: What to do in fx mode with a part whose forward `torch.fx` cannot trace: `"error"`
+            raises with its file and line, `"float"` keeps the smallest such parts float and quantizes
+            the rest; the recipe's `untraceable` lists them.
         example_inputs: What `forward` takes, as a tuple. Eager mode needs it where the network cannot be
             traced: to find the fusions, a copy of the network runs on it.
 
@@ -69,15 +77,21 @@ def prepare(
     check_qconfig(qconfig)
     check_mode(mode)
     _check_example_inputs(example_inputs)
+    check_untraceable(untraceable)
     check_float(network)
-    kept = resolve_keep_float(network, keep_float)
-    options = Options(backend, qconfig, kept, fuse, replace_relu6, example_inputs)
     chosen, _ = choose_mode(network, mode)
+    resolved = resolve_overrides(network, overrides or {})
+    floating = [name for name, value in resolved.items() if value is None]
+    kept = resolve_keep_float(
+        network, [*keep_float, *floating], lambda n: MODES[chosen].functions(n, untraceable)
+    )
+    qconfigs = {name: value for name, value in resolved.items() if value is not None}
+    options = Options(backend, qconfig, kept, fuse, replace_relu6, qconfigs, untraceable, example_inputs)
     with quiet_torch_ao(), engine(backend):
         options = MODES[chosen].check(network, options)
-        prepared = MODES[chosen].prepare(network, options)
+        prepared, left = MODES[chosen].prepare(network, options)
         replace_zero_scales(prepared)
-        recipe = _recipe(prepared, chosen, options)
+        recipe = _recipe(prepared, chosen, options, left)
     attach(prepared, recipe)
     return prepared
 
@@ -200,14 +214,14 @@ def is_int8(module: nn.Module) -> bool:
     ).__name__.endswith("FloatFunctional")
 
 
-def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
+def _recipe(prepared: nn.Module, mode: str, options: Options, untraceable: tuple[str, ...]) -> Recipe:
     grid = {name: describe(child) for name, child in fake_quantizes(prepared)}
     suffix = ".weight_fake_quant"
     layers = tuple(name.removesuffix(suffix) for name in grid if name.endswith(suffix))
     if not layers:
         raise ValueError(
-            f"Nothing is left to quantize: keep_float={options.keep_float} and the qconfig keep every "
-            "layer float. Keep fewer."
+            f"Nothing is left to quantize: keep_float={options.keep_float}, the qconfig and what cannot be "
+            f"traced ({', '.join(untraceable) or 'nothing'}) keep every layer float. Keep fewer."
         )
     fuse = options.fuse
     return Recipe(
@@ -217,6 +231,8 @@ def _recipe(prepared: nn.Module, mode: str, options: Options) -> Recipe:
         keep_float=options.keep_float,
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,
+        overrides={name: qconfig_name(value) for name, value in options.overrides.items()},
+        untraceable=untraceable,
         layers=layers,
         grid=grid,
         versions=_VERSIONS,

@@ -30,11 +30,13 @@ class Recipe:
         backend: The engine it is converted for.
         mode: `"eager"` or `"fx"`.
         qconfig: `"default"`, or the fingerprint of one's own QConfig, which has to be passed again.
-        keep_float: Resolved names of the submodules that stayed float.
+        keep_float: Resolved names of the submodules and functions that stayed float.
         fuse: `"auto"`, or the groups that were asked for or found.
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.
+        overrides: What single layers were prepared with: a backend, or the fingerprint of a QConfig.
+        untraceable: Name and line of each part that could not be traced, and so stayed float.
         int8: Whether the network has been converted.
         versions: Of the packages that made it; not compared.
     """
@@ -48,6 +50,8 @@ class Recipe:
     layers: tuple[str, ...]
     grid: dict[str, str]
     int8: bool = False
+    overrides: dict[str, str] = field(default_factory=dict)
+    untraceable: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -59,8 +63,8 @@ class Recipe:
         """The recipe that `to_json` wrote; fields of later versions are ignored."""
         values: dict[str, Any] = json.loads(text)
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name in ("keep_float", "layers"):
-            fields[name] = tuple(fields[name])
+        for name in ("keep_float", "layers", "untraceable"):
+            fields[name] = tuple(fields.get(name, ()))
         if not isinstance(fields["fuse"], str):
             fields["fuse"] = tuple(tuple(group) for group in fields["fuse"])
         return cls(**fields)

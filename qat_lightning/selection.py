@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.errors import nearest
+from qat_lightning.modes.functions import function_name
+from qat_lightning.modes.qconfig import Override, Overrides, check_override
+from qat_lightning.modes.relu6 import is_inside
 from qat_lightning.modes.tracing import QUANTIZABLE, holds_quantizable
 
-FloatPattern = str | type[nn.Module]
+FloatPattern = str | type[nn.Module] | Callable[..., Any]
+Functions = Callable[[nn.Module], frozenset[str] | None]
 
 
 @dataclass(frozen=True)
@@ -80,40 +85,86 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def resolve_keep_float(network: nn.Module, patterns: Sequence[FloatPattern]) -> tuple[str, ...]:
-    """The names of the submodules of `network` that `patterns` keep float, outermost first.
+def resolve_keep_float(
+    network: nn.Module, patterns: Sequence[FloatPattern], functions: Functions = lambda network: None
+) -> tuple[str, ...]:
+    """The names of the submodules of `network` that `patterns` keep float, outermost first, and of functions.
 
     Args:
         network: A float network.
-        patterns: Names, globs (`"layer4.*"`) or types of modules.
+        patterns: Names, globs (`"layer4.*"`) or types of modules, or functions or their names
+            (`"torch.matmul()"`).
+        functions: Gives the functions that a network calls; None where no graph tells.
 
     Raises:
-        TypeError: A pattern is neither a string nor a type of modules.
+        TypeError: A pattern is neither a string nor a type of modules nor a function.
         ValueError: A pattern matches nothing.
     """
-    split_patterns([network], patterns)
-    matched = {name for pattern in patterns for name in _matches(network, pattern)}
+    functions = functools.cache(functions)
+    split_patterns([network], patterns, functions)
+    matched = {name for pattern in patterns for name in _matches(network, pattern, functions)}
     outermost = [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
     order = {name: i for i, (name, _) in enumerate(network.named_modules(remove_duplicate=False))}
-    return tuple(sorted(outermost, key=order.__getitem__))
+    return tuple(sorted(outermost, key=lambda name: (order.get(name, len(order)), name)))
+
+
+def resolve_overrides(network: nn.Module, overrides: Overrides) -> dict[str, Override | None]:
+    """The override of each convolution and linear layer that is, or is inside, what a name or glob matches.
+
+    Raises:
+        TypeError: A value is no override.
+        ValueError: A name or glob matches no such layer.
+    """
+    (split,) = split_overrides([network], overrides)
+    return {name: value for pattern, value in split.items() for name in _layers(network, pattern)}
+
+
+def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list[dict[str, Override | None]]:
+    """For each network, the overrides that match a layer in it.
+
+    Raises:
+        TypeError: A value is no override.
+        ValueError: A name or glob matches no layer in any of them.
+    """
+    for pattern, value in overrides.items():
+        check_override(value)
+        if not any(_layers(network, pattern) for network in networks):
+            _refuse(networks, pattern, "overrides")
+    return [{p: value for p, value in overrides.items() if _layers(network, p)} for network in networks]
+
+
+def _layers(network: nn.Module, pattern: str) -> list[str]:
+    """Names of the convolutions and linear layers that match, or are in a module that does."""
+    roots = tuple(_matches(network, pattern))
+    named = network.named_modules(remove_duplicate=False)
+    return [name for name, m in named if isinstance(m, QUANTIZABLE) and is_inside(name, roots)]
 
 
 def split_patterns(
-    networks: Sequence[nn.Module], patterns: Sequence[FloatPattern]
+    networks: Sequence[nn.Module],
+    patterns: Sequence[FloatPattern],
+    functions: Functions = lambda network: None,
 ) -> list[tuple[FloatPattern, ...]]:
     """For each network, the patterns that match something in it.
 
     Raises:
-        TypeError: A pattern is neither a string nor a type of modules.
+        TypeError: A pattern is neither a string nor a type of modules nor a function.
         ValueError: A pattern matches nothing in any of them.
     """
+    functions = functools.cache(functions)
     for pattern in patterns:
-        if not any(_matches(network, pattern) for network in networks):
+        if not any(_matches(network, pattern, functions) for network in networks):
+            if _is_function(pattern):
+                _refuse_function(networks, _token(pattern), functions)
             _refuse(networks, pattern)
-    return [tuple(p for p in patterns if _matches(network, p)) for network in networks]
+    return [tuple(p for p in patterns if _matches(network, p, functions)) for network in networks]
 
 
-def _matches(network: nn.Module, pattern: FloatPattern) -> list[str]:
+def _matches(
+    network: nn.Module, pattern: FloatPattern, functions: Functions = lambda network: None
+) -> list[str]:
+    if _is_function(pattern):
+        return list({_token(pattern)} & (functions(network) or frozenset()))
     named = [(n, m) for n, m in network.named_modules(remove_duplicate=False) if n]
     if isinstance(pattern, str):
         return [name for name, _ in named if fnmatch.fnmatchcase(name, pattern)]
@@ -121,19 +172,44 @@ def _matches(network: nn.Module, pattern: FloatPattern) -> list[str]:
         return [name for name, module in named if isinstance(module, pattern)]
     raise TypeError(
         "keep_float takes names, globs or types of modules, but received "
-        f"{pattern!r} of type {type(pattern).__name__}."
+        f"{pattern!r} of type {type(pattern).__name__}. In fx mode it also takes functions."
     )
 
 
-def _refuse(networks: Sequence[nn.Module], pattern: FloatPattern) -> NoReturn:
+def _is_function(pattern: FloatPattern) -> bool:
+    if isinstance(pattern, str):
+        return pattern.endswith("()")
+    return callable(pattern) and not isinstance(pattern, type | nn.Module)
+
+
+def _token(pattern: Any) -> str:
+    return pattern if isinstance(pattern, str) else function_name(pattern)
+
+
+def _refuse_function(networks: Sequence[nn.Module], name: str, functions: Functions) -> NoReturn:
+    kinds = " and ".join(type(n).__name__ for n in networks)
+    graphs = [called for network in networks if (called := functions(network)) is not None]
+    if not graphs:
+        raise ValueError(
+            f"keep_float has the function {name!r}, but in eager mode {kinds} runs its own code, and no "
+            "graph tells what it calls. Name submodules, or use mode='fx'."
+        )
+    raise ValueError(
+        f"keep_float has the function {name!r}, which the graph of {kinds} does not call. "
+        f"{nearest(name, sorted(frozenset().union(*graphs)))}"
+    )
+
+
+def _refuse(networks: Sequence[nn.Module], pattern: Any, argument: str = "keep_float") -> NoReturn:
     modules = [(name, m) for n in networks for name, m in n.named_modules() if name]
     if isinstance(pattern, str):
         shown, known = pattern, [name for name, _ in modules]
     else:
         shown, known = pattern.__name__, sorted({type(module).__name__ for _, module in modules})
     last = shown.rpartition(".")[2]
+    what = "nothing" if argument == "keep_float" else "no convolution and no linear layer"
     raise ValueError(
-        f"keep_float has {shown!r}, which matches nothing in "
+        f"{argument} has {shown!r}, which matches {what} in "
         f"{' and '.join(type(n).__name__ for n in networks)}. "
         f"{nearest(last if last in known else shown, dict.fromkeys(known))} Names are relative to the "
         "network that is quantized."

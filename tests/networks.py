@@ -148,6 +148,72 @@ class ZeroInitResidual(nn.Module):
         return self.fc(torch.relu(x + self.branch(x)).mean((2, 3)))
 
 
+class Nested(nn.Module):
+    """Tuples, lists and dicts in and out, a layer called twice, a ModuleList and a ModuleDict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvBnRelu()
+        self.twice = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+        self.heads = nn.ModuleDict({"main": nn.Linear(8, CLASSES), "side": nn.Linear(8, CLASSES)})
+
+    def forward(self, pair: Any, options: dict[str, Any]) -> Any:
+        x = self.stem(pair[0] + pair[1][0])
+        x = self.twice(self.twice(x))
+        for block in self.blocks:
+            x = block(x).relu() + x
+        y = x.mean((2, 3)) * options["scale"]
+        logits = {name: head(y) for name, head in self.heads.items()}
+        return {"logits": logits, "list": [y, (x,)]}
+
+
+class Encoder(nn.Module):
+    """torch.nn's transformer layers, after a projection and before a head."""
+
+    def __init__(self, norm_first: bool = False, activation: str = "relu") -> None:
+        super().__init__()
+        self.projection = nn.Linear(6, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+        layer.activation = getattr(F, activation)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.projection(x)
+        return self.head(self.decoder(x, self.encoder(x, mask=mask)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """An LSTM or a GRU between linear layers."""
+
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.projection = nn.Linear(6, 8)
+        self.recurrent = kind(8, 8, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.recurrent(F.relu(self.projection(x)))
+        return self.head(y[:, -1])
+
+
+class UNet(nn.Module):
+    """Down, up by a transposed convolution with batch-norm, and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = ConvBnRelu()
+        self.down2 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.out = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down1(x)
+        return self.out(torch.cat([self.up(self.down2(x)), x], 1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network to test in a mode.
@@ -176,6 +242,14 @@ def images(count: int = 16, size: int = SIZE) -> Tensor:
 
 def _image() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (images(),), {}
+
+
+def _nested() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((images(), [images()]), {"scale": torch.rand(1)}), {}
+
+
+def _sequence() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.randn(16, 5, 6),), {"mask": nn.Transformer.generate_square_subsequent_mask(5)}
 
 
 CASES = [
@@ -214,6 +288,12 @@ CASES = [
     Case("two_inputs", TwoInputs, "fx", lambda: ((images(),), {"extra": torch.randn(16, 5)})),
     Case("embedded", Embedded, "fx", lambda: ((torch.randint(10, (16, 6)),), {})),
     Case("zero_init_residual", ZeroInitResidual, "fx", _image),
+    Case("nested", Nested, "fx", _nested, min_sqnr=25),  # what it returns has 7 bits on x86
+    Case("encoder", Encoder, "fx", _sequence),
+    Case("encoder_norm_first", lambda: Encoder(True, "gelu"), "fx", _sequence),
+    Case("lstm", lambda: Recurrent(nn.LSTM), "fx", lambda: ((torch.randn(16, 5, 6),), {})),
+    Case("gru", lambda: Recurrent(nn.GRU), "fx", lambda: ((torch.randn(16, 5, 6),), {})),
+    Case("u_net", UNet, "fx", _image),
 ]
 
 

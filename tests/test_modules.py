@@ -149,15 +149,6 @@ class LooseEager(TinyModule):
     fuse_model = Stubbed.fuse_model
 
 
-class LooseFx(TinyModule):
-    def __init__(self) -> None:
-        super().__init__(nn.Identity())
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.conv(x).relu().mean((2, 3)))
-
-
 def test_layers_on_the_module_are_prepared_in_place_in_eager_mode(tmp_path: Path) -> None:
     module = LooseEager()
     qat = fit(tmp_path, module, epochs=4)
@@ -172,12 +163,6 @@ def test_layers_on_the_module_are_prepared_in_place_in_eager_mode(tmp_path: Path
     (fake,) = trainer(tmp_path).test(module, verbose=False)
     (int8,) = trainer(tmp_path).test(qat.int8_module, verbose=False)
     assert int8["test_accuracy"] == pytest.approx(fake["test_accuracy"], abs=0.04)
-
-
-def test_layers_on_the_module_get_the_edit_in_fx_mode(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"directly on it \(conv, fc\)") as caught:
-        fit(tmp_path, LooseFx())
-    assert "self.model = nn.Sequential(self.conv, …)   # in __init__" in str(caught.value)
 
 
 class Pair(TinyModule):

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.inspection.inputs import Inputs
 from qat_lightning.inspection.report import Finding
+from qat_lightning.modes.graft import graphs
+from qat_lightning.modes.lines import stack_line
 from qat_lightning.modes.relu6 import is_inside
-from qat_lightning.modes.tracing import stack_line
 from qat_lightning.quantize import is_int8
 from qat_lightning.recipe import Recipe
 
@@ -99,6 +100,10 @@ def layers(
 
 
 def _why_float(name: str, module: nn.Module, recipe: Recipe) -> str:
+    for part in recipe.untraceable:
+        path, _, line = part.partition(" ")
+        if is_inside(name, (path,)):
+            return f"{path} cannot be traced {line}"
     if is_inside(name, recipe.keep_float):
         return "keep_float"
     if isinstance(module, _NO_INT8_TRAINING):
@@ -123,17 +128,17 @@ def _why_alone(module: nn.Module) -> str:
 
 def float_ops(int8: nn.Module) -> list[Finding]:
     """The float operations of int8 graphs that lie between int8 ones."""
-    return [f for m in int8.modules() if isinstance(m, fx.GraphModule) for f in _float_ops_of(m)]
+    return [finding for module, graph in graphs(int8) for finding in _float_ops_of(module, graph)]
 
 
-def _float_ops_of(graph_module: fx.GraphModule) -> Iterator[Finding]:
-    nodes = graph_module.graph.nodes
+def _float_ops_of(module: nn.Module, graph: fx.Graph) -> Iterator[Finding]:
+    nodes = graph.nodes
     after = _reach([n for n in nodes if n.target == "dequantize"], lambda n: n.users, _quantizes)
     before = _reach([n for n in nodes if _quantizes(n)], lambda n: n.all_input_nodes, _dequantizes)
     for node in nodes:
         passive = _quantizes(node) or _dequantizes(node) or node.target is operator.getitem
         if node in after and node in before and not passive:
-            yield Finding(node.name, _kind(graph_module, node), "has no int8 form", stack_line(node))
+            yield Finding(node.name, _kind(module, node), "has no int8 form", stack_line(node))
 
 
 def _reach(start: list[fx.Node], following: Any, stops: Any) -> set[fx.Node]:
@@ -156,7 +161,7 @@ def _dequantizes(node: fx.Node) -> bool:
     return node.target == "dequantize" or node.op in ("placeholder", "get_attr")
 
 
-def _kind(graph_module: fx.GraphModule, node: fx.Node) -> str:
+def _kind(module: nn.Module, node: fx.Node) -> str:
     if node.op == "call_module":
-        return type(graph_module.get_submodule(str(node.target))).__name__
+        return type(module.get_submodule(str(node.target))).__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -13,7 +13,7 @@ from qat_lightning import random_state
 from qat_lightning.inspection.inputs import Catcher, Inputs, first_samples
 from qat_lightning.inspection.rehearsal import rehearse, stage
 from qat_lightning.inspection.report import NetworkReport
-from qat_lightning.modes.qconfig import QConfigLike
+from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.preparation import Settings, network_names, prepare_module
 from qat_lightning.quantize import copy_of, prepare
 from qat_lightning.selection import FloatPattern
@@ -30,6 +30,8 @@ def preflight(
     keep_float: Sequence[FloatPattern] = (),
     fuse: str | Sequence[Sequence[str]] = "auto",
     replace_relu6: bool = True,
+    overrides: Overrides | None = None,
+    untraceable: str = "error",
 ) -> list[NetworkReport]:
     """Tries a whole quantization-aware run on a copy, in seconds: prepare, a training step, convert, int8.
 
@@ -47,6 +49,8 @@ def preflight(
         keep_float: Likewise.
         fuse: Likewise.
         replace_relu6: Likewise.
+        overrides: Likewise.
+        untraceable: Likewise.
 
     Returns:
         A report for each network that the module's forward calls; the others are not tried.
@@ -61,7 +65,9 @@ def preflight(
         for report in preflight(module, torch.randn(2, 3, 224, 224)):
             print(report)
     """
-    settings = Settings(backend, qconfig, mode, modules, keep_float, fuse, replace_relu6)
+    settings = Settings(
+        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
+    )
     return preflight_with(settings, module, example_inputs)
 
 

@@ -11,10 +11,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qat_lightning.modes.tracing import stack_line
+from qat_lightning.modes.graft import graphs
+from qat_lightning.modes.lines import stack_line
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = tuple(str(Path(__file__).parents[1] / part) for part in ("inspection", "modes", "quantize", "fake_"))
@@ -87,8 +88,8 @@ def call_lines(network: nn.Module, run: Any) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
-    for graph in (m for m in network.modules() if isinstance(m, fx.GraphModule)):
-        lines |= {str(n.target): stack_line(n) for n in graph.graph.nodes if n.op == "call_module"}
+    for _, graph in graphs(network):
+        lines |= {str(node.target): stack_line(node) for node in graph.nodes if node.op == "call_module"}
     return lines
 
 
@@ -108,8 +109,8 @@ def _is_foreign(filename: str) -> bool:
 def _line_in_graph(module: nn.Module, code: str) -> str | None:
     """The user's line behind one of a graph's code, which assigns to a variable named as its node."""
     name = code.split("=")[0].split(":")[0].strip()
-    for graph in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
-        for node in graph.graph.nodes:
+    for _, graph in graphs(module):
+        for node in graph.nodes:
             if node.name == name and node.stack_trace:
                 return stack_line(node)
     return None

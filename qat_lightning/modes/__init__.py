@@ -10,7 +10,7 @@ from qat_lightning.modes.base import Mode, Options
 from qat_lightning.modes.eager import EagerMode
 from qat_lightning.modes.fx import FxMode
 
-__all__ = ["MODES", "Mode", "Options", "check_mode", "choose_mode"]
+__all__ = ["MODES", "Mode", "Options", "check_mode", "check_untraceable", "choose_mode"]
 
 MODES: dict[str, Mode] = {mode.name: mode for mode in (EagerMode(), FxMode())}
 
@@ -25,6 +25,20 @@ def check_mode(mode: str) -> str:
     if mode not in known:
         raise ValueError(f"mode must be one of {known}, but received {mode!r}. {nearest(str(mode), known)}")
     return mode
+
+
+def check_untraceable(untraceable: str) -> str:
+    """Returns `untraceable` if it says what to do with parts that cannot be traced.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if untraceable not in ("error", "float"):
+        raise ValueError(
+            "untraceable must be 'error', or 'float' to keep the parts float that torch.fx cannot trace, but "
+            f"received {untraceable!r}."
+        )
+    return untraceable
 
 
 def choose_mode(network: nn.Module, mode: str) -> tuple[str, str]:

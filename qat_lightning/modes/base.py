@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from qat_lightning.modes.qconfig import QConfigLike
+from qat_lightning.modes.qconfig import Override, QConfigLike
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Options:
     Attributes:
         backend: One of :data:`qat_lightning.backends.BACKENDS`.
         qconfig: One's own QConfig or QConfigMapping, or None for the backend's default.
-        keep_float: Names of the submodules that stay float.
+        keep_float: Names of the submodules, and of the functions (`"operator.add()"`), that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).
+        overrides: QConfigs of single layers, by name.
         replace_relu6: Whether ReLU6 becomes ReLU.
+        untraceable: `"error"` or `"float"`: what happens to parts that cannot be traced (fx mode only).
         example_inputs: What `forward` takes, or None (eager mode only).
     """
 
@@ -29,7 +31,21 @@ class Options:
     keep_float: tuple[str, ...] = ()
     fuse: str | Sequence[Sequence[str]] = "auto"
     replace_relu6: bool = True
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    untraceable: str = "error"
     example_inputs: tuple[Any, ...] | None = None
+
+
+class Made(NamedTuple):
+    """What a mode makes of a float network.
+
+    Attributes:
+        network: The prepared network.
+        untraceable: Name and line of each part that could not be traced and stays float.
+    """
+
+    network: nn.Module
+    untraceable: tuple[str, ...] = ()
 
 
 class Mode(Protocol):
@@ -44,7 +60,10 @@ class Mode(Protocol):
             `options` with what was found out on the way, so that the same can be prepared from a recipe.
         """
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str] | None:
+        """Names of the functions that `network` calls; None where the mode has no graph to tell from."""
+
+    def prepare(self, network: nn.Module, options: Options) -> Made:
         """Fuses `network` and inserts fake-quantization. The result may share its modules."""
 
     def convert(self, prepared: nn.Module) -> nn.Module:

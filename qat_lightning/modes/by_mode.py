@@ -26,6 +26,17 @@ class ByMode(nn.Module):
         self.function, self.method = function, method
         self.train_arguments, self.eval_arguments = train, evaluate
 
+    @classmethod
+    def of(cls, node: fx.Node, args: Any, kwargs: Any) -> ByMode:
+        """Does in training mode what `node` does, and in eval mode the same with the given arguments."""
+        slots: dict[fx.Node, Slot] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
+
+        def stored(arguments: Any) -> Any:
+            return map_aggregate(arguments, lambda a: slots[a] if isinstance(a, fx.Node) else a)
+
+        train = stored(node.args), stored(node.kwargs)
+        return cls(node.target, node.op == "call_method", train, (stored(args), stored(kwargs)))
+
     def forward(self, *tensors: Any) -> Any:
         arguments = self.train_arguments if self.training else self.eval_arguments
         args, kwargs = _fill(arguments, tensors)
@@ -66,17 +77,7 @@ def by_mode(node: fx.Node, args: Any, kwargs: Any) -> nn.Module:
         bound = inspect.signature(function).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         return dropout(p=bound.arguments["p"])
-    slots: dict[fx.Node, Slot] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
-
-    def stored(arguments: Any) -> Any:
-        return map_aggregate(arguments, lambda a: slots[a] if isinstance(a, fx.Node) else a)
-
-    return ByMode(
-        node.target,
-        node.op == "call_method",
-        (stored(node.args), stored(node.kwargs)),
-        (stored(args), stored(kwargs)),
-    )
+    return ByMode.of(node, args, kwargs)
 
 
 _DROPOUTS: dict[Any, Callable[..., nn.Module]] = {

@@ -14,14 +14,14 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
-from qat_lightning.modes.base import Options
+from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.fusion import check_groups, find_groups
 from qat_lightning.modes.in_place import round_in_place
-from qat_lightning.modes.qconfig import eager_qconfigs
+from qat_lightning.modes.lines import forward_line
+from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 from qat_lightning.modes.relu6 import replace_relu6_modules
-from qat_lightning.modes.tracing import forward_line
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # torch.ao has these modules for training, and leaves them out of eager mode's tables.
@@ -58,7 +58,10 @@ class EagerMode:
             return options
         return replace(options, fuse=find_groups(network, options))
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
+    def functions(self, network: nn.Module, untraceable: str) -> None:
+        """Says that there is no graph to find functions in."""
+
+    def prepare(self, network: nn.Module, options: Options) -> Made:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
         network.train()  # torch.ao fuses and prepares for QAT in training mode only
@@ -70,6 +73,7 @@ class EagerMode:
             ao.fuse_modules_qat(network, [list(group) for group in options.fuse], inplace=True)
         configs = eager_qconfigs(options.backend, options.qconfig)
         configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
+        configs |= {name: override_qconfig(value) for name, value in options.overrides.items()}
         for name in options.keep_float:
             keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)
@@ -81,7 +85,7 @@ class EagerMode:
         round_in_place(network)
         for module, training in modes.items():
             module.training = training
-        return network
+        return Made(network)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""

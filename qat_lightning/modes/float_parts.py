@@ -25,9 +25,12 @@ def keep_float(module: nn.Module, qconfig: Any) -> None:
     """Keeps `module` float between int8 neighbours."""
     for child in module.modules():
         child.qconfig = None  # type: ignore[assignment]
+    if isinstance(module, _FusedModule):
+        module.__class__ = nn.Sequential  # type: ignore[assignment]  # torch.ao does not look inside a fused one
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
-    module.register_forward_hook(_quantize_output)
+    if type(module).forward is not nn.Sequential.forward:  # which runs the stub as its last layer
+        module.register_forward_hook(_quantize_output)
 
 
 def compute_in_float(network: nn.Module) -> None:

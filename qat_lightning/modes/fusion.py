@@ -17,8 +17,8 @@ from qat_lightning.errors import UntraceableError, nearest
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.flow import Flow, follower
 from qat_lightning.modes.graph_flow import traced, traced_parts
+from qat_lightning.modes.lines import users_line
 from qat_lightning.modes.relu6 import is_inside, is_relu6_module
-from qat_lightning.modes.tracing import users_line
 from qat_lightning.modes.watched_flow import watched
 
 Group = tuple[str, ...]

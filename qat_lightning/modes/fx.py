@@ -7,24 +7,30 @@ our own, which keeps the difference between training and eval mode.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
 from torch.ao.quantization.fx import fuse, prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 from torch.nn import functional as F
 
 from qat_lightning import behaviour
-from qat_lightning.modes.base import Options
+from qat_lightning.modes import graft
+from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.functions import called_functions, keep_functions_float
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
-from qat_lightning.modes.qconfig import qconfig_mapping
+from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, name_relus_alike, replace_relu6_modules
 from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.untraceable import trace_around
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
 
@@ -41,23 +47,37 @@ class FxMode:
                 "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
                 f"{options.fuse!r}. Leave it out, or use mode='eager'."
             )
-        if hasattr(network, "training_step"):
-            raise ValueError(
-                f"In fx mode {type(network).__name__} would become a graph, and no LightningModule any more. "
-                "Prepare the network inside it, or give the Trainer the callback QuantizationAwareTraining."
-            )
+        if graft.stays_itself(network):
+            _check_own_forward(network)
         check_hooks(network)
         return options
 
-    def prepare(self, network: nn.Module, options: Options) -> nn.Module:
-        """Traces, fuses and prepares; the result shares parameters with `network`.
+    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
+        """Names of the functions that the graph of `network` calls."""
+        return called_functions(_trace(network, untraceable)[0].graph)
+
+    def prepare(self, network: nn.Module, options: Options) -> Made:
+        """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
 
         Raises:
             UntraceableError: `torch.fx` cannot trace the network.
         """
         kept = behaviour.attributes(network)
-        graph_module, scopes = trace(network)
+        graph_module, scopes, untraceable = _trace(network, options.untraceable)
+        options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
+        used = graft.targets(graph_module.graph)
+        own = graft.stays_itself(network)
+        keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
+        prepared = self._prepare(graph_module, scopes, options)
+        if graft.stays_itself(network):
+            graft.graft(network, prepared, used)
+        else:
+            network = _finish(prepared, kept, type(network).__name__)
+        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()))
+
+    def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
+        """Fuses and prepares a graph."""
         name_relus_alike(graph_module)
         if options.replace_relu6:
             replace_relu6_modules(graph_module, options.keep_float)
@@ -65,28 +85,64 @@ class FxMode:
         mapping = self._mapping(options)
         for name in _whole_modules(graph_module):
             mapping.set_module_name(name, None)
-        fused = fuse(graph_module, is_qat=True)
-        prepared = prepare(fused, mapping, True, scopes, example_inputs=())
+        known = _backend_config()
+        fused = fuse(graph_module, is_qat=True, backend_config=known)
+        prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_grid_through_dropout(prepared)
         share_grids(prepared)
         use_undivided(prepared)
         round_in_place(prepared)
         _place_on_device(prepared)
-        return _finish(prepared, kept, type(network).__name__)
+        return prepared
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        """Converts a prepared graph module into an int8 one, without what only training runs."""
+        """Converts a prepared graph into an int8 one, without what only training runs."""
+        if graft.is_grafted(prepared):
+            graph_module = graft.ungraft(prepared)
+            evaluate_only(graph_module)
+            restore_relus(graph_module)
+            graft.regraft(prepared, convert_fx(graph_module, backend_config=_backend_config()))
+            return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
         evaluate_only(prepared)
         restore_relus(prepared)
-        return _finish(convert_fx(prepared), kept, kept[_NAME])
+        return _finish(convert_fx(prepared, backend_config=_backend_config()), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
         mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
+        for name, value in options.overrides.items():
+            mapping = mapping.set_module_name(name, override_qconfig(value))
         for name in options.keep_float:
             mapping = mapping.set_module_name(name, None)
         return mapping
+
+
+def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
+    return trace_around(network) if untraceable == "float" else (*trace(network), {})
+
+
+@cache
+def _backend_config() -> BackendConfig:
+    """What torch.ao knows to quantize, but transposed convolutions.
+
+    It has no training module for them: their weights would be rounded in int8 alone, per tensor at that.
+    """
+    configs = get_native_backend_config().configs
+    names = ("ConvTranspose", "conv_transpose")
+    kept = [config for config in configs if not any(name in str(config.pattern) for name in names)]
+    return BackendConfig().set_backend_pattern_configs(kept)
+
+
+def _check_own_forward(network: nn.Module) -> None:
+    if type(network).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning.")):
+        raise ValueError(
+            f"{type(network).__name__} has layers of its own and no `forward` that calls them, so there is "
+            "nothing to trace. Write a `forward` and call self(x) in the steps, or put the layers into a "
+            "network of their own:\n"
+            "    self.model = nn.Sequential(…)   # in __init__\n"
+            "    y = self.model(x)               # in the steps"
+        )
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch.ao.quantization import (
     get_default_qat_qconfig_mapping,
 )
 
+from qat_lightning.backends import BACKENDS
 from qat_lightning.errors import RecipeMismatchError
 from qat_lightning.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
 
 QConfigLike = QConfig | QConfigMapping | str
+Override = QConfig | str
+Overrides = Mapping[str, Override | None]
 
 # Backends whose kernels multiply bytes in pairs and add them in 16 bits on CPUs without VNNI: with 7 bits
 # of activation the sum cannot saturate.
@@ -129,6 +133,39 @@ def qconfig_name(qconfig: QConfigLike | None) -> str:
         return qconfig
     text = json.dumps(_describe_qconfigs(qconfig), sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_override(value: object) -> None:
+    """Raises a `TypeError` if `value` is nothing that a single layer can be prepared with."""
+    if value is not None and value not in BACKENDS and not isinstance(value, QConfig):
+        raise TypeError(
+            "overrides map names or globs of layers to a torch.ao.quantization.QConfig, to the name of a "
+            f"backend for its default ({', '.join(BACKENDS)}), or to None to keep them float, but received "
+            f"{type(value).__name__}: {value!r}."
+        )
+
+
+def override_qconfig(value: Override) -> QConfig:
+    """The QConfig of an override, which may be the name of a backend."""
+    return default_qconfig(value) if isinstance(value, str) else value
+
+
+def stored_overrides(stored: Mapping[str, str], given: Overrides) -> dict[str, Override]:
+    """The overrides to prepare with again, for a recipe that stores `stored`.
+
+    Raises:
+        RecipeMismatchError: One was a QConfig of one's own, and `given` does not have that one.
+    """
+    found: dict[str, Override] = {}
+    for name, value in stored.items():
+        override = value if value in BACKENDS else given.get(name)
+        if override is None or qconfig_name(override) != value:
+            raise RecipeMismatchError(
+                f"The layer {name!r} was prepared with a QConfig of its own, whose code is in no file, and "
+                f"received {override!r} for it. Pass it as overrides={{{name!r}: …}}."
+            )
+        found[name] = override
+    return found
 
 
 def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None:

@@ -18,6 +18,7 @@ from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.modes.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.tracing import evaluate_only
 from qat_lightning.quiet import quiet_torch_ao
 
@@ -89,8 +90,13 @@ def _bounds(fake_quantize: Any) -> tuple[int, int]:
 def reference(prepared: nn.Module) -> nn.Module:
     """Makes the reference graph of a prepared network, in eval mode on the CPU, of a copy."""
     module = copy.deepcopy(prepared).cpu().eval()
-    for network in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
-        evaluate_only(network)
+    for network in list(module.modules()):
+        if isinstance(network, fx.GraphModule):
+            evaluate_only(network)
+        elif is_grafted(network):
+            graph_module = ungraft(network)
+            evaluate_only(graph_module)
+            regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
         _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), _reference_layer)
         _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), _quantize_dequantize)

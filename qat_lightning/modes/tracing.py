@@ -12,28 +12,29 @@ and in eval mode, and the two graphs are merged into one:
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import inspect
-import linecache
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.nn.quantized import FXFloatFunctional
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
+from qat_lightning import random_state
 from qat_lightning.errors import UntraceableError
-from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
+from qat_lightning.modes.by_mode import OutputByMode
 from qat_lightning.modes.dropout import remove_dropout
-from qat_lightning.modes.purity import records_nothing_else
+from qat_lightning.modes.lines import users_frame
+from qat_lightning.modes.merge import merge
+from qat_lightning.modes.purity import Impure, records_nothing_else, same_state
+from qat_lightning.modes.transformers import traceable_transformers
 
-_NO_USERS = (str(Path(__file__).parent), contextlib.__file__)
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -44,6 +45,11 @@ def reads_training(module: nn.Module) -> bool:
         step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "training"
         for step in dis.get_instructions(code)
     )
+
+
+def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same type and values."""
+    return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
 def holds_quantizable(module: nn.Module) -> bool:
@@ -61,6 +67,29 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
     def __init__(self, leaves: frozenset[str]) -> None:
         super().__init__([], [])
         self.leaves = leaves
+        self.failed: tuple[Exception | None, str] = None, ""
+        self.drew = ""
+
+    def create_arg(self, a: Any) -> Any:
+        """Names a constant tensor as the trace before named an equal one, so that the graphs agree."""
+        if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
+            for name, value in vars(self.root).items():
+                if name.startswith("_tensor_constant") and same_tensor(a, value):
+                    self.tensor_attrs[a] = name
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
+        before = random_state.capture()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if error is not self.failed[0]:
+                self.failed = error, self.path_of_module(m)
+            raise
+        if not self.drew and not same_state(before, random_state.capture()):
+            self.drew = self.path_of_module(m)
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -86,23 +115,25 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
             message names the file and the line.
     """
     try:
-        return _trace_with_leaves(network, frozenset())
+        return trace_with_leaves(network, frozenset())
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return _trace_with_leaves(network, leaves)
+        return trace_with_leaves(network, leaves)
 
 
-def _trace_with_leaves(network: nn.Module, leaves: frozenset[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
+def trace_with_leaves(network: nn.Module, leaves: frozenset[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces as :func:`trace` does, with the modules named in `leaves` called as a whole."""
     tracer = _Tracer(leaves)
-    with _mode(network, training=True):
-        graph = _trace_once(tracer, network)
-    with _mode(network, training=False):
-        eval_graph = _trace_once(_Tracer(leaves), network)
-    scopes = {**tracer.node_name_to_scope, **_Merge(network, graph, eval_graph).run()}
+    with traceable_transformers(network):
+        with _mode(network, training=True):
+            graph = _trace_once(tracer, network)
+        with _mode(network, training=False):
+            eval_graph = _trace_once(_Tracer(leaves), network)
+    scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
     return fx.GraphModule(network, graph, type(network).__name__), scopes
 
 
@@ -124,14 +155,17 @@ def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
         with records_nothing_else(network):
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
-        where = users_line(error, network)
+        frame = users_frame(error)
+        where = inspect.getsourcefile(type(network)) if frame is None else _line(frame, frame.filename)
         raise UntraceableError(
             f"torch.fx cannot trace {type(network).__name__}: {error}\n"
             f"  at {where}\n"
             "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
             "or on earlier calls. Either rewrite that line, or keep the part float and quantize the rest "
             "(modules=[…] names the submodules to quantize), or give the network QuantStubs and use "
-            "mode='eager'."
+            "mode='eager'.",
+            _part(error, tracer),
+            "" if frame is None else _line(frame, Path(frame.filename).name),
         ) from error
     names = list(inspect.signature(network.forward).parameters)
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
@@ -150,107 +184,16 @@ def defaults(network: nn.Module) -> dict[str, Any] | None:
     return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
 
 
-def users_line(error: BaseException, network: nn.Module) -> str:
-    """The last frame of the traceback outside PyTorch: the line that the user can change."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename.replace("\\", "/") and not frame.filename.startswith(_NO_USERS)
-    ]
-    if not frames:
-        return f"{inspect.getsourcefile(type(network))}"
-    frame = frames[-1]
-    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+def _part(error: Exception, tracer: _Tracer) -> str:
+    """Name of the innermost module at fault for an error of a trace."""
+    if not isinstance(error, Impure):
+        return tracer.failed[1] if error is tracer.failed[0] else ""
+    names = (name for name, module in tracer.root.named_modules() if module is error.module)
+    return next(names, tracer.drew)
 
 
-class _Merge:
-    """Merges the eval graph of a network into its training graph, in place."""
-
-    def __init__(self, network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> None:
-        self.network, self.graph, self.evaluate = network, graph, evaluate
-        self.twin: dict[fx.Node, fx.Node] = {}
-        self.scopes: dict[str, Any] = {}
-
-    def run(self) -> dict[str, Any]:
-        """Does it, and returns the scopes of the nodes it made."""
-        remaining = list(self.graph.nodes)
-        unmatched = []
-        for node in self.evaluate.nodes:
-            if node.op == "output":
-                continue
-            match = next((i for i, n in enumerate(remaining) if self._same_call(node, n)), None)
-            if match is None:
-                unmatched.append(node)
-                self._copy(node)
-            else:
-                self.twin[node] = remaining[match]
-                del remaining[: match + 1]
-        self._choose_arguments()
-        self._choose_output()
-        self.graph.lint()
-        return self.scopes
-
-    def _same_call(self, evaluate: fx.Node, train: fx.Node) -> bool:
-        if (evaluate.op, evaluate.target) != (train.op, train.target):
-            return False
-        inputs = [self.twin.get(node) for node in evaluate.all_input_nodes]
-        return inputs == train.all_input_nodes and (
-            evaluate.op not in ("placeholder", "get_attr", "call_module")
-            or self._arguments(evaluate) == (train.args, train.kwargs)
-        )
-
-    def _arguments(self, evaluate: fx.Node) -> tuple[Any, Any]:
-        """The arguments of an eval node, in terms of the training graph's nodes."""
-        return (
-            fx.node.map_arg(evaluate.args, self.twin.__getitem__),
-            fx.node.map_arg(evaluate.kwargs, self.twin.__getitem__),
-        )
-
-    def _copy(self, node: fx.Node) -> None:
-        """Brings a node that only eval mode has into the training graph, just before the output."""
-        if node.op == "call_module" and _keeps_state(self.network.get_submodule(str(node.target))):
-            raise UntraceableError(
-                f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
-                f"that training mode does not, at {stack_line(node)}. One graph cannot do both: make "
-                "the call the same in both modes, or name the submodules to quantize (modules=[…])."
-            )
-        with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
-            self.twin[node] = self.graph.node_copy(node, self.twin.__getitem__)
-            self.scopes[self.twin[node].name] = ("", type(None))
-
-    def _choose_arguments(self) -> None:
-        for evaluate, train in self.twin.items():
-            arguments = self._arguments(evaluate)
-            if train.op in ("call_function", "call_method") and arguments != (
-                train.args,
-                train.kwargs,
-            ):
-                self._replace(train, by_mode(train, *arguments))
-
-    def _replace(self, node: fx.Node, module: nn.Module) -> None:
-        name = f"{node.name}_by_mode"
-        self.network.add_module(name, module)
-        with self.graph.inserting_before(node):
-            tensors = tuple(node.all_input_nodes) if isinstance(module, ByMode) else node.args[:1]
-            new = self.graph.call_module(name, tensors)
-        new.meta = dict(node.meta)
-        self.scopes[new.name] = (name, type(module))
-        node.replace_all_uses_with(new)
-        for evaluate, train in self.twin.items():
-            if train is node:
-                self.twin[evaluate] = new
-        self.graph.erase_node(node)
-
-    def _choose_output(self) -> None:
-        outputs = next(iter(reversed(self.graph.nodes))), next(iter(reversed(self.evaluate.nodes)))
-        train, evaluate = outputs[0].args[0], self._arguments(outputs[1])[0][0]
-        if train == evaluate and type(train) is type(evaluate):
-            return
-        self.network.add_module("output_by_mode", OutputByMode())
-        with self.graph.inserting_before(outputs[0]):
-            new = self.graph.call_module("output_by_mode", (train, evaluate))
-        self.scopes[new.name] = ("output_by_mode", OutputByMode)
-        outputs[0].args = (new,)
+def _line(frame: traceback.FrameSummary, file: str) -> str:
+    return f"{file}:{frame.lineno}: {frame.line}"
 
 
 def evaluate_only(graph_module: fx.GraphModule) -> None:
@@ -265,28 +208,3 @@ def evaluate_only(graph_module: fx.GraphModule) -> None:
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-
-
-def _keeps_state(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-
-
-def forward_line(network: nn.Module) -> str:
-    """The line where the forward of `network`'s class begins, as `file:line: code`."""
-    code = getattr(type(network).forward, "__code__", None)
-    if code is None:
-        return "an unknown line"
-    line = linecache.getline(code.co_filename, code.co_firstlineno).strip()
-    return f"{code.co_filename}:{code.co_firstlineno}: {line}"
-
-
-def stack_line(node: fx.Node) -> str:
-    """The line of the user's code that made `node`, as `file:line: code`."""
-    lines = (node.stack_trace or "").splitlines()
-    frames = [(line.strip(), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
-    users = [frame for frame in frames if "/torch/" not in frame[0].replace("\\", "/")]
-    if not users:
-        return "an unknown line"
-    place, code = users[-1]
-    _, file, rest = place.split('"', 2)
-    return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"

@@ -1,0 +1,52 @@
+"""Lines of the user's code, as `file:line: code`: behind an error, a graph's node, a forward."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+from torch import fx, nn
+
+_NO_USERS = (str(Path(__file__).parent), contextlib.__file__)
+
+
+def users_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The last frame of the traceback outside PyTorch and this package: the line that the user can change."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return frames[-1] if frames else None
+
+
+def users_line(error: BaseException, network: nn.Module) -> str:
+    """The line of :func:`users_frame`, or the file of `network`'s class."""
+    frame = users_frame(error)
+    if frame is None:
+        return f"{inspect.getsourcefile(type(network))}"
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def forward_line(network: nn.Module) -> str:
+    """The line where the forward of `network`'s class begins."""
+    code = getattr(type(network).forward, "__code__", None)
+    if code is None:
+        return "an unknown line"
+    line = linecache.getline(code.co_filename, code.co_firstlineno).strip()
+    return f"{code.co_filename}:{code.co_firstlineno}: {line}"
+
+
+def stack_line(node: fx.Node) -> str:
+    """The line that made a node of a graph."""
+    lines = (node.stack_trace or "").splitlines()
+    frames = [(line.split('"', 2), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
+    users = [(place, code) for place, code in frames if _is_users(place[1])]
+    if not users:
+        return "an unknown line"
+    (_, file, rest), code = users[-1]
+    return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
+
+
+def _is_users(filename: str) -> bool:
+    return "/torch/" not in filename.replace("\\", "/") and not filename.startswith(_NO_USERS)

@@ -1,0 +1,83 @@
+"""torch.nn's transformer layers, traceable: their linear layers are quantized, their attention stays float.
+
+torch.fx calls a module of torch.nn as a whole, and the forwards of these ones branch on values besides. While
+a network is traced they run the plain sum of their blocks: the same function without the fast paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_Mask = Tensor | None
+
+
+def _encoder_layer(
+    self: Any,
+    src: Tensor,
+    src_mask: _Mask = None,
+    src_key_padding_mask: _Mask = None,
+    is_causal: bool = False,
+) -> Tensor:
+    x = src
+    if self.norm_first:
+        x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+        return x + self._ff_block(self.norm2(x))
+    x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+    return self.norm2(x + self._ff_block(x))
+
+
+def _encoder(
+    self: Any,
+    src: Tensor,
+    mask: _Mask = None,
+    src_key_padding_mask: _Mask = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    x = src
+    for layer in self.layers:
+        x = layer(x, mask, src_key_padding_mask, bool(is_causal))
+    return x if self.norm is None else self.norm(x)
+
+
+def _decoder(
+    self: Any,
+    tgt: Tensor,
+    memory: Tensor,
+    tgt_mask: _Mask = None,
+    memory_mask: _Mask = None,
+    tgt_key_padding_mask: _Mask = None,
+    memory_key_padding_mask: _Mask = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    x = tgt
+    masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+    for layer in self.layers:
+        x = layer(x, memory, *masks, bool(tgt_is_causal), memory_is_causal)
+    return x if self.norm is None else self.norm(x)
+
+
+_PLAIN: dict[Any, Callable[..., Any]] = {
+    nn.TransformerEncoderLayer.forward: _encoder_layer,
+    nn.TransformerEncoder.forward: _encoder,
+    nn.TransformerDecoderLayer.forward: nn.TransformerDecoderLayer.forward,  # plain as it is
+    nn.TransformerDecoder.forward: _decoder,
+}
+
+
+@contextmanager
+def traceable_transformers(network: nn.Module) -> Iterator[None]:
+    """Gives torch.nn's transformer layers in `network` plain forwards while it is traced."""
+    before = {module: type(module) for module in network.modules() if type(module).forward in _PLAIN}
+    try:
+        for module, cls in before.items():
+            plain = {"forward": _PLAIN[cls.forward], "__module__": __name__}
+            module.__class__ = type(cls.__name__, (cls,), plain)
+        yield
+    finally:
+        for module, cls in before.items():
+            module.__class__ = cls
