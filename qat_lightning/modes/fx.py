@@ -19,11 +19,14 @@ from qat_lightning import behaviour
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.functional import write_out_padding
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
+from qat_lightning.modes.own_copies import give_each_call_its_own
 from qat_lightning.modes.qconfig import qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, replace_relu6_modules
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.unlowered import keep_unlowered
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
 
@@ -60,7 +63,7 @@ class FxMode:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
         mapping = self._mapping(options)
-        for name in _whole_modules(graph_module):
+        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
             mapping.set_module_name(name, None)
         fused = fuse(graph_module, is_qat=True)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=())
@@ -76,6 +79,8 @@ class FxMode:
         kept = behaviour.attached(prepared)
         evaluate_only(prepared)
         restore_relus(prepared)
+        give_each_call_its_own(prepared)
+        keep_unlowered(prepared)
         return _finish(convert_fx(prepared), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.nn.quantized import FXFloatFunctional
@@ -26,7 +27,10 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from qat_lightning.errors import UntraceableError
 from qat_lightning.modes.by_mode import ByMode, OutputByMode, by_mode
+from qat_lightning.modes.calls import Whole
 from qat_lightning.modes.dropout import remove_dropout
+from qat_lightning.modes.functional import read_facts_elsewhere, write_out_arguments
+from qat_lightning.modes.mutation import read_what_was_written
 from qat_lightning.modes.purity import records_nothing_else
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -53,14 +57,14 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
     stays whole: nothing is lost, and its own flag keeps deciding.
     """
 
-    def __init__(self, leaves: frozenset[str]) -> None:
+    def __init__(self, whole: Whole) -> None:
         super().__init__([], [])
-        self.leaves = leaves
+        self.whole = whole
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
-            or module_qualified_name in self.leaves
+            or module_qualified_name in self.whole.modules
             or isinstance(m, FXFloatFunctional | _FusedModule)
             or (reads_training(m) and not holds_quantizable(m))
         )
@@ -81,23 +85,33 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
             message names the file and the line.
     """
     try:
-        return _trace_with_leaves(network, frozenset())
+        return _trace_with(network, Whole())
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return _trace_with_leaves(network, leaves)
+        return _trace_with(network, Whole(leaves))
 
 
-def _trace_with_leaves(network: nn.Module, leaves: frozenset[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = _Tracer(leaves)
-    with _mode(network, training=True):
-        graph = _trace_once(tracer, network)
-    with _mode(network, training=False):
-        eval_graph = _trace_once(_Tracer(leaves), network)
+def _trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces with `whole`, and with what turns out not to be traceable, as calls of one node each."""
+    tracer = _Tracer(whole)
+    try:
+        with _mode(network, training=True):
+            graph = _trace_once(tracer, network)
+        with _mode(network, training=False):
+            eval_graph = _trace_once(_Tracer(whole), network)
+    except UntraceableError as error:
+        more = whole.and_culprit(error.__cause__, network, holds_quantizable)
+        if more is None:
+            raise
+        return _trace_with(network, more)
     scopes = {**tracer.node_name_to_scope, **_Merge(network, graph, eval_graph).run()}
+    read_what_was_written(network, graph)
+    write_out_arguments(graph)
+    read_facts_elsewhere(network, graph)
     return fx.GraphModule(network, graph, type(network).__name__), scopes
 
 
@@ -116,7 +130,7 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
-        with records_nothing_else(network):
+        with records_nothing_else(network), tracer.whole.recorded():
             graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:
         where = _users_line(error, network)
@@ -186,13 +200,20 @@ class _Merge:
         return self.scopes
 
     def _same_call(self, evaluate: fx.Node, train: fx.Node) -> bool:
-        if (evaluate.op, evaluate.target) != (train.op, train.target):
+        if evaluate.op != train.op or not self._same_target(evaluate, train):
             return False
         inputs = [self.twin.get(node) for node in evaluate.all_input_nodes]
         return inputs == train.all_input_nodes and (
             evaluate.op not in ("placeholder", "get_attr", "call_module")
             or self._arguments(evaluate) == (train.args, train.kwargs)
         )
+
+    def _same_target(self, evaluate: fx.Node, train: fx.Node) -> bool:
+        if evaluate.op != "get_attr" or not str(evaluate.target).startswith("_tensor_constant"):
+            return evaluate.target == train.target
+        constant: Any = getattr(self.network, str(evaluate.target))
+        other = getattr(self.network, str(train.target), None)
+        return isinstance(other, torch.Tensor) and torch.equal(constant, other)
 
     def _arguments(self, evaluate: fx.Node) -> tuple[Any, Any]:
         """The arguments of an eval node, in terms of the training graph's nodes."""
