@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import time
 import warnings
@@ -183,4 +184,5 @@ def count_macs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, dict[s
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     where = next((line for line in lines if line.startswith("at ")), "")
-    return f"{lines[0] if lines else ''} {where}".strip()[:300]
+    shown = f"{lines[0] if lines else type(error).__name__} {where}"
+    return re.sub(r"\S*/site-packages/", "", shown)[:300]

@@ -14,9 +14,13 @@ from torchvision.models import quantization
 
 # The smallest size that a network accepts, where that is not 64.
 _SIZES = {
-    **dict.fromkeys(("inception_v3", "quantized_inception_v3"), 128),
-    **dict.fromkeys(("inception_resnet_v2", "inception_v4", "nasnetalarge", "pnasnet5large"), 96),
-    **dict.fromkeys(("halonet26t", "bat_resnext26ts"), 256),
+    "inception_v3": 299,
+    "timm/inception_v3": 128,
+    "quantized_inception_v3": 128,
+    **dict.fromkeys(
+        ("timm/inception_resnet_v2", "timm/inception_v4", "timm/nasnetalarge", "timm/pnasnet5large"), 96
+    ),
+    **dict.fromkeys(("timm/halonet26t", "timm/bat_resnext26ts"), 256),
     "maxvit_t": 224,
     "vit_h_14": 56,
 }
@@ -122,7 +126,7 @@ def _timm() -> Iterator[Entry]:
     for name in _TIMM.split():
         config: Any = timm.get_pretrained_cfg(name)
         native = config.input_size[1]
-        size = _SIZES.get(name, native if config.fixed_input_size else 64)
+        size = native if config.fixed_input_size else _SIZES.get(f"timm/{name}", 64)
         family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         yield Entry(f"timm/{name}", "timm", family, size, _timm_builder(name))
 
