@@ -16,7 +16,7 @@ from torchvision.models import quantization
 _SIZES = {
     "inception_v3": 299,
     "timm/inception_v3": 128,
-    "quantized_inception_v3": 128,
+    "quantized_inception_v3": 299,
     **dict.fromkeys(
         ("timm/inception_resnet_v2", "timm/inception_v4", "timm/nasnetalarge", "timm/pnasnet5large"), 96
     ),
