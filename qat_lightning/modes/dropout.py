@@ -6,6 +6,8 @@ the int8 network: in eval mode the prepared network would clip where the int8 on
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -13,11 +15,16 @@ from torchvision.ops import StochasticDepth
 
 
 def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
-    """Removes the fake-quantizes after dropouts whose input is rounded, in place."""
+    """Removes the fake-quantizes after dropouts whose input is rounded, in place.
+
+    What shared the grid of one, such as a pool, shares the input's instead.
+    """
     for node in _dropouts(prepared):
         if _is_fake_quantize(prepared, node.all_input_nodes[0]):
+            kept = node.all_input_nodes[0].target
             for user in list(node.users):
                 if _is_fake_quantize(prepared, user):
+                    _call_instead(prepared, _module(prepared, user), kept)
                     user.replace_all_uses_with(node)
                     prepared.graph.erase_node(user)
     prepared.delete_all_unused_submodules()
@@ -43,6 +50,13 @@ def _is_dropout(module: nn.Module | None) -> bool:
 
 def _is_fake_quantize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(_module(graph_module, node), FakeQuantizeBase)
+
+
+def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, kept: Any) -> None:
+    """Lets every call of the module `old` be one of the module named `kept`."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and _module(graph_module, node) is old:
+            node.target = kept
 
 
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:

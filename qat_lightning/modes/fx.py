@@ -23,13 +23,16 @@ from qat_lightning.modes import graft
 from qat_lightning.modes.base import Made, Options
 from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
+from qat_lightning.modes.functional import write_out_padding
 from qat_lightning.modes.functions import called_functions, keep_functions_float
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
+from qat_lightning.modes.own_copies import give_each_call_its_own
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.relu6 import is_inside, is_relu6, name_relus_alike, replace_relu6_modules
 from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.unlowered import keep_unlowered
 from qat_lightning.modes.untraceable import trace_around
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
@@ -83,7 +86,7 @@ class FxMode:
             replace_relu6_modules(graph_module, options.keep_float)
             _replace_relu6_calls(graph_module, scopes, options.keep_float)
         mapping = self._mapping(options)
-        for name in _whole_modules(graph_module):
+        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
             mapping.set_module_name(name, None)
         known = _backend_config()
         fused = fuse(graph_module, is_qat=True, backend_config=known)
@@ -98,16 +101,11 @@ class FxMode:
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared graph into an int8 one, without what only training runs."""
         if graft.is_grafted(prepared):
-            graph_module = graft.ungraft(prepared)
-            evaluate_only(graph_module)
-            restore_relus(graph_module)
-            graft.regraft(prepared, convert_fx(graph_module, backend_config=_backend_config()))
+            graft.regraft(prepared, _int8(graft.ungraft(prepared)))
             return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
-        evaluate_only(prepared)
-        restore_relus(prepared)
-        return _finish(convert_fx(prepared, backend_config=_backend_config()), kept, kept[_NAME])
+        return _finish(_int8(prepared), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
         mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
@@ -143,6 +141,15 @@ def _check_own_forward(network: nn.Module) -> None:
             "    self.model = nn.Sequential(…)   # in __init__\n"
             "    y = self.model(x)               # in the steps"
         )
+
+
+def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Converts a prepared graph; it is used up."""
+    evaluate_only(prepared)
+    restore_relus(prepared)
+    give_each_call_its_own(prepared)
+    keep_unlowered(prepared)
+    return convert_fx(prepared, backend_config=_backend_config())
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

@@ -16,6 +16,7 @@ from torch.ao.quantization import (
     get_default_qat_qconfig,
     get_default_qat_qconfig_mapping,
 )
+from torch.nn import functional as F
 
 from qat_lightning.backends import BACKENDS
 from qat_lightning.errors import RecipeMismatchError
@@ -28,6 +29,16 @@ Overrides = Mapping[str, Override | None]
 # Backends whose kernels multiply bytes in pairs and add them in 16 bits on CPUs without VNNI: with 7 bits
 # of activation the sum cannot saturate.
 _SEVEN_BITS = ("x86", "fbgemm")
+
+# torch.ao has no training module for them: int8 would round a weight that training does not.
+_NOT_ROUNDED_IN_TRAINING = (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 
 
 def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
@@ -85,6 +96,8 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping
         for kind, rule in dict(mapping.object_type_qconfigs).items():
             if rule is not None and rule.activation is theirs.activation:
                 mapping.set_object_type(kind, QConfig(ours.activation, rule.weight))
+        for kind in _NOT_ROUNDED_IN_TRAINING:
+            mapping.set_object_type(kind, None)
     # An embedding's table has a scheme of its own, and torch.ao raises at any other.
     return mapping.set_object_type(nn.Embedding, None).set_object_type(nn.EmbeddingBag, None)
 

@@ -29,9 +29,12 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from qat_lightning import random_state
 from qat_lightning.errors import UntraceableError
 from qat_lightning.modes.by_mode import OutputByMode
+from qat_lightning.modes.calls import Whole
 from qat_lightning.modes.dropout import remove_dropout
+from qat_lightning.modes.functional import read_facts_elsewhere, write_out_arguments
 from qat_lightning.modes.lines import users_frame
 from qat_lightning.modes.merge import merge
+from qat_lightning.modes.mutation import read_what_was_written
 from qat_lightning.modes.purity import Impure, records_nothing_else, same_state
 from qat_lightning.modes.transformers import traceable_transformers
 
@@ -64,9 +67,9 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
     stays whole: nothing is lost, and its own flag keeps deciding.
     """
 
-    def __init__(self, leaves: frozenset[str]) -> None:
+    def __init__(self, whole: Whole) -> None:
         super().__init__([], [])
-        self.leaves = leaves
+        self.whole = whole
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
 
@@ -94,7 +97,7 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
-            or module_qualified_name in self.leaves
+            or module_qualified_name in self.whole.modules
             or isinstance(m, FXFloatFunctional | _FusedModule)
             or (reads_training(m) and not holds_quantizable(m))
         )
@@ -115,25 +118,34 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
             message names the file and the line.
     """
     try:
-        return trace_with_leaves(network, frozenset())
+        return trace_with(network, Whole())
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return trace_with_leaves(network, leaves)
+        return trace_with(network, Whole(leaves))
 
 
-def trace_with_leaves(network: nn.Module, leaves: frozenset[str]) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """Traces as :func:`trace` does, with the modules named in `leaves` called as a whole."""
-    tracer = _Tracer(leaves)
-    with traceable_transformers(network):
-        with _mode(network, training=True):
-            graph = _trace_once(tracer, network)
-        with _mode(network, training=False):
-            eval_graph = _trace_once(_Tracer(leaves), network)
+def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces as :func:`trace` does; `whole`, and what turns out not to be traceable, become one call each."""
+    tracer = _Tracer(whole)
+    try:
+        with traceable_transformers(network):
+            with _mode(network, training=True):
+                graph = _trace_once(tracer, network)
+            with _mode(network, training=False):
+                eval_graph = _trace_once(_Tracer(whole), network)
+    except UntraceableError as error:
+        more = whole.and_culprit(error.__cause__, network, holds_quantizable)
+        if more is None:
+            raise
+        return trace_with(network, more)
     scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
+    read_what_was_written(network, graph)
+    write_out_arguments(graph)
+    read_facts_elsewhere(network, graph)
     return fx.GraphModule(network, graph, type(network).__name__), scopes
 
 
@@ -152,7 +164,7 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
-        with records_nothing_else(network):
+        with records_nothing_else(network), tracer.whole.recorded():
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
         frame = users_frame(error)

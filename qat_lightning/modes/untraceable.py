@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.errors import UntraceableError
-from qat_lightning.modes.tracing import trace_with_leaves
+from qat_lightning.modes.calls import Whole
+from qat_lightning.modes.tracing import trace_with
 
 
 def trace_around(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
@@ -23,7 +24,7 @@ def trace_around(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any], di
     kept: dict[str, str] = {}
     while True:
         try:
-            graph_module, scopes = trace_with_leaves(network, frozenset(kept))
+            graph_module, scopes = trace_with(network, Whole(frozenset(kept)))
         except UntraceableError as error:
             if not error.part or error.part in kept:
                 raise

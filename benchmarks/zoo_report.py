@@ -1,0 +1,64 @@
+"""The zoo's figures as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.zoo_models import Entry, entries
+
+_HEAD = """# Zoo
+
+Every classifier of torchvision, its quantizable variants, three dense predictors, and small networks of
+timm's families: prepared for x86, trained one step on two images, run once more in training mode, converted,
+and compared.
+
+    python -m benchmarks.zoo
+
+"""
+_COLUMNS = """
+- **int8**: share of the float network's multiply-adds (with those of products between activations) whose
+  layer became an int8 one. Attention products, functional calls and layers of one's own class do not count.
+- **SQNR**: of the int8 outputs against the fake-quant outputs, on the training batch, in dB.
+- **noise**: of the fake-quant outputs against themselves, with all that is rounded multiplied by 1 ± 10⁻⁶ at
+  random, as another order of additions leaves it. The networks are random and have seen two images, so that a
+  deep one amplifies each rounding that tips over: an SQNR near this figure is that
+  noise, one far below is not.
+- **s**: seconds for all of it on one core.
+- **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network, or the error they end with.
+
+| network | input | int8 | SQNR | noise | s | torch |
+|---|---:|---:|---:|---:|---:|---|
+"""
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The page for what has figures."""
+    known = [entry for entry in entries() if "ours" in figures.get(entry.name, {})]
+    failed = [entry for entry in known if not figures[entry.name]["ours"]["ok"]]
+    summary = "\n".join(_summary(known, figures)) + "\n"
+    reasons = "".join(f"- {entry.name}: {figures[entry.name]['ours']['reason']}\n" for entry in failed)
+    rows = "".join(_row(entry, figures[entry.name]) for entry in known)
+    return _HEAD + summary + (f"\nWhat fails, and why:\n\n{reasons}" if failed else "") + _COLUMNS + rows
+
+
+def _summary(known: list[Entry], figures: dict[str, Any]) -> Iterator[str]:
+    yield "| | ours | families | torch's prepare_qat_fx |"
+    yield "|---|---:|---:|---:|"
+    for source in ("torchvision", "timm"):
+        rows = [(entry, figures[entry.name]) for entry in known if entry.source == source]
+        ok = [entry for entry, row in rows if row["ours"]["ok"]]
+        theirs = [row["torch"]["ok"] for _, row in rows if "torch" in row]
+        families = f"{len({e.family for e in ok})} of {len({e.family for e, _ in rows})}"
+        yield f"| {source} | {len(ok)} of {len(rows)} | {families} | {sum(theirs)} of {len(theirs)} |"
+
+
+def _row(entry: Entry, row: dict[str, Any]) -> str:
+    ours, theirs = row["ours"], row.get("torch")
+    other = "" if theirs is None else "ok" if theirs["ok"] else theirs["error"]
+    if not ours["ok"]:
+        return f"| {entry.name} | {entry.size} | {ours['error']} | | | | {other} |\n"
+    return (
+        f"| {entry.name} | {entry.size} | {ours['share']:.0%} | {ours['sqnr']:.1f} | "
+        f"{ours['floor']:.1f} | {ours['seconds']:.0f} | {other} |\n"
+    )

@@ -1,0 +1,86 @@
+"""Convolutions and linear layers that are called as functions: written out, as torch.ao reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+_DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_TENSORS = ("input", "weight", "bias")
+_DEFAULTS = {**dict.fromkeys(_TENSORS), "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def write_out_arguments(graph: fx.Graph) -> None:
+    """Gives each functional convolution and linear layer all of its arguments, by position, in place."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (F.linear, *_DIMENSIONS):
+            continue
+        names = list(_TENSORS) if node.target is F.linear else list(_DEFAULTS)
+        given = {**_DEFAULTS, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if node.target is not F.linear:
+            for name in ("stride", "padding", "dilation"):
+                given[name] = _each(given[name], _DIMENSIONS[node.target])
+        node.args, node.kwargs = tuple(given[name] for name in names), {}
+        if isinstance(given["bias"], fx.Node) and given["bias"].op != "get_attr":
+            node.target = linear if node.target is F.linear else convolution
+
+
+def linear(*args: Any) -> torch.Tensor:
+    """`F.linear` whose bias is computed: an int8 one stores it, so that this stays float."""
+    return F.linear(*args)
+
+
+def convolution(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """A convolution whose bias is computed, likewise."""
+    weight, bias, stride, padding, dilation, groups = args
+    flip, extra = False, [0] * (x.ndim - 2)  # those of a transposed convolution
+    return torch.convolution(x, weight, bias, stride, padding, dilation, flip, extra, groups)
+
+
+def _each(value: Any, dimensions: int) -> Any:
+    return (value,) * dimensions if isinstance(value, int) else value
+
+
+def write_out_padding(network: nn.Module) -> list[str]:
+    """Replaces the padding `"same"` or `"valid"` of convolutions by numbers, in place.
+
+    Returns:
+        Names of those where `"same"` means more on one side than on the other, which int8 has not.
+    """
+    uneven = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(module.padding, str):
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            if module.padding == "valid":
+                module.padding = (0,) * len(totals)
+            elif all(total % 2 == 0 for total in totals):
+                module.padding = tuple(total // 2 for total in totals)
+            else:
+                uneven.append(name)
+    return uneven
+
+
+def read_facts_elsewhere(network: nn.Module, graph: fx.Graph) -> None:
+    """Lets a graph that asks a weight for its device or dtype ask an empty buffer instead, in place.
+
+    The weight of an int8 layer is no tensor attribute.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users and all(map(_asks_a_fact, node.users)):
+            weight = _attribute(network, str(node.target))
+            if isinstance(weight, torch.Tensor) and "." in str(node.target):
+                name = f"{node.name}_facts"
+                network.register_buffer(name, weight.new_empty(0), persistent=False)
+                node.target = name
+
+
+def _asks_a_fact(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("device", "dtype")
+
+
+def _attribute(network: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(network.get_submodule(owner), leaf)
