@@ -22,6 +22,7 @@ from qat_lightning import convert, prepare
 from qat_lightning.export.onnx import sqnr
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes.tracing import QUANTIZABLE
+from qat_lightning.recipe import recipe_of
 
 Row = dict[str, Any]
 
@@ -54,8 +55,8 @@ def measure(name: str, way: str, gigabytes: float) -> Row:
 
 
 def prepare_for_zoo(network: nn.Module, mode: str) -> nn.Module:
-    """Prepares a network, or of one that cannot be traced as a whole the parts that can."""
-    return prepare(network, backend="x86", mode=mode)
+    """Prepares a network; parts that cannot be traced stay float, and count as such in the share."""
+    return prepare(network, backend="x86", mode=mode, untraceable="float")
 
 
 def _ours(entry: Entry) -> Row:
@@ -74,7 +75,10 @@ def _ours(entry: Entry) -> Row:
     became = {n for n, m in int8.named_modules() if type(m).__module__.startswith("torch.ao.nn")}
     prefix = f"{entry.part}." if entry.part else ""
     share = sum(macs for layer, macs in layers.items() if layer.removeprefix(prefix) in became) / total
-    return {"share": share, "sqnr": sqnr(expected, found), "floor": sqnr(expected, jittered)}
+    figures = {"share": share, "sqnr": sqnr(expected, found), "floor": sqnr(expected, jittered)}
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    return {**figures, "untraceable": recipe.untraceable}
 
 
 def _torch(entry: Entry) -> Row:

@@ -38,8 +38,26 @@ def report(figures: dict[str, Any]) -> str:
     failed = [entry for entry in known if not figures[entry.name]["ours"]["ok"]]
     summary = "\n".join(_summary(known, figures)) + "\n"
     reasons = "".join(f"- {entry.name}: {figures[entry.name]['ours']['reason']}\n" for entry in failed)
+    parts = "".join(_parts(entry, figures[entry.name]["ours"]) for entry in known)
     rows = "".join(_row(entry, figures[entry.name]) for entry in known)
-    return _HEAD + summary + (f"\nWhat fails, and why:\n\n{reasons}" if failed else "") + _COLUMNS + rows
+    return (
+        _HEAD
+        + summary
+        + (f"\nWhat fails, and why:\n\n{reasons}" if failed else "")
+        + (
+            f"\nParts that cannot be traced, and stay float (`untraceable='float'`):\n\n{parts}"
+            if parts
+            else ""
+        )
+        + _COLUMNS
+        + rows
+    )
+
+
+def _parts(entry: Entry, ours: dict[str, Any]) -> str:
+    left = ours.get("untraceable", ())
+    more = f" and {len(left) - 1} like it" if len(left) > 1 else ""
+    return f"- {entry.name}: {left[0]}{more}\n" if left else ""
 
 
 def _summary(known: list[Entry], figures: dict[str, Any]) -> Iterator[str]:

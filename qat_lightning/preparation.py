@@ -73,9 +73,11 @@ class Prepared:
     reason: str
 
     def __str__(self) -> str:
-        kept = f", {len(self.recipe.keep_float)} parts stay float" if self.recipe.keep_float else ""
+        kept = f", {len(self.recipe.keep_float)} kept float" if self.recipe.keep_float else ""
         if self.recipe.untraceable:
-            kept += f", as do {', '.join(self.recipe.untraceable)}, which cannot be traced"
+            kept += f", not traceable and float: {', '.join(self.recipe.untraceable)}"
+        if self.recipe.relu6:
+            kept += f", {self.recipe.relu6} ReLU6 became ReLU"
         return (
             f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
             f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"

@@ -13,7 +13,7 @@ from torch import nn
 from qat_lightning.backends import check_backend, engine, run_on_engine
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, Options, check_mode, check_untraceable, choose_mode
+from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
@@ -89,9 +89,10 @@ def prepare(
     options = Options(backend, qconfig, kept, fuse, replace_relu6, qconfigs, untraceable, example_inputs)
     with quiet_torch_ao(), engine(backend):
         options = MODES[chosen].check(network, options)
-        prepared, left = MODES[chosen].prepare(network, options)
+        made = MODES[chosen].prepare(network, options)
+        prepared = made.network
         replace_zero_scales(prepared)
-        recipe = _recipe(prepared, chosen, options, left)
+        recipe = _recipe(made, chosen, options)
     attach(prepared, recipe)
     return prepared
 
@@ -214,14 +215,14 @@ def is_int8(module: nn.Module) -> bool:
     ).__name__.endswith("FloatFunctional")
 
 
-def _recipe(prepared: nn.Module, mode: str, options: Options, untraceable: tuple[str, ...]) -> Recipe:
-    grid = {name: describe(child) for name, child in fake_quantizes(prepared)}
+def _recipe(made: Made, mode: str, options: Options) -> Recipe:
+    grid = {name: describe(child) for name, child in fake_quantizes(made.network)}
     suffix = ".weight_fake_quant"
     layers = tuple(name.removesuffix(suffix) for name in grid if name.endswith(suffix))
     if not layers:
         raise ValueError(
             f"Nothing is left to quantize: keep_float={options.keep_float}, the qconfig and what cannot be "
-            f"traced ({', '.join(untraceable) or 'nothing'}) keep every layer float. Keep fewer."
+            f"traced ({', '.join(made.untraceable) or 'nothing'}) keep every layer float. Keep fewer."
         )
     fuse = options.fuse
     return Recipe(
@@ -232,7 +233,8 @@ def _recipe(prepared: nn.Module, mode: str, options: Options, untraceable: tuple
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,
         overrides={name: qconfig_name(value) for name, value in options.overrides.items()},
-        untraceable=untraceable,
+        untraceable=made.untraceable,
+        relu6=made.relu6,
         layers=layers,
         grid=grid,
         versions=_VERSIONS,

@@ -36,6 +36,7 @@ class Recipe:
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.
         overrides: What single layers were prepared with: a backend, or the fingerprint of a QConfig.
+        relu6: How many ReLU6 became ReLU; not compared.
         untraceable: Name and line of each part that could not be traced, and so stayed float.
         int8: Whether the network has been converted.
         versions: Of the packages that made it; not compared.
@@ -52,6 +53,7 @@ class Recipe:
     int8: bool = False
     overrides: dict[str, str] = field(default_factory=dict)
     untraceable: tuple[str, ...] = ()
+    relu6: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -227,7 +227,8 @@ def test_it_says_what_it_does_in_one_line_each(tmp_path: Path, caplog: pytest.Lo
     words = ("Prepared", "Fake-quantization", "Observers", "Batch-norm", "Converted")
     lines = [m for r in caplog.records if (m := r.getMessage()).startswith(words)]
     assert lines == [
-        "Prepared model: 2 layers for x86 in fx mode (it holds no QuantStubs), 1 parts stay float",
+        "Prepared model: 2 layers for x86 in fx mode (it holds no QuantStubs), 1 kept float, "
+        "2 ReLU6 became ReLU",
         "Fake-quantization is on at epoch 1, step 6",
         "Batch-norm statistics are frozen at epoch 1, step 6, at a learning rate of 0.05: "
         "with statistics frozen, one this high costs accuracy",

@@ -49,8 +49,14 @@ class Catcher:
             handle.remove()
 
     def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network not in self.caught:
+        if network not in self.caught and not _is_redirected(network):
             self.caught[network] = Inputs(*first_samples((args, kwargs)))
+
+
+def _is_redirected(network: nn.Module) -> bool:
+    """Whether the call is not of the network's `forward`: under DDP, Lightning puts `training_step` there."""
+    forward = vars(network).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not network
 
 
 def first_samples(values: Any) -> Any:

@@ -111,8 +111,6 @@ def _names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
 
 def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -> dict[str, Inputs]:
     """What the module's forward calls each network with."""
-    if names == ("",):
-        return {"": inputs}
     networks = {name: module.get_submodule(name) for name in names}
     with torch.no_grad(), stage("float forward", "", module), Catcher(networks.values()) as catcher:
         module.eval()(*inputs.args, **inputs.kwargs)

@@ -65,6 +65,7 @@ def rehearse(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
         recipe.backend,
         len(layers),
         inventory.fused_layers(prepared),
+        recipe.relu6,
         tuple(floats),
         tuple(inventory.batch_norms(int8, lines)),
         tuple(inventory.float_ops(int8)),

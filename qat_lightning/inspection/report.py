@@ -41,6 +41,7 @@ class NetworkReport:
         backend: The engine it was tried on.
         layers: Number of layers with weights that become int8.
         fused: Number of fused layers of each kind, such as `{"Conv2d+BatchNorm2d+ReLU": 17}`.
+        relu6: Number of ReLU6 that became ReLU.
         float_layers: Layers with weights that stay float.
         batch_norms: Batch-norms that are not fused into the layer before them.
         float_ops: Float operations between int8 ones: each costs a dequantization and a quantization.
@@ -55,6 +56,7 @@ class NetworkReport:
     backend: str
     layers: int
     fused: dict[str, int]
+    relu6: int
     float_layers: tuple[Finding, ...]
     batch_norms: tuple[Finding, ...]
     float_ops: tuple[Finding, ...]
@@ -65,7 +67,7 @@ class NetworkReport:
     def __str__(self) -> str:
         total = self.layers + len(self.float_layers)
         notes = [
-            f"{len(found)} {what}"
+            f"{what}: {len(found)}"
             for found, what in (
                 (self.batch_norms, "batch-norms not fused"),
                 (self.float_ops, "float operations between int8 ones"),
@@ -96,6 +98,8 @@ def preflight_table(reports: Iterable[NetworkReport]) -> Table:
         table.add_row("", "mode, backend", f"{report.mode}, {report.backend}")
         fused = ", ".join(f"{count} {kind}" for kind, count in report.fused.items())
         table.add_row("", "fused", fused or "nothing")
+        if report.relu6:
+            table.add_row("", "ReLU6 became ReLU", str(report.relu6))
         for what, findings in (
             ("stays float", report.float_layers),
             ("batch-norm not fused", report.batch_norms),

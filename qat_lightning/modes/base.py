@@ -42,10 +42,12 @@ class Made(NamedTuple):
     Attributes:
         network: The prepared network.
         untraceable: Name and line of each part that could not be traced and stays float.
+        relu6: How many ReLU6 became ReLU.
     """
 
     network: nn.Module
     untraceable: tuple[str, ...] = ()
+    relu6: int = 0
 
 
 class Mode(Protocol):

@@ -65,8 +65,7 @@ class EagerMode:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
         network.train()  # torch.ao fuses and prepares for QAT in training mode only
-        if options.replace_relu6:
-            replace_relu6_modules(network, options.keep_float)
+        relu6 = replace_relu6_modules(network, options.keep_float) if options.replace_relu6 else []
         if options.fuse == "auto":
             _call_fuse_model(network)
         elif options.fuse:
@@ -85,7 +84,7 @@ class EagerMode:
         round_in_place(network)
         for module, training in modes.items():
             module.training = training
-        return Made(network)
+        return Made(network, relu6=len(relu6))
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""

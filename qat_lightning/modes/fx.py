@@ -72,19 +72,17 @@ class FxMode:
         used = graft.targets(graph_module.graph)
         own = graft.stays_itself(network)
         keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
+        name_relus_alike(graph_module)
+        relu6 = _replace_relu6(graph_module, scopes, options.keep_float) if options.replace_relu6 else 0
         prepared = self._prepare(graph_module, scopes, options)
         if graft.stays_itself(network):
             graft.graft(network, prepared, used)
         else:
             network = _finish(prepared, kept, type(network).__name__)
-        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()))
+        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()), relu6)
 
     def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
         """Fuses and prepares a graph."""
-        name_relus_alike(graph_module)
-        if options.replace_relu6:
-            replace_relu6_modules(graph_module, options.keep_float)
-            _replace_relu6_calls(graph_module, scopes, options.keep_float)
         mapping = self._mapping(options)
         for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
             mapping.set_module_name(name, None)
@@ -170,13 +168,15 @@ def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx
     return graph_module
 
 
-def _replace_relu6_calls(
-    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]
-) -> None:
+def _replace_relu6(graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]) -> int:
+    """Replaces modules and calls, in place, and returns how many."""
+    count = len(replace_relu6_modules(graph_module, keep_float))
     for node in graph_module.graph.nodes:
         if is_relu6(node) and not is_inside(scopes[node.name][0], keep_float):
             node.target, node.args, node.kwargs = F.relu, node.args[:1], {}
+            count += 1
     graph_module.recompile()
+    return count
 
 
 def _place_on_device(prepared: nn.Module) -> None:

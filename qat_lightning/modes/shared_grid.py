@@ -23,7 +23,7 @@ def share_grids(prepared: fx.GraphModule) -> None:
         if _what(prepared, node) in movers:
             around = [_grid(prepared, n) for n in (*node.all_input_nodes, *node.users)]
             groups = [_last(leader, grid) for grid in around if grid is not None and _is_free(grid)]
-            leader |= dict.fromkeys(groups, groups[0])
+            leader |= {grid: first for first in groups[:1] for grid in groups}
     for node in prepared.graph.nodes:
         grid = _grid(prepared, node)
         if grid is not None and _last(leader, grid) is not grid:
