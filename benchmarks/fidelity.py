@@ -6,9 +6,10 @@
 FOLDER holds train/<class>/ and test/<class>/ with images of 32x32. Each network is trained in
 float, then for an epoch with fake-quantization and half a one with observers frozen. For every
 backend and both qconfigs the script prints the SQNR in dB and the share of equal predictions on the
-test split, between the fake-quant outputs and those of torch's int8 network and of the QDQ graph,
-run in ONNX Runtime as it is written. The JSON also has each layer: SQNR of the int8 layer's output
-against the fake-quant layer's, each fed by its own network.
+test split, between the fake-quant outputs and those of torch's int8 network and of the QDQ reference
+graph: run by PyTorch, and as an ONNX file by ONNX Runtime, node by node as it is written. The JSON
+also has each layer: SQNR of the int8 layer's output against the fake-quant layer's, each fed by its
+own network.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.data.digits import load_digits
 from qat_lightning.export.onnx import sqnr
 from qat_lightning.models import DigitsCNN
+from qat_lightning.modes.reference import reference
 
 BACKENDS = ("x86", "onednn", "qnnpack")
-QCONFIGS = (None, "torch")
 
 
 class Task(NamedTuple):
@@ -56,12 +57,13 @@ def main() -> None:
         "--images", type=Path, help="folder with train/<class>/ and test/<class>/ of 32x32 images"
     )
     parser.add_argument("--epochs", type=int, default=4, help="float epochs of the ResNet-20")
+    parser.add_argument("--qconfigs", nargs="+", choices=("ours", "torch"), default=["ours", "torch"])
     parser.add_argument("--output", type=Path, default=Path("fidelity.json"))
     args = parser.parse_args()
     tasks = [digits()]
     if args.images is not None:
         tasks.append(photographs(args.images, args.epochs))
-    rows = [row for task in tasks for row in measure(task)]
+    rows = [row for task in tasks for row in measure(task, args.qconfigs)]
     args.output.write_text(json.dumps(rows, indent=2))
     Console().print(table(rows))
     print(f"All figures: {args.output}")
@@ -93,23 +95,22 @@ def photographs(folder: Path, epochs: int) -> Task:
     return Task("ResNet-20", ResNet20, splits[0], splits[1], epochs, flip)
 
 
-def measure(task: Task) -> Iterator[dict[str, Any]]:
+def measure(task: Task, qconfigs: list[str]) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     network = task.build()
     train(task, network, task.epochs, 0.1 if task.name == "ResNet-20" else 0.05)
     weights = network.state_dict()
     for backend in BACKENDS:
-        for qconfig in QCONFIGS:
+        for qconfig in qconfigs:
             torch.manual_seed(1)
             network = task.build()
             network.load_state_dict(weights)
-            prepared = prepare(network, backend=backend, qconfig=qconfig)
+            prepared = prepare(network, backend=backend, qconfig=None if qconfig == "ours" else qconfig)
             train(task, prepared, 1, 0.01)
             prepared.apply(torch.ao.quantization.disable_observer)
             train(task, prepared, 0.5, 0.001)
-            yield {"network": task.name, "backend": backend, "qconfig": qconfig or "ours"} | compare(
-                task, prepared
-            )
+            row = compare(task, prepared)
+            yield {"network": task.name, "backend": backend, "qconfig": qconfig} | row
 
 
 def train(task: Task, network: nn.Module, epochs: float, lr: float) -> None:
@@ -132,7 +133,11 @@ def compare(task: Task, prepared: nn.Module) -> dict[str, Any]:
     images, labels = task.test
     int8 = convert(prepared)
     expected = batched(prepared, images)
-    found = {"int8": batched(int8, images), "qdq": run_qdq(prepared, images)}
+    found = {
+        "int8": batched(int8, images),
+        "reference": batched(reference(prepared), images),
+        "qdq": run_qdq(prepared, images),
+    }
     row: dict[str, Any] = {"accuracy_fake_quant": agreement(expected, labels)}
     for name, outputs in found.items():
         row[f"sqnr_{name}"] = sqnr(expected, outputs)
@@ -196,6 +201,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "qconfig",
         "int8 dB",
         "same top-1",
+        "reference dB",
+        "same top-1",
         "QDQ dB",
         "same top-1",
         "worst layer dB",
@@ -210,6 +217,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["qconfig"],
             f"{row['sqnr_int8']:.1f}",
             f"{row['same_top1_int8']:.2%}",
+            f"{row['sqnr_reference']:.1f}",
+            f"{row['same_top1_reference']:.2%}",
             f"{row['sqnr_qdq']:.1f}",
             f"{row['same_top1_qdq']:.2%}",
             f"{worst:.1f}",
