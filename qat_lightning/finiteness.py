@@ -7,12 +7,13 @@ fake-quantize only sets a flag; here all flags are read in one transfer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.modes.graft import graphs
+from qat_lightning.modes.nodes import module_of
 
 
 def first_nonfinite(network: nn.Module) -> str | None:
@@ -33,13 +34,14 @@ def clear_flags(network: nn.Module) -> None:
 
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     """A graph's own order; in eager mode the order in which the modules were registered."""
-    if not isinstance(network, fx.GraphModule):
+    graph = next((graph for module, graph in graphs(network) if module is network), None)
+    if graph is None:
         for name, module in network.named_modules():
             if isinstance(module, FakeQuantize):
                 yield _describe(name), module
         return
-    for node in network.graph.nodes:
-        called: Any = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    for node in graph.nodes:
+        called = module_of(network, node)
         if isinstance(called, FakeQuantize):
             yield _input_of(node), called
         elif isinstance(getattr(called, "weight_fake_quant", None), FakeQuantize):

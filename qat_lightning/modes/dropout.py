@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
+
+from qat_lightning.modes.nodes import grid_of, module_of
 
 
 def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
@@ -20,11 +21,11 @@ def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
     What shared the grid of one, such as a pool, shares the input's instead.
     """
     for node in _dropouts(prepared):
-        if _is_fake_quantize(prepared, node.all_input_nodes[0]):
+        if grid_of(prepared, node.all_input_nodes[0]) is not None:
             kept = node.all_input_nodes[0].target
             for user in list(node.users):
-                if _is_fake_quantize(prepared, user):
-                    _call_instead(prepared, _module(prepared, user), kept)
+                if grid_of(prepared, user) is not None:
+                    _call_instead(prepared, module_of(prepared, user), kept)
                     user.replace_all_uses_with(node)
                     prepared.graph.erase_node(user)
     prepared.delete_all_unused_submodules()
@@ -40,7 +41,7 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
 
 
 def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph_module.graph.nodes if _is_dropout(_module(graph_module, node))]
+    return [node for node in graph_module.graph.nodes if _is_dropout(module_of(graph_module, node))]
 
 
 def _is_dropout(module: nn.Module | None) -> bool:
@@ -48,16 +49,8 @@ def _is_dropout(module: nn.Module | None) -> bool:
     return isinstance(module, _DropoutNd | StochasticDepth) or type(module).__name__ == "DropPath"
 
 
-def _is_fake_quantize(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(_module(graph_module, node), FakeQuantizeBase)
-
-
 def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, kept: Any) -> None:
     """Lets every call of the module `old` be one of the module named `kept`."""
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and _module(graph_module, node) is old:
+        if node.op == "call_module" and module_of(graph_module, node) is old:
             node.target = kept
-
-
-def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None

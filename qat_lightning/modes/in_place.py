@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.conv_bn import Undivided
+from qat_lightning.modes.nodes import module_of
 from qat_lightning.numerics import rectify
 
 
@@ -42,7 +43,7 @@ def restore_relus(prepared: fx.GraphModule) -> None:
 def _rectify_relus(graph_module: fx.GraphModule) -> None:
     """Makes each ReLU whose one reader is a fake-quantize save a byte for each element."""
     for node in graph_module.graph.nodes:
-        module = _module(graph_module, node)
+        module = module_of(graph_module, node)
         is_relu = type(module) is nn.ReLU or node.target is F.relu
         if is_relu and _sole_reader(graph_module, node) is not None:
             in_place = bool(getattr(module, "inplace", False) or node.kwargs.get("inplace"))
@@ -55,23 +56,19 @@ def _sole_readers(graph_module: fx.GraphModule) -> list[FakeQuantize]:
     """The fake-quantizes that, wherever the graph calls them, alone read what nobody needs for a gradient."""
     calls: dict[FakeQuantize, list[bool]] = defaultdict(list)
     for node in graph_module.graph.nodes:
-        fake_quantize = _module(graph_module, node)
+        fake_quantize = module_of(graph_module, node)
         if isinstance(fake_quantize, FakeQuantize):
             source = node.all_input_nodes[0]
-            replaceable = source.target is rectify or isinstance(_module(graph_module, source), Undivided)
+            replaceable = source.target is rectify or isinstance(module_of(graph_module, source), Undivided)
             calls[fake_quantize].append(replaceable and len(source.users) == 1)
     return [fake_quantize for fake_quantize, replaceable in calls.items() if all(replaceable)]
 
 
 def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
-    reader = _module(graph_module, next(iter(node.users))) if len(node.users) == 1 else None
+    reader = module_of(graph_module, next(iter(node.users))) if len(node.users) == 1 else None
     return reader if isinstance(reader, FakeQuantize) else None
 
 
 def _keeps_its_rounding(module: nn.Module) -> bool:
     """Whether an eager layer's output goes to its fake-quantize, by a hook, and nowhere else."""
     return isinstance(module, Undivided) and len(module._forward_hooks) == 1
-
-
-def _module(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None

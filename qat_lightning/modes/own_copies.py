@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 from torch import fx
-from torch.ao.quantization import FakeQuantizeBase
+
+from qat_lightning.modes.nodes import grid_of
 
 
 def give_each_call_its_own(prepared: fx.GraphModule) -> None:
@@ -16,7 +17,7 @@ def give_each_call_its_own(prepared: fx.GraphModule) -> None:
     """
     called: dict[str, int] = {}
     for node in prepared.graph.nodes:
-        if node.op != "call_module" or isinstance(prepared.get_submodule(str(node.target)), FakeQuantizeBase):
+        if node.op != "call_module" or grid_of(prepared, node) is not None:
             continue
         name = str(node.target)
         called[name] = count = called.get(name, 0) + 1

@@ -11,21 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase, FixedQParamsFakeQuantize
-from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
+from torch.ao.quantization import FixedQParamsFakeQuantize
+
+from qat_lightning.modes.nodes import MOVERS, grid_of, what
 
 
 def share_grids(prepared: fx.GraphModule) -> None:
     """Gives everything that int8 keeps on one grid one fake-quantize, in place."""
-    movers = _movers()
     leader: dict[nn.Module, nn.Module] = {}
     for node in prepared.graph.nodes:
-        if _what(prepared, node) in movers:
-            around = [_grid(prepared, n) for n in (*node.all_input_nodes, *node.users)]
+        if what(prepared, node) in MOVERS:
+            around = [grid_of(prepared, n) for n in (*node.all_input_nodes, *node.users)]
             groups = [_last(leader, grid) for grid in around if grid is not None and _is_free(grid)]
             leader |= {grid: first for first in groups[:1] for grid in groups}
     for node in prepared.graph.nodes:
-        grid = _grid(prepared, node)
+        grid = grid_of(prepared, node)
         if grid is not None and _last(leader, grid) is not grid:
             prepared.set_submodule(str(node.target), _last(leader, grid))
 
@@ -35,21 +35,6 @@ def _last(leader: dict[nn.Module, Any], grid: nn.Module) -> nn.Module:
     while leader.get(grid, grid) is not grid:
         grid = leader[grid]
     return grid
-
-
-def _movers() -> set[Any]:
-    """The operations that torch.ao observes together with their input: types, functions, names of methods."""
-    share = ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
-    return {c.pattern for c in get_native_backend_config().configs if c.observation_type == share}
-
-
-def _what(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    return type(graph_module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
-
-
-def _grid(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantizeBase) else None
 
 
 def _is_free(grid: nn.Module) -> bool:

@@ -14,14 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase
-from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 
-_PASS_ON = {
-    config.pattern
-    for config in get_native_backend_config().configs
-    if config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
-}
+from qat_lightning.modes.nodes import MOVERS, grid_of, module_of, what
 
 
 def add_number(x: torch.Tensor, number: Any) -> torch.Tensor:
@@ -67,16 +61,11 @@ def _on_one_grid(prepared: fx.GraphModule, node: fx.Node) -> bool:
 
 def _grid(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The fake-quantize whose grid an int8 tensor has: a reshape passes its input's on."""
-    module = _module(prepared, node)
-    if not isinstance(module, FakeQuantizeBase):
-        return module
+    grid = grid_of(prepared, node)
+    if grid is None:
+        return module_of(prepared, node)
     source = node.all_input_nodes[0]
     before = source.all_input_nodes[0] if source.all_input_nodes else source
-    passes_on = (type(_module(prepared, source)) if source.op == "call_module" else source.target) in _PASS_ON
-    if passes_on and isinstance(_module(prepared, before), FakeQuantizeBase):
+    if what(prepared, source) in MOVERS and grid_of(prepared, before) is not None:
         return _grid(prepared, before)
-    return module
-
-
-def _module(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return grid
