@@ -23,6 +23,7 @@ from torchvision import models
 
 from qat_lightning import PreflightError, QuantizationAwareTraining, convert, preflight, prepare
 from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.inspection.rehearsal import rehearse
 from tests.networks import CASES, Case, ConvBnRelu, Residual
 from tests.runs import TinyModule, trainer
 
@@ -232,6 +233,12 @@ def _same(left: list[Any], right: list[Any]) -> bool:
 
 def _draws() -> list[Any]:
     return [random.random(), float(np.random.rand()), torch.rand(3)]
+
+
+def test_synchronized_batch_norm_is_tried_alone() -> None:
+    prepared = nn.SyncBatchNorm.convert_sync_batchnorm(prepare(ConvBnRelu()))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in prepared.modules())
+    assert rehearse("model", prepared, Inputs((X,), {})).layers == 1
 
 
 def test_nothing_is_disturbed() -> None:
