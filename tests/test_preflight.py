@@ -155,6 +155,26 @@ def test_a_mistake_is_named_with_its_line_and_its_fix(kind: type[Stubs], op: str
     assert not op or error.op == op
 
 
+class KeptReLU6(Stubs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.clamp = nn.BatchNorm2d(3), nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.quant(x)))
+        x = self.clamp(x)  # the line
+        return self.dequant(self.last(x))
+
+
+def test_a_relu6_that_cannot_be_fused_is_named_with_its_line() -> None:
+    with pytest.raises(PreflightError, match="ReLU6") as caught:
+        preflight(KeptReLU6(), X, fuse=[["conv", "norm", "clamp"]], replace_relu6=False)
+    assert caught.value.path == "clamp"
+    assert caught.value.line is not None
+    assert caught.value.line.startswith(marked_line(KeptReLU6))
+    preflight(KeptReLU6(), X, fuse=[["conv", "norm", "clamp"]])
+
+
 def test_a_missing_stub_names_the_forward() -> None:
     class NoDeQuantStub(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from qat_lightning import random_state
+from qat_lightning.errors import PreflightError, UntraceableError
 from qat_lightning.inspection.inputs import Catcher, Inputs, first_samples
 from qat_lightning.inspection.rehearsal import rehearse, stage
 from qat_lightning.inspection.report import NetworkReport
+from qat_lightning.inspection.whereabouts import call_lines
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.preparation import Settings, network_names, prepare_module
 from qat_lightning.quantize import copy_of, prepare
@@ -76,8 +79,16 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
     inputs = _as_inputs(example_inputs)
     with undisturbed():
         names = _names(module, settings)
-        caught = _network_inputs(copy_of(module).cpu(), names, inputs)
-        prepared = _prepare(copy_of(module).cpu(), settings, inputs)
+        floating = copy_of(module).cpu()
+        caught = _network_inputs(floating, names, inputs)
+        try:
+            prepared = _prepare(copy_of(module).cpu(), settings, inputs)
+        except ValueError as error:
+            named = _last_named(error, floating, inputs)
+            if named is None:
+                raise
+            name, line = named
+            raise PreflightError(f"{error}\n  {name!r} is called at {line}", path=name, line=line) from error
         return [rehearse(name, network, caught[name]) for name, network in prepared if name in caught]
 
 
@@ -89,6 +100,16 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         random_state.restore(state)
+
+
+def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
+    """The last submodule to be called of those that an error names, and the line that calls it."""
+    if isinstance(error, UntraceableError):
+        return None  # which has its line
+    quoted = set(re.findall(r"'([\w.]+)'", str(error)))
+    lines = call_lines(module, lambda: module(*inputs.args, **inputs.kwargs))
+    named = [name for name in lines if any(f".{name}".endswith(f".{part}") for part in quoted)]
+    return (named[-1], lines[named[-1]]) if named else None
 
 
 def _as_inputs(example_inputs: Any) -> Inputs:
