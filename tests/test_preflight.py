@@ -175,6 +175,11 @@ def test_a_relu6_that_cannot_be_fused_is_named_with_its_line() -> None:
     preflight(KeptReLU6(), X, fuse=[["conv", "norm", "clamp"]])
 
 
+def test_a_name_that_matches_nothing_stays_a_value_error() -> None:
+    with pytest.raises(ValueError, match="keep_float has 'lastt', which matches nothing"):
+        preflight(KeptReLU6(), X, keep_float=["lastt"])
+
+
 def test_a_missing_stub_names_the_forward() -> None:
     class NoDeQuantStub(nn.Module):
         def __init__(self) -> None:

@@ -106,7 +106,7 @@ def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[s
     """The last submodule to be called of those that an error names, and the line that calls it."""
     if isinstance(error, UntraceableError):
         return None  # which has its line
-    quoted = set(re.findall(r"'([\w.]+)'", str(error)))
+    quoted = set(re.findall(r"'([\w.]+)'", str(error).split("Nearest:")[0]))
     lines = call_lines(module, lambda: module(*inputs.args, **inputs.kwargs))
     named = [name for name in lines if any(f".{name}".endswith(f".{part}") for part in quoted)]
     return (named[-1], lines[named[-1]]) if named else None
