@@ -148,19 +148,24 @@ class Stepper:
             before = torch.cuda.memory_allocated()
             self(x, labels)
             return torch.cuda.max_memory_allocated() - before
-        saved: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+        return saved_bytes(self.network, lambda: nn.functional.cross_entropy(self.network(x), labels))
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = nn.functional.cross_entropy(self.network(x), labels)
-        del loss
-        return sum(saved.values())
+def saved_bytes(network: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """What autograd keeps for the backward of `loss()`, the parameters of `network` aside."""
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss()
+    del result
+    return sum(saved.values())
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:

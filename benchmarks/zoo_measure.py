@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.zoo_models import Entry, entries
 from qat_lightning import convert, prepare
 from qat_lightning.export.onnx import sqnr
 from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.modes.tracing import QUANTIZABLE
+from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.inspection.inventory import count_work
 from qat_lightning.recipe import recipe_of
 
 Row = dict[str, Any]
@@ -61,7 +61,7 @@ def prepare_for_zoo(network: nn.Module, mode: str) -> nn.Module:
 
 def _ours(entry: Entry) -> Row:
     network, inputs = _built(entry)
-    total, layers = count_macs(network, inputs)
+    work = count_work(network.eval(), Inputs(inputs[:1], {}))
     network = _with_part(network, entry, lambda part: prepare_for_zoo(part, entry.mode))
     _train(network, inputs)
     prepared = network.get_submodule(entry.part).eval()
@@ -74,8 +74,12 @@ def _ours(entry: Entry) -> Row:
         found = _flat(_outputs(int8, inputs))
     became = {n for n, m in int8.named_modules() if type(m).__module__.startswith("torch.ao.nn")}
     prefix = f"{entry.part}." if entry.part else ""
-    share = sum(macs for layer, macs in layers.items() if layer.removeprefix(prefix) in became) / total
-    figures = {"share": share, "sqnr": sqnr(expected, found), "floor": sqnr(expected, jittered)}
+    int8_macs = sum(macs for layer, macs in work.layers.items() if layer.removeprefix(prefix) in became)
+    figures = {
+        "share": int8_macs / work.total,
+        "sqnr": sqnr(expected, found),
+        "floor": sqnr(expected, jittered),
+    }
     recipe = recipe_of(prepared)
     assert recipe is not None
     return {**figures, "untraceable": recipe.untraceable}
@@ -157,32 +161,6 @@ def _jittered(network: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 def _flat(outputs: list[Tensor]) -> Tensor:
     return torch.cat([leaf.flatten() for leaf in outputs])
-
-
-def count_macs(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, dict[str, int]]:
-    """Multiply-adds of a forward, matrix products included, and of each quantizable layer."""
-    layers: dict[str, int] = {}
-
-    def count(name: str, layer: Any, output: Tensor) -> None:
-        layers[name] = layers.get(name, 0) + output.numel() * layer.weight[0].numel()
-
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: count(name, layer, output))
-        for name, layer in network.named_modules()
-        if isinstance(layer, QUANTIZABLE)
-    ]
-    torch.backends.mha.set_fastpath_enabled(False)  # it computes layers without calling them
-    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs[:1])
-    network.train()
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    torch.backends.mha.set_fastpath_enabled(True)
-    for handle in handles:
-        handle.remove()
-    return counter.get_total_flops() // 2, layers
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,6 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 
 from qat_lightning import messages, trainer_facts
@@ -187,7 +186,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
         if self.preflight:
-            self._first_batch.watch(pl_module, self._networks)
+            self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enters the phase of this epoch."""
@@ -206,7 +205,7 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tries the networks out with what the first batch gave them."""
-        self._first_batch.try_out(trainer, self._networks)
+        self._first_batch.try_out(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -305,10 +304,6 @@ class QuantizationAwareTraining(pl.Callback):
     def preflight_reports(self) -> list[NetworkReport]:
         """What the preflight found, network by network; on rank 0."""
         return self._first_batch.reports
-
-    @property
-    def _networks(self) -> dict[str, nn.Module]:
-        return {prepared.name: prepared.network for prepared in self._prepared}
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""

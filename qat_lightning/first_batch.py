@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from qat_lightning import random_state
 from qat_lightning.errors import PreflightError
 from qat_lightning.inspection.inputs import Catcher
-from qat_lightning.inspection.preflight import undisturbed
 from qat_lightning.inspection.rehearsal import rehearse
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.quantize import copy_of
@@ -25,6 +25,7 @@ class FirstBatch:
 
     def __init__(self) -> None:
         self.reports: list[NetworkReport] = []
+        self._networks: Mapping[str, nn.Module] = {}
         self._catcher: Catcher | None = None
         self._done = False
 
@@ -36,9 +37,9 @@ class FirstBatch:
         if _is_compiled(module):
             rank_zero_info("Preflight is left out, because the module is compiled")
             return
-        self._catcher = Catcher(networks.values())
+        self._networks, self._catcher = networks, Catcher(networks.values())
 
-    def try_out(self, trainer: pl.Trainer, networks: Mapping[str, nn.Module]) -> None:
+    def try_out(self, trainer: pl.Trainer) -> None:
         """Tries, once, what was caught: rank 0 does, and all ranks get the verdict.
 
         Raises:
@@ -48,7 +49,7 @@ class FirstBatch:
             return
         catcher, self._catcher = self._catcher, None
         catcher.close()
-        error = self._rehearse_all(catcher, networks) if trainer.is_global_zero else None
+        error = self._rehearse_all(catcher) if trainer.is_global_zero else None
         if trainer.world_size > 1:
             error = trainer.strategy.broadcast(error)
         if error is not None:
@@ -62,10 +63,10 @@ class FirstBatch:
             self._catcher.close()
             self._catcher = None
 
-    def _rehearse_all(self, catcher: Catcher, networks: Mapping[str, nn.Module]) -> PreflightError | None:
+    def _rehearse_all(self, catcher: Catcher) -> PreflightError | None:
         try:
-            with undisturbed():
-                for name, network in networks.items():
+            with random_state.kept():
+                for name, network in self._networks.items():
                     if network in catcher.caught:
                         copy = copy_of(network).cpu()
                         self.reports.append(rehearse(name, copy, catcher.caught[network]))

@@ -55,6 +55,11 @@ class Settings:
                 f"received {list(self.modules)}."
             )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :func:`qat_lightning.prepare` takes of them."""
+        return {name: value for name, value in vars(self).items() if name != "modules"}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -172,16 +177,7 @@ def _prepare(
     settings: Settings,
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
-    options: dict[str, Any] = {
-        "backend": settings.backend,
-        "qconfig": settings.qconfig,
-        "mode": mode,
-        "keep_float": settings.keep_float,
-        "fuse": settings.fuse,
-        "replace_relu6": settings.replace_relu6,
-        "overrides": settings.overrides,
-        "untraceable": settings.untraceable,
-    }
+    options = settings.options | {"mode": mode}
     try:
         prepared = prepare(network, **options)
     except UntraceableError:

@@ -15,11 +15,9 @@ _NO_INT8 = re.compile(r"not implemented for 'QU?Int\d+'|not supported on quantiz
 _CAT = "All inputs of this cat operator must share"
 _MIXED = re.compile(r"promoteTypes with quantized|requires quantized dtype|[Ee]xpected .*quantized")
 _ENGINE = re.compile(r"[Dd]idn't find engine|[Ee]ngine .* not supported|for quantized engine")
-_OF_INT8 = (
-    "aten::qscheme",
-    "aten::q_scale",
-    "aten::q_zero_point",
-)  # what an int8 operation asks of its inputs
+# What an int8 operation asks of its inputs.
+_OF_INT8 = ("aten::qscheme", "aten::q_scale", "aten::q_zero_point")
+_FX = "mode='fx' places quantization by itself."
 _FLOAT_FUNCTIONAL = ("add", "mul", "cat", "matmul")
 
 
@@ -105,9 +103,6 @@ def _not_int8(op: str, path: str) -> _Words:
     fix = "keep it float: x = self.dequant(x) before that line and x = self.quant(x) after it"
     fix += f", or {_keep_float(path)}" if path else "."
     return _Words(op, f"{op} has no int8 form.", f"{fix} {_FX}")
-
-
-_FX = "mode='fx' places quantization by itself."
 
 
 def _keep_float(path: str) -> str:

@@ -48,9 +48,8 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
         for name, module in network.named_modules()
         if isinstance(module, _WEIGHTED)
     ]
-    with FlopCounterMode(
-        display=False
-    ) as counter:  # it fails without gradients where a parameter is an input
+    # Without gradients the counter fails where a parameter is an input, and attention takes uncounted ways.
+    with FlopCounterMode(display=False) as counter:
         network(*inputs.args, **inputs.kwargs)
     for handle in handles:
         handle.remove()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def preflight(
 def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:
     """:func:`preflight` with the settings of a callback."""
     inputs = _as_inputs(example_inputs)
-    with undisturbed():
+    with random_state.kept():
         names = _names(module, settings)
         floating = copy_of(module).cpu()
         caught = _network_inputs(floating, names, inputs)
@@ -92,22 +91,13 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
         return [rehearse(name, network, caught[name]) for name, network in prepared if name in caught]
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leaves the random generators as they were before the block."""
-    state = random_state.capture()
-    try:
-        yield
-    finally:
-        random_state.restore(state)
-
-
 def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
     """The last submodule to be called of those that an error names, and the line that calls it."""
     if isinstance(error, UntraceableError):
         return None  # which has its line
     quoted = set(re.findall(r"'([\w.]+)'", str(error).split("Nearest:")[0]))
-    lines = call_lines(module, lambda: module(*inputs.args, **inputs.kwargs))
+    with call_lines(module) as lines:
+        module(*inputs.args, **inputs.kwargs)
     named = [name for name in lines if any(f".{name}".endswith(f".{part}") for part in quoted)]
     return (named[-1], lines[named[-1]]) if named else None
 
@@ -149,6 +139,4 @@ def _prepare(module: nn.Module, settings: Settings, inputs: Inputs) -> list[tupl
         example: Any = module
         example.example_input_array = inputs.kwargs or inputs.args
         return [(p.name, p.network) for p in prepare_module(module, settings)]
-    options = vars(settings).copy()
-    del options["modules"]
-    return [("", prepare(module, example_inputs=inputs.args, **options))]
+    return [("", prepare(module, example_inputs=inputs.args, **settings.options))]

@@ -47,9 +47,8 @@ def rehearse(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
         _surrogate_loss(outputs).backward()
     prepared.zero_grad()
     prepared.eval()
-    with torch.no_grad(), stage("evaluation", name, prepared):
+    with torch.no_grad(), stage("evaluation", name, prepared), call_lines(prepared) as lines:
         expected = prepared(*inputs.args, **inputs.kwargs)
-        lines = call_lines(prepared, lambda: prepared(*inputs.args, **inputs.kwargs))
     work = inventory.count_work(prepared, inputs)
     int8 = copy_of(prepared)
     with stage("conversion", name, int8):

@@ -72,8 +72,9 @@ def line_of_error(error: BaseException, module: nn.Module) -> str | None:
     return None
 
 
-def call_lines(network: nn.Module, run: Any) -> dict[str, str]:
-    """For each submodule, the line of the user's code that calls it while `run()` runs `network`."""
+@contextmanager
+def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
+    """For each submodule, the line of the user's code that calls it first inside the block."""
     lines: dict[str, str] = {}
 
     def note(name: str) -> Any:
@@ -84,13 +85,12 @@ def call_lines(network: nn.Module, run: Any) -> dict[str, str]:
 
     handles = [m.register_forward_pre_hook(note(n)) for n, m in network.named_modules() if n]
     try:
-        run()
+        yield lines
     finally:
         for handle in handles:
             handle.remove()
     for _, graph in graphs(network):
         lines |= {str(node.target): stack_line(node) for node in graph.nodes if node.op == "call_module"}
-    return lines
 
 
 def _users_frame(frame: FrameType | None) -> str:

@@ -75,7 +75,7 @@ class FxMode:
         name_relus_alike(graph_module)
         relu6 = _replace_relu6(graph_module, scopes, options.keep_float) if options.replace_relu6 else 0
         prepared = self._prepare(graph_module, scopes, options)
-        if graft.stays_itself(network):
+        if own:
             graft.graft(network, prepared, used)
         else:
             network = _finish(prepared, kept, type(network).__name__)

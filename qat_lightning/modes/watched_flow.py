@@ -63,9 +63,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.flow = Flow()
         self.depth = 0
-        self.makers: dict[
-            int, tuple[str, torch.Tensor]
-        ] = {}  # holds the tensors, so that no id is used again
+        # The tensors are held, so that no id is used again.
+        self.makers: dict[int, tuple[str, torch.Tensor]] = {}
 
     def follow(self, module: nn.Module, name: str) -> None:
         """Watches a leaf module from now on."""
