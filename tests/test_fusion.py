@@ -232,46 +232,41 @@ def test_a_shared_module_is_not_fused() -> None:
         assert agreement(prepared, images()) > 30
 
 
-class TwoReaders(StubbedConvBnRelu):
-    """The batch-norm's output is added to what the ReLU makes of it."""
+class MaybeUntraceable(StubbedConvBnRelu):
+    """Cannot be traced where it is asked for."""
 
     def __init__(self, untraceable: bool) -> None:
         super().__init__()
         self.add, self.untraceable = FloatFunctional(), untraceable
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normed(self, x: Tensor) -> Tensor:
         if self.untraceable and x.sum() > 1e6:
             raise OverflowError
-        x = self.bn(self.conv(self.quant(x)))
+        return self.bn(self.conv(self.quant(x)))
+
+
+class TwoReaders(MaybeUntraceable):
+    """The batch-norm's output is added to what the ReLU makes of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(x)
         return self.dequant(self.add.add(x, self.relu(x)))
 
 
-class ReadInTraining(StubbedConvBnRelu):
-    """The convolution's output is an auxiliary output, in training only."""
-
-    def __init__(self, untraceable: bool) -> None:
-        super().__init__()
-        self.untraceable = untraceable
+class ReadInTraining(MaybeUntraceable):
+    """The batch-norm's output is an auxiliary output, in training only."""
 
     def forward(self, x: Tensor) -> Any:
-        if self.untraceable and x.sum() > 1e6:
-            raise OverflowError
-        inner = self.bn(self.conv(self.quant(x)))
+        inner = self.normed(x)
         y = self.dequant(self.relu(inner))
         return (y, self.dequant(inner)) if self.training else y
 
 
-class KeptForLater(StubbedConvBnRelu):
-    """The convolution's output stays behind as an attribute."""
-
-    def __init__(self, untraceable: bool) -> None:
-        super().__init__()
-        self.untraceable = untraceable
+class KeptForLater(MaybeUntraceable):
+    """The batch-norm's output stays behind as an attribute."""
 
     def forward(self, x: Tensor) -> Any:
-        if self.untraceable and x.sum() > 1e6:
-            raise OverflowError
-        self.kept = [self.bn(self.conv(self.quant(x)))]
+        self.kept = [self.normed(x)]
         return self.dequant(self.relu(self.kept[0]))
 
 

@@ -6,19 +6,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.modes.graft import graphs
-from qat_lightning.modes.lines import stack_line
+from qat_lightning.modes.lines import is_users, stack_line
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = tuple(str(Path(__file__).parents[1] / part) for part in ("inspection", "modes", "quantize", "fake_"))
 _GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
 
 
@@ -67,7 +63,7 @@ def line_of_error(error: BaseException, module: nn.Module) -> str | None:
     for frame in reversed(frames):
         if frame.filename.startswith(_GENERATED):
             return _line_in_graph(module, str(frame.line))
-        if not _is_foreign(frame.filename):
+        if is_users(frame.filename):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return None
 
@@ -94,16 +90,12 @@ def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def _users_frame(frame: FrameType | None) -> str:
-    while frame is not None and _is_foreign(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return "an unknown line"
     (summary,) = traceback.extract_stack(frame, limit=1)
     return f"{summary.filename}:{summary.lineno}: {summary.line}"
-
-
-def _is_foreign(filename: str) -> bool:
-    return filename.startswith((_TORCH, "<", *_OURS))
 
 
 def _line_in_graph(module: nn.Module, code: str) -> str | None:

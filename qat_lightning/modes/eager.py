@@ -22,6 +22,7 @@ from qat_lightning.modes.in_place import round_in_place
 from qat_lightning.modes.lines import forward_line
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 from qat_lightning.modes.relu6 import replace_relu6_modules
+from qat_lightning.modes.relu6_calls import hard_sigmoids, replace_relu6_calls
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # torch.ao has these modules for training, and leaves them out of eager mode's tables.
@@ -65,7 +66,10 @@ class EagerMode:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
         network.train()  # torch.ao fuses and prepares for QAT in training mode only
-        relu6 = replace_relu6_modules(network, options.keep_float) if options.replace_relu6 else []
+        relu6 = 0
+        if options.replace_relu6:
+            kept = (*options.keep_float, *hard_sigmoids(network))
+            relu6 = replace_relu6_modules(network, kept) + replace_relu6_calls(network, kept)
         if options.fuse == "auto":
             _call_fuse_model(network)
         elif options.fuse:
@@ -84,7 +88,7 @@ class EagerMode:
         round_in_place(network)
         for module, training in modes.items():
             module.training = training
-        return Made(network, relu6=len(relu6))
+        return Made(network, relu6=relu6)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""

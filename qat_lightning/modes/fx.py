@@ -16,7 +16,6 @@ from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
 from torch.ao.quantization.fx import fuse, prepare
 from torch.ao.quantization.quantize_fx import convert_fx
-from torch.nn import functional as F
 
 from qat_lightning import behaviour
 from qat_lightning.modes import graft
@@ -29,7 +28,7 @@ from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
 from qat_lightning.modes.own_copies import give_each_call_its_own
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
-from qat_lightning.modes.relu6 import is_inside, is_relu6, name_relus_alike, replace_relu6_modules
+from qat_lightning.modes.relu6 import name_relus_alike, replace_relu6_in_graph
 from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
 from qat_lightning.modes.unlowered import keep_unlowered
@@ -73,7 +72,9 @@ class FxMode:
         own = graft.stays_itself(network)
         keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
         name_relus_alike(graph_module)
-        relu6 = _replace_relu6(graph_module, scopes, options.keep_float) if options.replace_relu6 else 0
+        relu6 = 0
+        if options.replace_relu6:
+            relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
         prepared = self._prepare(graph_module, scopes, options)
         if own:
             graft.graft(network, prepared, used)
@@ -166,17 +167,6 @@ def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx
     behaviour.mark_containers(graph_module, name)
     type(graph_module).__name__ = name  # each graph module has a class of its own
     return graph_module
-
-
-def _replace_relu6(graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]) -> int:
-    """Replaces modules and calls, in place, and returns how many."""
-    count = len(replace_relu6_modules(graph_module, keep_float))
-    for node in graph_module.graph.nodes:
-        if is_relu6(node) and not is_inside(scopes[node.name][0], keep_float):
-            node.target, node.args, node.kwargs = F.relu, node.args[:1], {}
-            count += 1
-    graph_module.recompile()
-    return count
 
 
 def _place_on_device(prepared: nn.Module) -> None:

@@ -9,14 +9,18 @@ import traceback
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import fx, nn
 
-_NO_USERS = (str(Path(__file__).parent), contextlib.__file__)
+_PACKAGE = Path(__file__).parents[1]
+# The package's own models and data are read as the user's: they can be changed for others.
+_OURS = (str(_PACKAGE / part) for part in ("inspection", "modes", "quantize", "fake_"))
+_NO_USERS = (str(Path(torch.__file__).parent), contextlib.__file__, "<", *_OURS)
 
 
 def users_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The last frame of the traceback outside PyTorch and this package: the line that the user can change."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     return frames[-1] if frames else None
 
 
@@ -41,12 +45,13 @@ def stack_line(node: fx.Node) -> str:
     """The line that made a node of a graph."""
     lines = (node.stack_trace or "").splitlines()
     frames = [(line.split('"', 2), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
-    users = [(place, code) for place, code in frames if _is_users(place[1])]
+    users = [(place, code) for place, code in frames if is_users(place[1])]
     if not users:
         return "an unknown line"
     (_, file, rest), code = users[-1]
     return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
 
 
-def _is_users(filename: str) -> bool:
-    return "/torch/" not in filename.replace("\\", "/") and not filename.startswith(_NO_USERS)
+def is_users(filename: str) -> bool:
+    """Whether a file is neither PyTorch's nor this package's own, nor generated code."""
+    return not filename.startswith(_NO_USERS)

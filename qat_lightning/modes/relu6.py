@@ -1,16 +1,21 @@
 """ReLU6 becomes ReLU: int8 fuses a ReLU into the layer before it, and a clamp at 6 costs an op of its own.
 
 The range of a fake-quantize ends where the data ends, so the upper clamp has nothing left to do:
-training adapts, and parameter names stay, so float checkpoints still load.
+training adapts, and parameter names stay, so float checkpoints still load. The clamp of a hard sigmoid,
+`relu6(x + 3) / 6`, is none of these and stays.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 def is_relu6_module(module: nn.Module) -> bool:
@@ -18,14 +23,13 @@ def is_relu6_module(module: nn.Module) -> bool:
     return isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0, 6)
 
 
-def is_relu6(node: fx.Node) -> bool:
-    """Whether a call in a graph clamps to 0…6."""
-    if node.op != "call_function" or node.target not in (F.relu6, F.hardtanh, F.hardtanh_):
-        return False
-    if node.target is F.relu6:
-        return True
-    bound = inspect.signature(F.hardtanh).bind(*node.args, **node.kwargs).arguments
-    return (bound.get("min_val"), bound.get("max_val")) == (0, 6)
+def clamped_to_six(function: Any, args: Any, kwargs: Any) -> Any:
+    """What a call clamps to 0…6, or None where it does something else."""
+    if function not in (F.relu6, F.hardtanh, F.hardtanh_):
+        return None
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    clamps = function is F.relu6 or (bound.get("min_val"), bound.get("max_val")) == (0, 6)
+    return bound["input"] if clamps else None
 
 
 def is_inside(name: str, roots: tuple[str, ...]) -> bool:
@@ -33,16 +37,36 @@ def is_inside(name: str, roots: tuple[str, ...]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-def replace_relu6_modules(network: nn.Module, keep_float: tuple[str, ...] = ()) -> list[str]:
-    """Replaces every ReLU6 module in `network`, in place, and returns their names."""
-    replaced = []
+def replace_relu6_modules(network: nn.Module, kept: tuple[str, ...] = ()) -> int:
+    """Replaces the ReLU6 modules in `network` but those that are `kept` or in them, and returns how many."""
+    count = 0
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        if name and not is_inside(name, keep_float) and is_relu6_module(module):
+        if name and not is_inside(name, kept) and is_relu6_module(module):
             parent, _, leaf = name.rpartition(".")
             relu = nn.ReLU(inplace=bool(module.inplace)).train(module.training)
             network.get_submodule(parent)._modules[leaf] = relu
-            replaced.append(name)
-    return replaced
+            count += 1
+    return count
+
+
+def replace_relu6_in_graph(graph_module: fx.GraphModule, scopes: Any, kept: tuple[str, ...]) -> int:
+    """Replaces modules and calls, in place, but those in the modules that are `kept`; returns how many."""
+    nodes = list(graph_module.graph.nodes)
+    calls = [node for node in nodes if node.op == "call_module"]
+    shifted = [str(node.target) for node in calls if any(map(_is_shifted, node.all_input_nodes))]
+    count = replace_relu6_modules(graph_module, (*kept, *shifted))
+    for node in nodes:
+        x = clamped_to_six(node.target, node.args, node.kwargs)
+        if x is not None and not _is_shifted(x) and not is_inside(scopes[node.name][0], kept):
+            node.target, node.args, node.kwargs = F.relu, (x,), {}
+            count += 1
+    graph_module.recompile()
+    return count
+
+
+def _is_shifted(x: fx.Node) -> bool:
+    """Whether a value in a graph is `y + 3` or the like, of which a hard sigmoid takes the clamp."""
+    return x.target in _SUMS and sum(isinstance(operand, fx.Node) for operand in x.args) == 1
 
 
 def name_relus_alike(graph_module: fx.GraphModule) -> None:
