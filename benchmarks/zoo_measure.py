@@ -104,8 +104,14 @@ def _torch(entry: Entry) -> Row:
 
 
 def _built(entry: Entry) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The network and its inputs. Batch-norm statistics are those of the last batch: two are no average."""
+    """The network and its inputs. Batch-norm statistics are those of the last batch: two are no average.
+
+    A last layer that starts at zero gets weights, or all outputs would be equal whatever int8 does.
+    """
     network = entry.build()
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0

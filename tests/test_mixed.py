@@ -55,6 +55,10 @@ FUNCTIONS: list[Any] = [
 ]  # fmt: skip
 
 
+def names(functions: list[Any]) -> str:
+    return "+".join(f if isinstance(f, str) else f"{f.__module__}.{f.__name__}" for f in functions)
+
+
 def settled(prepared: nn.Module, x: Tensor) -> nn.Module:
     train_steps(prepared, ((x,), {}))
     set_enabled(prepared, observer=False, fake_quant=True)
@@ -62,7 +66,7 @@ def settled(prepared: nn.Module, x: Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("backend", ["x86", "onednn", "qnnpack"])
-@pytest.mark.parametrize("functions", [[f] for f in FUNCTIONS] + [FUNCTIONS], ids=str)
+@pytest.mark.parametrize("functions", [[f] for f in FUNCTIONS] + [FUNCTIONS], ids=names)
 def test_a_function_stays_float(functions: list[Any], backend: str, tmp_path: Path) -> None:
     prepared = settled(prepare(Functional(), keep_float=functions, backend=backend), x := images())
     recipe = recipe_of(prepared)
