@@ -56,7 +56,7 @@ FUNCTIONS: list[Any] = [
 
 
 def names(functions: list[Any]) -> str:
-    return "+".join(f if isinstance(f, str) else f"{f.__module__}.{f.__name__}" for f in functions)
+    return "+".join(f if isinstance(f, str) else f.__qualname__ for f in functions)
 
 
 def settled(prepared: nn.Module, x: Tensor) -> nn.Module:
