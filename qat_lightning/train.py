@@ -173,7 +173,8 @@ def _finish_float(
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or "last"
     _load_checkpoint(classifier, best)
     path = output_dir / "float.pt"
-    torch.save(_network(classifier).state_dict(), path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(_network(classifier).state_dict(), file)
     accuracy = _evaluate_like(trainer, classifier, data)
     return {"float_accuracy": accuracy, "checkpoint": best, "float_path": str(path)}
 
@@ -213,7 +214,8 @@ def _load_checkpoint(classifier: LightningModule, checkpoint: str) -> None:
 
 def _write(cfg: DictConfig, metrics: Metrics) -> None:
     text = json.dumps(metrics, indent=2)
-    (Path(cfg.output_dir) / "metrics.json").write_text(text + "\n")
+    with replacing(Path(cfg.output_dir) / "metrics.json") as partial:
+        partial.write_text(text + "\n")
 
 
 def _network(classifier: LightningModule) -> nn.Module:
