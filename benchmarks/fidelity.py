@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from benchmarks.resnet20 import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.data.digits import load_digits
-from qat_lightning.export.onnx import sqnr
+from qat_lightning.fidelity import sqnr
 from qat_lightning.models import DigitsCNN
 from qat_lightning.modes.reference import reference
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo_models import Entry, entries
 from qat_lightning import convert, prepare
-from qat_lightning.export.onnx import sqnr
 from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fidelity import sqnr
 from qat_lightning.inspection.inputs import Inputs
 from qat_lightning.inspection.inventory import count_work
 from qat_lightning.recipe import recipe_of

@@ -9,7 +9,7 @@ from qat_lightning.errors import (
     RecipeMismatchError,
     UntraceableError,
 )
-from qat_lightning.export import export_onnx
+from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
 from qat_lightning.inspection import NetworkReport, preflight
@@ -29,8 +29,10 @@ __all__ = [
     "UntraceableError",
     "convert",
     "export_onnx",
+    "export_openvino",
     "load_int8",
     "load_qat_checkpoint",
+    "load_runtime",
     "preflight",
     "prepare",
     "save_int8",

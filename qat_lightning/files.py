@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qat_lightning import manifest
 from qat_lightning.atomic import replacing
 from qat_lightning.backends import engine
 from qat_lightning.errors import Int8FileError, RecipeMismatchError
@@ -49,6 +51,7 @@ def save_int8(module: nn.Module, path: str | Path) -> Path:
     content = {"format": _FORMAT, "version": 1, "state_dict": module.state_dict()}
     with replacing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
+    manifest.record(path)
     return path
 
 
@@ -58,6 +61,7 @@ def load_int8(
     *,
     qconfig: QConfigLike | None = None,
     overrides: Overrides | None = None,
+    verify: bool = True,
 ) -> ModuleT:
     """Reads an int8 file into a fresh float module of the class that was trained.
 
@@ -67,16 +71,18 @@ def load_int8(
             is used up.
         qconfig: One's own QConfig, if the network was prepared with one.
         overrides: The same, if layers were prepared with QConfigs of their own.
+        verify: Whether the file must be the one that the `manifest.json` beside it describes, which is
+            checked before anything is parsed.
 
     Returns:
         The int8 module, on the CPU in eval mode. Its outputs equal the saved one's, bit for bit.
 
     Raises:
         FileNotFoundError: There is no such file.
-        Int8FileError: The file is no int8 file, is damaged, or belongs to another network.
+        Int8FileError: The file is no int8 file, is damaged, has no manifest, or belongs to another network.
         RecipeMismatchError: The network was prepared with one's own QConfig, and `qconfig` is not it.
     """
-    content = _read(Path(path))
+    content = _read(Path(path), verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise Int8FileError(
             f"{path} is no int8 file of qat-lightning. load_int8 reads what save_int8 wrote; for a "
@@ -145,12 +151,13 @@ def load_qat_checkpoint(
     return prepared.eval()
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, *, verify: bool = False) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    content = io.BytesIO(manifest.read(path, verify=verify))
     try:
         with quiet_torch_ao():
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise Int8FileError(
             f"{path} cannot be read: it is damaged, truncated, of another kind, or holds objects "

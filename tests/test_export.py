@@ -107,6 +107,6 @@ def test_file_that_computes_something_else_is_an_error(
 
 
 def test_absent_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_lightning.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("qat_lightning.export.extras.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "qat-lightning\[onnx\]"'):
         export_onnx(nn.Linear(2, 2), tmp_path / "a.onnx", (torch.randn(1, 2),))

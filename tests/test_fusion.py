@@ -20,7 +20,7 @@ from qat_lightning import (
     prepare,
     random_state,
 )
-from qat_lightning.export.onnx import sqnr
+from qat_lightning.fidelity import sqnr
 from qat_lightning.modes import Options
 from qat_lightning.modes.fusion import find_groups
 from qat_lightning.recipe import recipe_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_lightning import convert, prepare
-from qat_lightning.export.onnx import sqnr
+from qat_lightning.fidelity import sqnr
 from qat_lightning.phases import set_enabled
 from tests.networks import leaves, train_steps
 from tests.random_graphs import CHANNELS, RandomNetwork, networks

@@ -19,7 +19,7 @@ from qat_lightning import (
     load_int8,
     prepare,
 )
-from qat_lightning.export.onnx import sqnr
+from qat_lightning.fidelity import sqnr
 from qat_lightning.modes.tracing import trace
 from qat_lightning.phases import set_enabled
 from tests.networks import Residual, images

@@ -1,5 +1,7 @@
 """Files for the runtimes that people deploy with."""
 
+from qat_lightning.export.load import load_runtime
 from qat_lightning.export.onnx import export_onnx
+from qat_lightning.export.openvino import export_openvino
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "export_openvino", "load_runtime"]

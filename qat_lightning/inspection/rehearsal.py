@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import PreflightError
-from qat_lightning.export.onnx import sqnr
+from qat_lightning.fidelity import sqnr
 from qat_lightning.inspection import inventory
 from qat_lightning.inspection.diagnosis import explain
 from qat_lightning.inspection.inputs import Inputs

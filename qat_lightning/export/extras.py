@@ -1,0 +1,16 @@
+"""Optional packages: asked for before work begins, with the extra that brings them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from qat_lightning.errors import MissingExtraError
+
+_EXTRA = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def require(*packages: str, purpose: str) -> None:
+    """Raises a `MissingExtraError` for the first of `packages` that is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, _EXTRA[package], purpose)

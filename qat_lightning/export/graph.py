@@ -1,0 +1,70 @@
+"""What an exported QDQ graph loses before it is written: what a runtime would have to see through.
+
+Rewrites are rules of onnxscript, the rest are passes of onnx-ir.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript.rewriter import pattern, rewrite
+
+
+class _RoundedTwice(pattern.RewriteRuleClassBase):
+    """Quantizing what was just dequantized from the same grid gives the same integers."""
+
+    def pattern(self, op: Any, integers: Any, s1: Any, z1: Any, s2: Any, z2: Any) -> Any:
+        return op.QuantizeLinear(op.DequantizeLinear(integers, s1, z1), s2, z2)
+
+    def check(self, context: Any, integers: Any, s1: Any, z1: Any, s2: Any, z2: Any) -> Any:
+        result = pattern.MatchResult()
+        if not (_same(s1, s2) and _same(z1, z2)):
+            return result.fail("the grids differ")
+        return result
+
+    def rewrite(self, op: Any, integers: Any, **_: Any) -> Any:
+        return op.Identity(integers)
+
+
+class _MeanOfImage(pattern.RewriteRuleClassBase):
+    """A mean over height and width is a global average pooling, for which runtimes have int8 kernels."""
+
+    def pattern(self, op: Any, x: Any, axes: Any) -> Any:
+        return op.ReduceMean(x, axes, _outputs=["mean"])
+
+    def check(self, context: Any, x: Any, axes: Any, mean: Any) -> Any:
+        result = pattern.MatchResult()
+        found = ir.convenience.get_const_tensor(axes)
+        if found is None or x.shape is None or len(x.shape) != 4:
+            return result.fail("not an image")
+        if sorted(int(axis) % 4 for axis in found.numpy()) != [2, 3]:
+            return result.fail("another mean")
+        return result
+
+    def rewrite(self, op: Any, x: Any, axes: Any, mean: Any) -> Any:
+        pooled = op.GlobalAveragePool(x)
+        keeps = mean.producer().attributes.get_int("keepdims", 1)
+        return pooled if keeps else op.Flatten(pooled, axis=1)
+
+
+_RULES = pattern.RewriteRuleSet([_RoundedTwice.rule(), _MeanOfImage.rule()])
+_PASSES = ir.passes.Sequential(
+    passes.IdentityEliminationPass(),
+    passes.RemoveUnusedNodesPass(),
+    passes.DeduplicateInitializersPass(),
+    passes.ClearMetadataAndDocStringPass(),  # which name the files and lines of the machine that exported
+)
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Applies all of them."""
+    return _PASSES(rewrite(model, pattern_rewrite_rules=_RULES)).model
+
+
+def _same(one: Any, other: Any) -> bool:
+    first, second = map(ir.convenience.get_const_tensor, (one, other))
+    if first is None or second is None:
+        return one is other
+    return first.dtype == second.dtype and bool((first.numpy() == second.numpy()).all())
