@@ -17,9 +17,9 @@ from qat_lightning.progress import is_between_steps
 def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str | None:
     """Finds the checkpoint to pass as `trainer.fit(ckpt_path=…)` after an interruption.
 
-    That is the newest in `folder` and the folders in it, by the time of writing. Files that are damaged, half
-    written or hold weights alone are passed over, with a line that says so. So are those written in the middle
-    of a training step (by OnExceptionCheckpoint), from which a run would not go on exactly, unless
+    That is the newest in `folder` and the folders in it, by the time of writing. Files that are damaged,
+    half written or hold weights alone are passed over, with a line that says so. So are those written in the
+    middle of a training step (by OnExceptionCheckpoint), from which a run would not go on exactly, unless
     there is nothing else.
 
     Args:
@@ -66,7 +66,7 @@ class _Unusable(Exception):
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     try:
-        # Mapped, it costs little however large it is; the end of the file, where its index is, has to be there.
+        # Mapped, it costs little however large it is; its index, at the end of the file, has to be there.
         content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         if weights_only and zipfile.is_zipfile(path):

@@ -1,7 +1,8 @@
 """How far a run had come when a checkpoint was written, in the counters of Lightning's loops.
 
-Lightning's own restart leaves out a validation that is due after the batch at whose end a checkpoint is written,
-and does half of one that was interrupted. The best weights would be other ones than without the interruption.
+Lightning's own restart leaves out a validation that is due after the batch at whose end a checkpoint is
+written, and does half of one that was interrupted. Other weights would be the best than without the
+interruption.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def forget_restart(trainer: pl.Trainer) -> None:
     """Makes the counters, when a validation starts, those of a run that was not interrupted.
 
     The count of validation batches would else make the next checkpoint look like one of an interrupted
-    validation. And as long as the epoch counts as restarted, Lightning leaves out the schedulers on a plateau,
+    validation. And as long as the epoch counts as restarted, Lightning leaves out schedulers on a plateau,
     for want of the metric that this validation gives.
     """
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -55,10 +56,10 @@ def forget_restart(trainer: pl.Trainer) -> None:
 
 
 def _validation_is_due(trainer: pl.Trainer) -> bool:
-    loop = trainer.fit_loop.epoch_loop
+    loop: Any = trainer.fit_loop.epoch_loop
     if trainer.validating:
         done = loop.val_loop.batch_progress
         return not (done.is_last_batch and done.current.completed == done.current.ready)
     fetcher = trainer.fit_loop._data_fetcher
     just_done = loop.batch_progress.current.completed < loop.batch_progress.current.processed
-    return just_done and fetcher is not None and loop._should_check_val_fx(fetcher)
+    return bool(just_done and fetcher is not None and loop._should_check_val_fx(fetcher))
