@@ -1,6 +1,7 @@
 """Int8 quantization-aware training for PyTorch Lightning."""
 
 from qat_lightning.callback import QuantizationAwareTraining
+from qat_lightning.checkpoints import latest_checkpoint
 from qat_lightning.errors import (
     ConversionError,
     Int8FileError,
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "export_onnx",
     "export_openvino",
+    "latest_checkpoint",
     "load_int8",
     "load_qat_checkpoint",
     "load_runtime",

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning import messages, trainer_facts
+from qat_lightning import messages, progress, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
@@ -185,6 +185,7 @@ class QuantizationAwareTraining(pl.Callback):
             length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
+        self._random_states.restore_before_validation(trainer)
         if self.preflight:
             self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
 
@@ -216,6 +217,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges, and switches observers off for the validation."""
+        progress.forget_restart(trainer)
         merge_ranges(pl_module)
         self._observers_off.enter(pl_module)
 
