@@ -54,9 +54,9 @@ def read(path: Path, *, verify: bool = True) -> bytes:
     found = _entry(content)
     if found != recorded:
         raise Int8FileError(
-            f"{path} is not the file that was exported: {MANIFEST} says {recorded['bytes']} bytes with SHA-256 "
-            f"{recorded['sha256'][:12]}…, but it has {found['bytes']} with {found['sha256'][:12]}…. It was "
-            "altered, truncated or replaced: copy or export it again."
+            f"{path} is not the file that was exported: {MANIFEST} says {recorded['bytes']} bytes with "
+            f"SHA-256 {recorded['sha256'][:12]}…, but it has {found['bytes']} with {found['sha256'][:12]}…. "
+            "It was altered, truncated or replaced: copy or export it again."
         )
     return content
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from qat_lightning import Int8FileError, convert, export_onnx, export_openvino, load_runtime, prepare, save_int8
+from qat_lightning import (
+    Int8FileError,
+    convert,
+    export_onnx,
+    export_openvino,
+    load_runtime,
+    prepare,
+    save_int8,
+)
 from qat_lightning.manifest import MANIFEST
 from tests.networks import Residual, images, train_steps
 from tests.test_files import Explosive

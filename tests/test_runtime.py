@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import onnx
 import pytest
 import torch
@@ -17,10 +15,17 @@ from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torchvision import models
 
-from qat_lightning import MissingExtraError, QuantizationAwareTraining, export_onnx, export_openvino
-from qat_lightning import load_runtime, prepare
+from qat_lightning import (
+    ConversionError,
+    MissingExtraError,
+    export_onnx,
+    export_openvino,
+    load_runtime,
+    prepare,
+)
 from qat_lightning.fidelity import sqnr
-from tests.networks import CLASSES, Residual, StubbedLayers, TwoInputs, images, leaves, train_steps
+from qat_lightning.modes.reference import reference
+from tests.networks import CLASSES, Residual, TwoInputs, images, leaves, train_steps
 from tests.runs import TinyModule, trainer
 
 
@@ -96,7 +101,7 @@ def quantizable(name: str) -> Case:
 CASES = [
     *map(torchvision, ("resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")),
     *map(quantizable, ("resnet18", "mobilenet_v2", "mobilenet_v3_large")),
-    Case("two_inputs", TwoInputs, lambda: (images(4), torch.randn(4, 5))),
+    Case("two_inputs", TwoInputs, lambda: {"x": images(4), "extra": torch.randn(4, 5)}),
     Case(
         "nested",
         Nested,
@@ -133,3 +138,90 @@ def test_an_exported_network_follows_fake_quant_in_both_runtimes(case: Case, tmp
         assert torch.utils._pytree.tree_structure(found) == torch.utils._pytree.tree_structure(expected)
         for want, got in zip(leaves(expected), leaves(found), strict=True):
             assert sqnr(want, got) > case.decibels
+
+
+def test_the_graph_is_what_a_runtime_wants(tmp_path: Path) -> None:
+    prepared = prepare(Residual())
+    train_steps(prepared, ((images(),), {}))
+    path = export_onnx(prepared, tmp_path / "int8.onnx", (images(),), metadata={"accuracy": "0.99"})
+    model = onnx.load(path)
+    makers = {output: node for node in model.graph.node for output in node.output}
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["GlobalAveragePool"] == 1
+    assert not kinds["Clip"] + kinds["ReduceMean"] + kinds["Identity"]
+    for node in model.graph.node:
+        above = makers.get(node.input[0])
+        if node.op_type == "QuantizeLinear" and above is not None and above.op_type == "DequantizeLinear":
+            assert list(above.input[1:]) != list(node.input[1:])
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert said["accuracy"] == "0.99"
+    assert '"backend": "x86"' in said["qat_lightning.recipe"]
+    assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()  # no path of this machine
+    assert [value.name for value in model.graph.input] == ["x"]
+    assert [value.name for value in model.graph.output] == ["output"]
+    assert any(tensor.name.startswith("stem.0") for tensor in model.graph.initializer)
+
+
+def test_outputs_are_named_by_their_keys(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "nested")
+    path = export_onnx(trained(case), tmp_path / "int8.onnx", case.inputs())
+    model = onnx.load(path)
+    assert [value.name for value in model.graph.output] == ["logits", "parts_0", "parts_1_0"]
+    assert [value.name for value in model.graph.input] == ["batch_image", "batch_facts_0", "extra"]
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[nn.Module, list[Path]]:
+    prepared = prepare(Residual())
+    train_steps(prepared, ((images(),), {}))
+    graph = export_onnx(prepared, tmp_path / "int8.onnx", (images(),))
+    return prepared, [graph, export_openvino(prepared, tmp_path / "int8.xml", (images(),))]
+
+
+def test_any_batch_size_on_any_number_of_threads(exported: tuple[nn.Module, list[Path]]) -> None:
+    prepared, paths = exported
+    for path in paths:
+        network = load_runtime(path, threads=1)
+        for count in (1, 7):
+            x = torch.randn(count, *images().shape[1:])
+            assert sqnr(call(prepared, (x,)), network(x)) > 30
+
+
+def test_the_trainers_own_test_scores_the_file(
+    exported: tuple[nn.Module, list[Path]], tmp_path: Path
+) -> None:
+    prepared, paths = exported
+    module = TinyModule(prepared)
+    (expected,) = trainer(tmp_path).test(module, verbose=False)
+    for path in paths:
+        module.model = load_runtime(path)
+        (found,) = trainer(tmp_path).test(module, verbose=False)
+        assert found["test_accuracy"] == pytest.approx(expected["test_accuracy"], abs=0.1)
+
+
+def test_another_number_of_inputs(exported: tuple[nn.Module, list[Path]]) -> None:
+    _, paths = exported
+    with pytest.raises(ValueError, match=r"takes 1 tensors \(x\), but received 2"):
+        load_runtime(paths[0])(images(), images())
+
+
+def test_openvino_wants_its_suffix_and_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"ends in \.xml"):
+        export_openvino(Residual(), tmp_path / "int8.onnx", (images(),))
+    monkeypatch.setattr("qat_lightning.export.extras.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "qat-lightning\[openvino\]"'):
+        export_openvino(Residual(), tmp_path / "int8.xml", (images(),))
+    (tmp_path / "int8.onnx").write_bytes(b"")
+    with pytest.raises(MissingExtraError, match=r'pip install "qat-lightning\[onnx\]"'):
+        load_runtime(tmp_path / "int8.onnx", verify=False)
+
+
+def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, stranger = prepare(Residual()), prepare(Residual())
+    for network in (prepared, stranger):
+        train_steps(network, ((images(),), {}))
+    monkeypatch.setattr("qat_lightning.export.onnx.reference", lambda _: reference(stranger))
+    for export, name in ((export_onnx, "int8.onnx"), (export_openvino, "int8.xml")):
+        with pytest.raises(ConversionError, match=r"dB only, below 20 dB.*No file was written"):
+            export(prepared, tmp_path / name, (images(),))
+    assert list(tmp_path.iterdir()) == []
