@@ -1,0 +1,192 @@
+"""How fast the exported files run, beside the files of the runtimes' own post-training quantizers.
+
+    python -m benchmarks.latency                               # four networks, batch 1 and 16, 224x224
+    python -m benchmarks.latency resnet18 --batches 1 --rounds 50
+
+For each network and runtime three files are timed in one process, one after the other in each round, so that
+what else the machine does falls on all alike: float32, int8 by the runtime's own quantizer (ONNX Runtime's
+`quantize_static`, NNCF for OpenVINO), and ours. Figures are medians; ratios are medians of the ratios of a
+round. Weights are random, which changes no latency. The export of each network is timed, and its memory
+measured, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torchvision import models
+
+from qat_lightning import export_onnx, export_openvino, prepare
+from qat_lightning.export.runtime import OnnxRuntime, OpenVino, RuntimeNetwork
+
+MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
+VARIANTS = ("float", "own quantizer", "ours")
+
+
+def trained(name: str) -> nn.Module:
+    """A prepared network that has seen two small batches, so that every range is known."""
+    torch.manual_seed(0)
+    prepared = prepare(getattr(models, name)(), backend="onednn").train()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        prepared(torch.randn(8, 3, 96, 96)).square().mean().backward()
+        optimizer.step()
+    return prepared.eval()
+
+
+def export_ours(name: str, folder: Path, results: Any) -> None:
+    """Writes our files; in a process of its own, whose memory is that of the export."""
+    torch.set_num_threads(multiprocessing.cpu_count())
+    warnings.simplefilter("ignore")
+    prepared, x = trained(name), (torch.randn(2, 3, 224, 224),)
+    before, start = peak_memory(), time.perf_counter()
+    export_onnx(prepared, folder / "ours.onnx", x, min_sqnr=10)  # hardly trained, it amplifies each rounding
+    results["export_s"], results["export_bytes"] = time.perf_counter() - start, peak_memory() - before
+    export_openvino(prepared, folder / "ours.xml", x, min_sqnr=10)
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def export_float(name: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    network = getattr(models, name)().eval()
+    torch.onnx.export(
+        network, (torch.randn(2, 3, 224, 224),), folder / "float.onnx", dynamo=True, verbose=False,
+        external_data=False, dynamic_shapes=({0: torch.export.Dim.AUTO},),
+    )  # fmt: skip
+
+
+def quantize_by_onnx_runtime(folder: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter([{"x": torch.randn(2, 3, 224, 224).numpy()}] * 2)
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    quant_pre_process(folder / "float.onnx", folder / "plain.onnx")
+    quantize_static(
+        folder / "plain.onnx", folder / "own.onnx", Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
+    )  # fmt: skip
+
+
+def quantize_by_nncf(folder: Path) -> None:
+    import nncf
+    import openvino
+
+    model = openvino.convert_model(folder / "float.onnx")
+    openvino.save_model(model, folder / "float.xml", compress_to_fp16=False)
+    batches = [torch.randn(1, 3, 224, 224).numpy() for _ in range(4)]
+    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=4)
+    openvino.save_model(quantized, folder / "own.xml", compress_to_fp16=False)
+
+
+def runtimes(folder: Path, threads: int) -> dict[str, list[RuntimeNetwork]]:
+    """For each runtime its three files, in the order of `VARIANTS`."""
+    names = ("float", "own", "ours")
+    graphs = [(folder / f"{name}.onnx").read_bytes() for name in names]
+    irs = [[(folder / f"{name}.{suffix}").read_bytes() for suffix in ("xml", "bin")] for name in names]
+    return {
+        OnnxRuntime.name: [RuntimeNetwork(OnnxRuntime(graph, threads=threads)) for graph in graphs],
+        OpenVino.name: [RuntimeNetwork(OpenVino(xml, weights, threads=threads)) for xml, weights in irs],
+    }
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary, multiprocessing.Manager() as manager:
+        folder, shared = Path(temporary), manager.dict()
+        process = multiprocessing.get_context("spawn").Process(
+            target=export_ours, args=(name, folder, shared)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"The export of {name} failed.")
+        export_float(name, folder)
+        quantize_by_onnx_runtime(folder)
+        quantize_by_nncf(folder)
+        sizes = {kind: (folder / f"{kind}.onnx").stat().st_size for kind in ("float", "own", "ours")}
+        rows = {
+            runtime: {str(batch): time_files(networks, batch, args.rounds) for batch in args.batches}
+            for runtime, networks in runtimes(folder, args.threads).items()
+        }
+        return {**shared, "bytes": sizes, "runtimes": rows}
+
+
+def time_files(networks: list[RuntimeNetwork], batch: int, rounds: int) -> dict[str, Any]:
+    """Medians in milliseconds, and the ratios of the third file to the other two."""
+    x = torch.randn(batch, 3, 224, 224)
+    for network in networks:
+        network(x)
+    times: list[list[float]] = []
+    for _ in range(rounds):
+        times.append([])
+        for network in networks:
+            start = time.perf_counter()
+            network(x)
+            times[-1].append(1e3 * (time.perf_counter() - start))
+    columns = list(zip(*times, strict=True))
+    return {
+        "ms": dict(zip(VARIANTS, map(statistics.median, columns), strict=True)),
+        "to own quantizer": statistics.median(ours / own for _, own, ours in times),
+        "faster than float": statistics.median(plain / ours for plain, _, ours in times),
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("network", "runtime", "batch", *(f"{v}, ms" for v in VARIANTS), "to own", "over float")
+    for name, result in results.items():
+        for runtime, batches in result["runtimes"].items():
+            for batch, row in batches.items():
+                milliseconds = [f"{row['ms'][variant]:.2f}" for variant in VARIANTS]
+                ratios = f"{row['to own quantizer']:.2f}", f"{row['faster than float']:.2f}"
+                table.add_row(name, runtime, batch, *milliseconds, *ratios)
+    console.print(table)
+    table = Table("network", "size of float", "export, s", "export, MiB")
+    for name, result in results.items():
+        share = result["bytes"]["ours"] / result["bytes"]["float"]
+        table.add_row(
+            name, f"{share:.3f}", f"{result['export_s']:.1f}", f"{result['export_bytes'] / 2**20:.0f}"
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", default=MODELS)
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results = {name: measure(name, args) for name in track(args.names, "networks")}
+    show(results)
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
