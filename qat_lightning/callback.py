@@ -20,6 +20,7 @@ from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
+from qat_lightning.int8_validation import validate_int8
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
@@ -92,6 +93,10 @@ class QuantizationAwareTraining(pl.Callback):
         preflight: Whether to try, after the first training batch and in seconds, a training step, the
             conversion and an int8 forward on copies of the networks: what could not be converted after hours
             of training is an error then, with its line. See :func:`qat_lightning.preflight`.
+        int8_val_every_n_epochs: How often a converted copy is validated on the CPU, with the module's own
+            `validation_step`. Its metrics are logged as `val_int8/<metric>`, and what quantization costs as
+            `quantization_gap/<metric>`, for ModelCheckpoint and EarlyStopping to monitor. Never by default.
+            Beyond 1, give a ModelCheckpoint that monitors them the same `every_n_epochs`.
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
@@ -121,6 +126,7 @@ class QuantizationAwareTraining(pl.Callback):
         convert: str | None = "best",
         output_dir: str | Path | None = None,
         preflight: bool = True,
+        int8_val_every_n_epochs: int | None = None,
     ) -> None:
         self.settings = Settings(
             backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
@@ -135,6 +141,11 @@ class QuantizationAwareTraining(pl.Callback):
         if not isinstance(preflight, bool):
             raise TypeError(f"preflight must be True or False, but received {preflight!r}.")
         self.preflight = preflight
+        if int8_val_every_n_epochs is not None and int8_val_every_n_epochs < 1:
+            raise ValueError(
+                f"int8_val_every_n_epochs must be None or at least 1, but received {int8_val_every_n_epochs}."
+            )
+        self.int8_val_every_n_epochs = int8_val_every_n_epochs
         self.int8_module: pl.LightningModule | None = None
         self.int8_path: Path | None = None
         self.converted_from: str | None = None
@@ -220,6 +231,14 @@ class QuantizationAwareTraining(pl.Callback):
         progress.forget_restart(trainer)
         merge_ranges(pl_module)
         self._observers_off.enter(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validates an int8 copy, in the epochs that were asked for."""
+        every = self.int8_val_every_n_epochs
+        if every is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if (trainer.current_epoch + 1) % every == 0:
+            pl_module.log_dict(validate_int8(trainer, pl_module), sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switches observers back to what they were."""
