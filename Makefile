@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process for each core, up to four: each takes a gigabyte and more.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check format clean
@@ -21,10 +23,10 @@ demo: $(STAMP)  ## digits: float baseline, QAT, int8, and a table (under 90 s)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP) check  ## lint, types and the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: $(STAMP)  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 check: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
