@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from qat_lightning import quantize
+
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
@@ -57,6 +59,11 @@ def steps_done(trainer: pl.Trainer) -> int:
 
 def _counts_batches(trainer: pl.Trainer) -> bool:
     return not trainer.lightning_module.automatic_optimization and math.isfinite(epochs(trainer))
+
+
+def is_compiled(module: pl.LightningModule) -> bool:
+    """Whether `module` was passed compiled, or holds a compiled network."""
+    return module._compiler_ctx is not None or quantize.is_compiled(module)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
