@@ -3,8 +3,8 @@
 `WeightAveraging` averages the buffers as it averages the parameters. An average of ranges is a range: the
 average of the greatest magnitudes is no less than the greatest magnitude of the average. An average of
 scales, zero points and flags is nothing, so that those are made anew from the averaged ranges.
-`StochasticWeightAveraging` ends with an epoch for the batch-norm statistics of its weights, in which the grids
-follow.
+`StochasticWeightAveraging` ends with an epoch for the batch-norm statistics of its weights, in which the
+grids follow.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from qat_lightning import trainer_facts
 from qat_lightning.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.ranges import has_histogram, has_range, set_range
 from qat_lightning.ranks import merge_ranges
@@ -70,13 +71,13 @@ def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
         isinstance(c, StochasticWeightAveraging)
         and c._model_contains_batch_norm
         and trainer.current_epoch == c.swa_end + 1
-        for c in trainer.callbacks
+        for c in trainer_facts.callbacks(trainer)
     )
     return phase._replace(observe=True, freeze_bn=False) if estimating else phase
 
 
 def _averages(trainer: pl.Trainer) -> Iterator[AveragedModel]:
-    for callback in trainer.callbacks:
+    for callback in trainer_facts.callbacks(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             yield callback._average_model
 

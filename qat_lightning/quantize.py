@@ -131,10 +131,9 @@ def copy_of(module: ModuleT) -> ModuleT:
     if hasattr(copied, "_metric_attributes"):
         # Lightning's memory of its metrics, by the ids of the original's.
         vars(copied)["_metric_attributes"] = None
-    if getattr(copied, "_compiler_ctx", None) is not None:
-        # Lightning's compiled methods, which run the original.
-        for name in copied._compiler_ctx:
-            vars(copied).pop(name.removeprefix("original_"), None)
+    for name in vars(copied).get("_compiler_ctx") or ():
+        # Lightning's compiled methods, which would run the original.
+        vars(copied).pop(name.removeprefix("original_"), None)
         vars(copied)["_compiler_ctx"] = None
     return copied
 

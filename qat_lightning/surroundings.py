@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from qat_lightning import trainer_facts
 from qat_lightning.errors import RecipeMismatchError
 from qat_lightning.recipe import quantized_networks, recipes_in
 
@@ -28,16 +29,16 @@ def check_package(trainer: object, module: object) -> None:
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Raises a `MisconfigurationException` if another callback would work on layers that are not trained."""
-    place, own = trainer.callbacks.index(callback), type(callback).__name__
-    for i, other in enumerate(trainer.callbacks):
+    callbacks, own = trainer_facts.callbacks(trainer), type(callback).__name__
+    for i, other in enumerate(callbacks):
         name = type(other).__name__
         if isinstance(other, ModelPruning):
             raise MisconfigurationException(
                 f"{name} leaves out every convolution that is fused with its batch-norm, as it leaves out "
-                "containers. Prune in a float run, then train the pruned weights for int8. A gradient of zero "
+                "containers. Prune in a float run, then train the pruned weights for int8. A gradient of 0 "
                 "keeps a zero: parameter.register_hook(lambda grad, kept=parameter != 0: grad * kept)."
             )
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging) and i < place:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging) and i < callbacks.index(callback):
             raise MisconfigurationException(
                 f"{name} comes before {own} and would average the float layers that the preparation for "
                 f"quantization replaces. Pass it after: Trainer(callbacks=[{own}(...), {name}(...)])."

@@ -61,6 +61,11 @@ def _counts_batches(trainer: pl.Trainer) -> bool:
     return not trainer.lightning_module.automatic_optimization and math.isfinite(epochs(trainer))
 
 
+def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """All callbacks of the run, in the order in which Lightning calls them."""
+    return list(vars(trainer)["callbacks"])
+
+
 def is_compiled(module: pl.LightningModule) -> bool:
     """Whether `module` was passed compiled, or holds a compiled network."""
     return module._compiler_ctx is not None or quantize.is_compiled(module)
