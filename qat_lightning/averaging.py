@@ -1,8 +1,8 @@
 """Lightning's averaging of weights: which grid the averaged weights have.
 
-`WeightAveraging` averages the buffers as it averages the parameters. An average of ranges is a range: the
-average of the greatest magnitudes is no less than the greatest magnitude of the average. An average of
-scales, zero points and flags is nothing, so that those are made anew from the averaged ranges.
+`WeightAveraging` averages the buffers as it averages the parameters. An average of activations' ranges is a
+range; one of scales, zero points and flags is nothing. So the grids of activations are made of their averaged
+ranges, and those of weights, which would lag behind, of the averaged weights.
 `StochasticWeightAveraging` ends with an epoch for the batch-norm statistics of its weights, in which the
 grids follow.
 """
@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from qat_lightning import trainer_facts
 from qat_lightning.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.modes.conv_bn import Undivided
 from qat_lightning.ranges import has_histogram, has_range, set_range
 from qat_lightning.ranks import merge_ranges
 from qat_lightning.schedule import Phase
@@ -63,6 +64,13 @@ def settle(trainer: pl.Trainer, module: nn.Module) -> None:
                 mine.scale.copy_(theirs.scale)
             elif seen := _range(mine) or _range(theirs):
                 set_range(mine, *seen)
+        _fit_grids_to_weights(average)
+
+
+def finish(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Makes the grids of the weights that SWA has put into `module` at the end."""
+    if any(isinstance(c, StochasticWeightAveraging) for c in trainer_facts.callbacks(trainer)):
+        _fit_grids_to_weights(module)
 
 
 def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
@@ -87,6 +95,21 @@ def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     observer = fake_quantize.activation_post_process
     low, high = observer.min_val, observer.max_val
     return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None
+
+
+@torch.no_grad()
+def _fit_grids_to_weights(module: nn.Module) -> None:
+    """Gives each weight the grid of its own magnitude, as a forward does while observers are on."""
+    layer: Any
+    for layer in module.modules():
+        grid = getattr(layer, "weight_fake_quant", None)
+        if not isinstance(grid, FakeQuantize) or grid.axis != 0:
+            continue
+        if isinstance(layer, Undivided):
+            grid.seen = False
+            layer._observe(grid.magnitude(layer.weight))
+        elif not hasattr(layer, "bn"):
+            grid.observe(layer.weight)
 
 
 def _of_numbers(many: Average | None, one: Average | None) -> Average:

@@ -261,6 +261,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts a copy to int8 and writes it."""
+        averaging.finish(trainer, pl_module)
         if self.convert is None:
             return
         folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)

@@ -53,7 +53,7 @@ def check_loggers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             raise MisconfigurationException(
                 "TensorBoardLogger(log_graph=True) traces the module by TorchScript, which knows no in-place "
                 "autograd functions, and fake-quantization is made of them. Leave log_graph out, and for a "
-                "graph log the float module before fit: logger.experiment.add_graph(module, batch)."
+                "graph log the float network before fit: logger.experiment.add_graph(network, batch)."
             )
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -43,7 +44,8 @@ def steps(trainer: pl.Trainer) -> float:
     """Steps of the whole run in the unit of :func:`steps_done`, infinite where there is no limit."""
     if _counts_batches(trainer):
         return trainer.num_training_batches * epochs(trainer)
-    return trainer.estimated_stepping_batches
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    return min(limit, _accumulated_steps(trainer) or trainer.estimated_stepping_batches)
 
 
 def steps_done(trainer: pl.Trainer) -> int:
@@ -55,6 +57,15 @@ def steps_done(trainer: pl.Trainer) -> int:
     if _counts_batches(trainer):
         return max(trainer.fit_loop.total_batch_idx, 0)
     return trainer.global_step
+
+
+def _accumulated_steps(trainer: pl.Trainer) -> int | None:
+    """Steps of a run whose gradient accumulation changes by epoch, which Lightning does not foresee."""
+    found = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    if not found or not math.isfinite(trainer.num_training_batches * epochs(trainer)):
+        return None
+    factors = [found[0].get_accumulate_grad_batches(epoch) for epoch in range(int(epochs(trainer)))]
+    return sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
 
 
 def _counts_batches(trainer: pl.Trainer) -> bool:
