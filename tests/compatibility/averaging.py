@@ -86,16 +86,20 @@ def ema_weight_averaging(folder: Path) -> None:
     "works; the best checkpoint holds the averaged weights, and those are converted",
 )
 def ema_and_the_best_checkpoint(folder: Path) -> None:
-    checkpoint = best_two(folder)
-    qat = callback(convert="best", fake_quant_from=1)
-    run = fit(folder, EMAWeightAveraging(decay=DECAY), checkpoint, module=Scored, qat=qat, max_epochs=4)
-    assert run.qat.converted_from == str(folder / "epoch=1.ckpt")
-    content = torch.load(checkpoint.best_model_path, weights_only=True)
-    current, average = content["current_model_state"], content["state_dict"]
-    assert not torch.equal(current["model.fc.weight"], average["model.fc.weight"])
-    best = load_qat_checkpoint(checkpoint.best_model_path, Scored())
-    check_grids(best)
-    check(run, best)
+    each_step: dict[str, Any] = {}
+    each_epoch = {"update_every_n_steps": 0, "update_starting_at_epoch": 0}
+    for i, when in enumerate((each_step, each_epoch)):
+        averaging = EMAWeightAveraging(decay=DECAY, **when)
+        checkpoint = best_two(folder / str(i), save_on_train_epoch_end=False)
+        qat = callback(convert="best", fake_quant_from=1)
+        run = fit(folder, averaging, checkpoint, module=Scored, qat=qat, max_epochs=4)
+        assert run.qat.converted_from == str(folder / str(i) / "epoch=1.ckpt")
+        content = torch.load(checkpoint.best_model_path, weights_only=True)
+        current, average = content["current_model_state"], content["state_dict"]
+        assert not torch.equal(current["model.fc.weight"], average["model.fc.weight"])
+        best = load_qat_checkpoint(checkpoint.best_model_path, Scored())
+        check_grids(best)
+        check(run, best)
 
 
 @row(

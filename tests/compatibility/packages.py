@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from qat_lightning import QuantizationAwareTraining
+from qat_lightning import QuantizationAwareTraining, trainer_facts
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import Run, callback, check
 from tests.networks import Residual
@@ -73,7 +73,9 @@ def lightning_cli(folder: Path) -> None:
         with mock.patch.object(sys, "argv", arguments), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse's, of Lightning
             cli = LightningCLI(TinyModule, save_config_callback=None)
-        qat: Any = next(c for c in cli.trainer.callbacks if isinstance(c, QuantizationAwareTraining))
+        qat: Any = next(
+            c for c in trainer_facts.callbacks(cli.trainer) if isinstance(c, QuantizationAwareTraining)
+        )
         assert (qat.schedule.freeze_bn_at, qat.schedule.freeze_observers_at) == (
             freeze_bn_at,
             freeze_observers_at,
