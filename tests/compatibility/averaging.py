@@ -7,7 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -15,7 +20,7 @@ from qat_lightning import load_qat_checkpoint
 from qat_lightning.fake_quantize import fake_quantizes
 from tests.compatibility.callbacks import Scored, best_two
 from tests.compatibility.registry import Section
-from tests.compatibility.runs import STEPS, Run, Weights, callback, check, fit, refused
+from tests.compatibility.runs import STEPS, Run, Weights, callback, check, check_same, fit, refused
 from tests.networks import CLASSES, SIZE, same_state
 from tests.runs import TinyModule
 
@@ -115,6 +120,27 @@ def ema_without_buffers(folder: Path) -> None:
     check_grids(run.module)
     check_weights_fit(run.module)
     check(run)
+
+
+@row(
+    "EMAWeightAveraging, StochasticWeightAveraging",
+    "trainer.fit(module, ckpt_path=path)",
+    "works; a resumed run ends as an uninterrupted one, bit for bit",
+)
+def averaging_resumed(folder: Path) -> None:
+    def ema() -> pl.Callback:
+        return EMAWeightAveraging(decay=DECAY)
+
+    def swa() -> pl.Callback:
+        return StochasticWeightAveraging(0.01, swa_epoch_start=1)
+
+    for average in (ema, swa):
+        place = folder / average.__name__
+        whole = fit(place, average(), ModelCheckpoint(place, "{epoch}", save_top_k=-1), max_epochs=3)
+        again = ModelCheckpoint(place, "{epoch}", save_top_k=-1)
+        rest = fit(place, average(), again, max_epochs=3, ckpt_path=place / "epoch=1.ckpt")
+        check_same(whole, rest)
+        check(rest)
 
 
 @row("WeightAveraging", "callbacks=[qat, WeightAveraging()]", "works, likewise")

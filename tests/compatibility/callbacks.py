@@ -28,7 +28,7 @@ from qat_lightning import load_qat_checkpoint
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import STEPS, Phases, callback, check, check_same, fit
 from tests.networks import same_state
-from tests.runs import TinyModule
+from tests.runs import TinyModule, trainer
 
 row = Section("Callbacks")
 
@@ -83,6 +83,8 @@ def model_checkpoint_weights_only(folder: Path) -> None:
     run = fit(folder, checkpoint, module=Scored, qat=callback(convert="best"), max_epochs=4)
     assert "optimizer_states" not in torch.load(checkpoint.best_model_path, weights_only=True)
     assert run.qat.converted_from == checkpoint.best_model_path
+    with pytest.raises(KeyError, match="save_weights_only"):  # Lightning's own words
+        trainer(folder, callback(), max_epochs=5).fit(Scored(), ckpt_path=checkpoint.best_model_path)
     check(run, load_qat_checkpoint(checkpoint.best_model_path, Scored()))
 
 

@@ -59,7 +59,7 @@ def precision_bf16_mixed(folder: Path) -> None:
 @row(
     "precision",
     'Trainer(precision="16-mixed")',
-    "works on GPUs; on a CPU Lightning takes bf16-mixed instead, and says so",
+    "works; on a CPU Lightning takes bf16-mixed instead, and says so",
 )
 def precision_16_mixed(folder: Path) -> None:
     with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):

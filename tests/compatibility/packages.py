@@ -38,7 +38,7 @@ trainer:
         qconfig: null
         mode: fx
         modules: [model]
-        keep_float: [fc]
+        keep_float: [fc, operator.add()]
         fuse: auto
         replace_relu6: true
         overrides: {{stem.0: null, block.0: qnnpack}}
@@ -57,7 +57,8 @@ model:
 @row(
     "LightningCLI",
     "python main.py fit --config config.yaml",
-    "works, with every argument of the callback in the file, types and functions in `keep_float` by name",
+    "works, with every argument of the callback in the file, where "
+    "`keep_float` has names, globs and functions by name, and no types",
 )
 def lightning_cli(folder: Path) -> None:
     pytest.importorskip("jsonargparse")

@@ -40,7 +40,7 @@ def fit(
     module: Any = TinyModule,
     qat: QuantizationAwareTraining | None = None,
     before: tuple[pl.Callback, ...] = (),
-    data: tuple[Any, ...] = (),
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> Run:
     """Fits a module, with `before`, the callback and `others`; a class gives the same one each time."""
@@ -51,7 +51,7 @@ def fit(
     defaults = {"max_epochs": 2, "enable_checkpointing": saves}
     runner = trainer(folder, *before, qat, *others, **{**defaults, **options})
     torch.manual_seed(1)
-    runner.fit(module, *data)
+    runner.fit(module, ckpt_path=ckpt_path)
     return Run(runner, getattr(module, "_orig_mod", module), qat)
 
 
