@@ -47,13 +47,16 @@ def adopt(trainer: pl.Trainer) -> None:
         average.multi_avg_fn = _of_numbers(average.multi_avg_fn, average.avg_fn)
 
 
-def settle(trainer: pl.Trainer, module: nn.Module) -> None:
+def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Makes the grids of averaged weights from their averaged ranges, or where those saw nothing `module`'s.
 
     Lightning averages after each step, and uses the average in validations, checkpoints and at the end.
     """
+    if trainer.state.fn != "fit":
+        return
     for average in _averages(trainer):
-        merge_ranges(average)
+        if next(average.parameters()).device == module.device:  # else the processes cannot exchange it
+            merge_ranges(average)
         pairs = zip(fake_quantizes(average), fake_quantizes(module), strict=True)
         mine: Any
         theirs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def averaging_resumed(folder: Path) -> None:
         place = folder / average.__name__
         whole = fit(place, average(), ModelCheckpoint(place, "{epoch}", save_top_k=-1), max_epochs=3)
         again = ModelCheckpoint(place, "{epoch}", save_top_k=-1)
-        rest = fit(place, average(), again, max_epochs=3, ckpt_path=place / "epoch=1.ckpt")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists", UserWarning)
+            rest = fit(place, average(), again, max_epochs=3, ckpt_path=place / "epoch=1.ckpt")
         check_same(whole, rest)
         check(rest)
 
