@@ -15,13 +15,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning import messages, trainer_facts
+from qat_lightning import averaging, messages, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import clear_flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
+from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 from qat_lightning.resume import RandomStates
@@ -150,11 +150,15 @@ class QuantizationAwareTraining(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares the networks; in stages other than fit it leaves the module alone."""
+        surroundings.check_package(trainer, pl_module)
         if stage != "fit":
+            surroundings.refuse_qat_weights(pl_module)
             return
         self._resolved = self._phase = None
         self._random_states.clear()
         trainer_facts.check_strategy(trainer)
+        surroundings.check_callbacks(trainer, self)
+        surroundings.check_loggers(trainer, pl_module)
         if math.isinf(trainer_facts.epochs(trainer)) and trainer.max_steps == -1:
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
@@ -178,6 +182,7 @@ class QuantizationAwareTraining(pl.Callback):
                 f"The network {late[0]!r} appeared after the callback's setup, so it is not prepared for "
                 "quantization. Build it in `__init__` or in `configure_model`, not in `setup`."
             )
+        averaging.adopt(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves the schedule, unless a checkpoint brought it."""
@@ -185,6 +190,8 @@ class QuantizationAwareTraining(pl.Callback):
             length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
+        if trainer_facts.is_compiled(pl_module):
+            keep_inputs(pl_module)
         if self.preflight:
             self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
 
@@ -217,6 +224,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges, and switches observers off for the validation."""
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
         self._observers_off.enter(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -249,9 +257,11 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges a last time, while the processes can still talk."""
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts a copy to int8 and writes it."""
+        averaging.finish(trainer, pl_module)
         if self.convert is None:
             return
         folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
@@ -289,6 +299,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
         self._check_finite(trainer)
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
         self._random_states.save(trainer, checkpoint)
 
     def on_load_checkpoint(
@@ -308,7 +319,8 @@ class QuantizationAwareTraining(pl.Callback):
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""
         assert self._resolved is not None
-        return self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
+        phase = self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
+        return averaging.adapt(trainer, phase)
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)

@@ -126,11 +126,15 @@ def convert(module: ModuleT) -> ModuleT:
 
 
 def copy_of(module: ModuleT) -> ModuleT:
-    """A deep copy that also works as a LightningModule of its own."""
+    """A deep copy that also works as a LightningModule of its own; not compiled, where `module` is."""
     copied = copy.deepcopy(module)
     if hasattr(copied, "_metric_attributes"):
         # Lightning's memory of its metrics, by the ids of the original's.
         vars(copied)["_metric_attributes"] = None
+    for name in vars(copied).get("_compiler_ctx") or ():
+        # Lightning's compiled methods, which would run the original.
+        vars(copied).pop(name.removeprefix("original_"), None)
+        vars(copied)["_compiler_ctx"] = None
     return copied
 
 
@@ -170,14 +174,23 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
 def check_float(network: nn.Module) -> None:
     """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
     check_not_quantized(network)
-    if type(network).__name__ == "OptimizedModule":
+    if is_compiled(network):
         raise ValueError(
             "The network is compiled (torch.compile), and a compiled one cannot be changed. Prepare the "
-            "plain network and compile the result, or pass trainer.fit(torch.compile(module))."
+            "plain network and compile the result: pass trainer.fit(torch.compile(module)), or compile in "
+            "the LightningModule's `on_fit_start`, as in self.model.compile()."
         )
     if not holds_quantizable(network):
         kind = type(network).__name__
         raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module`, or a part of it, is compiled: by `torch.compile` or by its own `compile`."""
+    return any(
+        child._compiled_call_impl is not None or type(child).__name__ == "OptimizedModule"
+        for child in module.modules()
+    )
 
 
 def check_not_quantized(network: nn.Module) -> None:
