@@ -1,8 +1,8 @@
 """Batch-norms as they were prepared, after Lightning or torch has made others of them.
 
-`Trainer(sync_batchnorm=True)` replaces every batch-norm after `setup` by a `SyncBatchNorm`, and after fit by a
-class of Lightning's own. Neither remembers whether it was a BatchNorm1d, 2d or 3d, of which conversion makes
-different int8 modules. So `prepare` notes it.
+`Trainer(sync_batchnorm=True)` replaces every batch-norm after `setup` by a `SyncBatchNorm`, and after fit
+by one of Lightning's own class. Neither remembers whether it was a BatchNorm1d, 2d or 3d, of which
+conversion makes different int8 modules. So `prepare` notes it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def restore_batch_norms(network: nn.Module) -> None:
 
 
 def make_local(module: nn.Module) -> None:
-    """Makes the batch-norms inside `module` that are still synchronized, whatever they were, local, in place."""
+    """Makes those batch-norms inside `module` local that are still synchronized, in place."""
     for child in module.modules():
         if isinstance(child, nn.SyncBatchNorm):
             child.__class__ = LocalBatchNorm  # type: ignore[assignment]

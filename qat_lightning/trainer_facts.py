@@ -24,12 +24,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "Ranges and int8 conversion need float32 weights, but precision is "
             f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
         )
-    if getattr(trainer.strategy, "_layer_sync", None) and trainer.world_size > 1:
-        if trainer.strategy.root_device.type == "cpu":
-            raise MisconfigurationException(
-                "sync_batchnorm needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. Leave it "
-                "out on the CPU."
-            )
+    synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On the "
+            "CPU, leave it out."
+        )
     start_method = getattr(trainer.strategy.launcher, "_start_method", None)
     if start_method is not None:
         raise MisconfigurationException(
