@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,8 @@ def one_job() -> Iterator[None]:
     next job wait for processes that nobody starts.
     """
     environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
+    main = sys.modules["__main__"]
+    spec = main.__spec__
     if HydraConfig.initialized():
         _describe_job()
     try:
@@ -31,6 +34,7 @@ def one_job() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         sys.argv[:] = arguments
+        main.__spec__ = spec
         torch.set_num_threads(threads)
 
 
@@ -48,9 +52,13 @@ def _describe_job() -> None:
     hydra = HydraConfig.get()
     with read_write(hydra):  # type: ignore[arg-type]
         hydra.run.dir = hydra.runtime.output_dir
-    if hydra.mode == RunMode.MULTIRUN:
-        flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
-        sys.argv[1:] = [*flags, *hydra.overrides.task]
+    if hydra.mode != RunMode.MULTIRUN:
+        return
+    flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
+    if "SUBMITIT_EXECUTOR" in os.environ:  # the command line is submitit's, which runs one pickled job
+        sys.modules["__main__"].__spec__ = find_spec("qat_lightning.__main__")
+        flags = []
+    sys.argv[1:] = [*flags, *hydra.overrides.task]
 
 
 def _is_sweep(argument: str) -> bool:

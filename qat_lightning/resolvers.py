@@ -1,7 +1,7 @@
 """What the configuration of `qat-train` asks of the process that it is composed in.
 
-Processes that torchrun or srun starts compose it each for itself, seconds apart. They have to arrive at one run
-folder, in which only the first of them writes.
+Processes that torchrun or srun starts compose it each for itself, seconds apart. They have to arrive at one
+run folder, in which only the first of them writes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ def run_name() -> str:
     if TorchElasticEnvironment.detect():
         return _rank_zeros_time()
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_JOB_ID" in os.environ:
-        return "slurm/" + ".".join(
-            os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_STEP_ID") if k in os.environ
-        )
+        step = os.environ.get("SLURM_STEP_ID")
+        return f"slurm/{os.environ['SLURM_JOB_ID']}" + (f".{step}" if step else "")
     return _time()
 
 
 def on_first(value: str) -> str | None:
     """`value` in the first process, and in the others nothing."""
-    return value if rank_zero_only.rank == 0 else None
+    return value if getattr(rank_zero_only, "rank", 0) == 0 else None
 
 
 def tasks(devices: int | str) -> int:
     """How many processes SLURM starts on each machine: one for each device."""
     if not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
-            "SLURM has to be told how many devices a machine has, as in trainer.devices=4, but trainer.devices "
-            f"is {devices!r}."
+            "SLURM has to be told how many processes to start on a machine, as in trainer.devices=4, but "
+            f"trainer.devices is {devices!r}."
         )
     return int(devices)
 

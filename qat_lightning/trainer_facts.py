@@ -27,8 +27,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
     if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise MisconfigurationException(
-            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On the "
-            "CPU, leave it out."
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
+            "the CPU, leave it out."
         )
     start_method = getattr(trainer.strategy.launcher, "_start_method", None)
     if start_method is not None:
