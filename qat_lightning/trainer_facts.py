@@ -34,7 +34,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     if start_method is not None:
         raise MisconfigurationException(
             f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
-            "module is not prepared. Use strategy='ddp', which starts them as scripts."
+            "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
+            "device."
         )
 
 
