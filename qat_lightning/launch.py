@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from omegaconf import read_write
 
 
@@ -54,11 +55,24 @@ def _describe_job() -> None:
         hydra.run.dir = hydra.runtime.output_dir
     if hydra.mode != RunMode.MULTIRUN:
         return
+    _check_sweep()
     flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
     if "SUBMITIT_EXECUTOR" in os.environ:  # the command line is submitit's, which runs one pickled job
         sys.modules["__main__"].__spec__ = find_spec("qat_lightning.__main__")
         flags = []
     sys.argv[1:] = [*flags, *hydra.overrides.task]
+
+
+def _check_sweep() -> None:
+    """Raises where processes that were started together could form a group for the first job alone."""
+    under_torchrun = TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1
+    under_srun = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    if under_torchrun or (under_srun and "SUBMITIT_EXECUTOR" not in os.environ):
+        raise ValueError(
+            "A sweep (-m) takes new processes for each job, but "
+            f"{'torchrun' if under_torchrun else 'srun'} has started these once. Start qat-train -m by itself, "
+            "which starts processes as it needs them, or send each job to SLURM with hydra/launcher=slurm."
+        )
 
 
 def _is_sweep(argument: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from qat_lightning import load_int8, resolvers
+from qat_lightning import launch, load_int8, resolvers
 from qat_lightning.models import DigitsCNN
 from tests.processes import free_port, run_all
 
@@ -121,6 +121,26 @@ def test_tasks_are_as_many_as_devices() -> None:
 
 
 # Jobs of a sweep
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("torchrun", {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "2"}),
+        ("srun", {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}),
+    ],
+)
+def test_processes_that_are_there_once_run_no_sweep(
+    monkeypatch: pytest.MonkeyPatch, name: str, environment: dict[str, str]
+) -> None:
+    launch._check_sweep()
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=f"but {name} has started these once"):
+        launch._check_sweep()
+    if name == "srun":
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        launch._check_sweep()
 
 
 def without_the_plugin(folder: Path) -> str:
