@@ -67,12 +67,13 @@ def _check_sweep() -> None:
     """Raises where processes that were started together could form a group for the first job alone."""
     under_torchrun = TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1
     under_srun = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    if under_torchrun or (under_srun and "SUBMITIT_EXECUTOR" not in os.environ):
-        raise ValueError(
-            "A sweep (-m) takes new processes for each job, but "
-            f"{'torchrun' if under_torchrun else 'srun'} has started these once. Start qat-train -m by itself, "
-            "which starts processes as it needs them, or send each job to SLURM with hydra/launcher=slurm."
-        )
+    if not under_torchrun and (not under_srun or "SUBMITIT_EXECUTOR" in os.environ):
+        return
+    raise ValueError(
+        f"A sweep (-m) takes new processes for each job, but {'torchrun' if under_torchrun else 'srun'} has "
+        "started these once. Start qat-train -m by itself, which starts processes as it needs them, or send "
+        "each job to SLURM with hydra/launcher=slurm."
+    )
 
 
 def _is_sweep(argument: str) -> bool:
