@@ -26,11 +26,11 @@ _PLUGIN = "hydra_submitit_launcher"
 def run_name() -> str:
     """Names the folder of this run, with the same name in all its processes.
 
-    It is the time of the start: under torchrun that of rank 0, and under srun the number of the job and its
-    step, which a requeued job keeps.
+    It is the time of the start: under torchrun that of the first process, and under srun the number of the
+    job and its step, which a requeued job keeps.
     """
     if TorchElasticEnvironment.detect():
-        return _rank_zeros_time()
+        return _common_time()
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_JOB_ID" in os.environ:
         step = os.environ.get("SLURM_STEP_ID")
         return f"slurm/{os.environ['SLURM_JOB_ID']}" + (f".{step}" if step else "")
@@ -67,13 +67,15 @@ def _time() -> str:
     return datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
 
 
-@cache
-def _rank_zeros_time() -> str:
-    """Through the store of torchrun's agents, which is there before the first process."""
-    store, rank, _ = next(distributed.rendezvous("env://"))
-    if rank == 0:
-        store.set("qat_lightning/run_name", _time())
-    return store.get("qat_lightning/run_name").decode()
+def _common_time() -> str:
+    return _meeting_point().compare_set("qat_lightning/run_name", "", _time()).decode()
+
+
+@cache  # and so kept: other processes may still ask it
+def _meeting_point() -> distributed.Store:
+    """The store of torchrun's agents, which is there before there is a process group."""
+    store, _, _ = next(distributed.rendezvous("env://"))
+    return store
 
 
 def _has_plugin() -> bool:
