@@ -6,6 +6,8 @@ from qat_lightning.errors import (
     Int8FileError,
     MissingExtraError,
     PreflightError,
+    RankError,
+    RankMismatchError,
     RecipeMismatchError,
     UntraceableError,
 )
@@ -24,6 +26,8 @@ __all__ = [
     "NetworkReport",
     "PreflightError",
     "QuantizationAwareTraining",
+    "RankError",
+    "RankMismatchError",
     "Recipe",
     "RecipeMismatchError",
     "UntraceableError",

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from qat_lightning import averaging, messages, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
-from qat_lightning.finiteness import clear_flags, first_nonfinite
+from qat_lightning.finiteness import Flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
@@ -27,6 +27,7 @@ from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
+from qat_lightning.together import fail_together
 
 _FINITE_EVERY = 50
 """Steps between two looks at the flags of a GPU, each of which waits for it."""
@@ -95,7 +96,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
-        int8_path: Where it was written.
+        int8_path: Where it was written; None on a rank that cannot see that file.
         converted_from: The checkpoint whose weights it has, or `"last"`.
 
     Raises:
@@ -142,6 +143,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._resolved: ResolvedSchedule | None = None
         self._phase: Phase | None = None
         self._warned: set[str] = set()
+        self._flags = Flags(())
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
         self._first_batch = FirstBatch()
@@ -163,10 +165,12 @@ class QuantizationAwareTraining(pl.Callback):
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
-        self._prepared = prepare_module(pl_module, self.settings)
+        with fail_together("preparing the networks"):
+            self._prepared = prepare_module(pl_module, self.settings)
         keep_out_of_ddp_broadcast(pl_module)
+        self._flags = Flags(prepared.network for prepared in self._prepared)
+        self._flags.clear()
         for prepared in self._prepared:
-            clear_flags(prepared.network)
             rank_zero_info(f"Prepared {prepared}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -297,7 +301,8 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
-        self._check_finite(trainer)
+        with fail_together("looking for a NaN before a checkpoint"):
+            self._check_finite(trainer)
         merge_ranges(pl_module)
         averaging.settle(trainer, pl_module)
         self._random_states.save(trainer, checkpoint)
@@ -333,7 +338,7 @@ class QuantizationAwareTraining(pl.Callback):
         messages.report(trainer, before, phase)
 
     def _check_finite(self, trainer: pl.Trainer) -> None:
-        for prepared in self._prepared:
+        for prepared in self._prepared if self._flags.raised() else ():
             tensor = first_nonfinite(prepared.network)
             if tensor is not None:
                 raise FloatingPointError(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qat_lightning.backends import check_backend, engine, run_on_engine
+from qat_lightning.batch_norms import make_local, note_batch_norms, restore_batch_norms
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
@@ -94,6 +95,7 @@ def prepare(
         replace_zero_scales(prepared)
         recipe = _recipe(made, chosen, options)
     attach(prepared, recipe)
+    note_batch_norms(prepared)
     return prepared
 
 
@@ -141,12 +143,14 @@ def copy_of(module: ModuleT) -> ModuleT:
 def convert_in_place(module: ModuleT) -> ModuleT:
     """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
     module = module.cpu().eval()
+    make_local(module)
     use_divided(module)
     for _, child in fake_quantizes(module):
         child.eval()  # fused modules with frozen statistics do not pass `eval` on to their children
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:
             continue
+        restore_batch_norms(network)
         with quiet_torch_ao(), engine(recipe.backend):
             converted = MODES[recipe.mode].convert(network)
         attach(converted, dataclasses.replace(recipe, int8=True))

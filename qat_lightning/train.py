@@ -16,10 +16,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from qat_lightning import resolvers
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job
 from qat_lightning.weights import load_weights
+
+resolvers.register()
 
 log = logging.getLogger(__name__)
 

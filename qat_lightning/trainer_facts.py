@@ -27,11 +27,18 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "Ranges and int8 conversion need float32 weights, but precision is "
             f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
         )
+    synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
+            "the CPU, leave it out."
+        )
     start_method = getattr(trainer.strategy.launcher, "_start_method", None)
     if start_method is not None:
         raise MisconfigurationException(
             f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
-            "module is not prepared. Use strategy='ddp', which starts them as scripts."
+            "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
+            "device."
         )
 
 
