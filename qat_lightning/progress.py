@@ -17,6 +17,11 @@ _VALIDATION = "epoch_loop.val_loop.batch_progress"
 _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
+def has_begun(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the run had trained on anything when a checkpoint was written."""
+    return bool(checkpoint["loops"]["fit_loop"][_BATCHES]["total"]["processed"])
+
+
 def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was written between two training steps, so that a run goes on from it exactly."""
     batches = checkpoint["loops"]["fit_loop"][_BATCHES]["current"]

@@ -23,6 +23,7 @@ from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, rec
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
+from qat_lightning.requeue import RequeueBetweenSteps
 from qat_lightning.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def train(cfg: DictConfig) -> Metrics:
         if cfg.preflight == "only":
             _preflight(qat, classifier, data)
             return {}
-        trainer = _trainer(cfg, [SameStart(start), *([qat] if qat else [])])
+        trainer = _trainer(cfg, [SameStart(start), RequeueBetweenSteps(), *([qat] if qat else [])])
         if trainer.is_global_zero:
             record(cfg, start)
         metrics = _start(cfg, classifier, data, trainer)
