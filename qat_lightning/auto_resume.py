@@ -159,7 +159,7 @@ def _refuse_another_run(folder: Path, configuration: dict[str, Any]) -> None:
     ours, theirs = dict(_leaves(configuration)), dict(_leaves(saved))
     differences = [
         f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there"
-        for key in sorted(ours.keys() | theirs.keys())
+        for key in sorted(ours.keys() | theirs.keys(), key=lambda key: (key.count("."), key))
         if ours.get(key) != theirs.get(key)
     ]
     if differences:

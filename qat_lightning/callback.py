@@ -24,6 +24,7 @@ from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
@@ -151,6 +152,7 @@ class QuantizationAwareTraining(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares the networks; in stages other than fit it leaves the module alone."""
         if stage != "fit":
+            refuse_prepared_states(pl_module)
             return
         self._resolved = self._phase = None
         self._random_states.clear()

@@ -23,6 +23,7 @@ from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, rec
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
+from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.requeue import RequeueBetweenSteps
 from qat_lightning.weights import load_weights
 
@@ -80,6 +81,8 @@ def train(cfg: DictConfig) -> Metrics:
         _check_classes(cfg.num_classes, data)
         classifier: LightningModule = instantiate(cfg.classifier, _convert_="all")
         qat = _callback(cfg)
+        if qat is None:
+            refuse_prepared_states(classifier)
         if cfg.preflight == "only":
             _preflight(qat, classifier, data)
             return {}

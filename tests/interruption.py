@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from fsspec.implementations.local import LocalFileOpener
+from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import qat_lightning.conversion
