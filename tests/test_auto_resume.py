@@ -79,9 +79,7 @@ def test_a_finished_run_gives_its_results_again(tmp_path: Path, hydra: None) -> 
 
 
 def test_another_configuration_in_the_same_folder_is_an_error(interrupted: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"another configuration: seed is 1 here and 0 there; data.seed\.max_epochs"
-    ):
+    with pytest.raises(ValueError, match=r"another configuration: seed is 1 here and 0 there; data\.seed"):
         find_start(configure(interrupted, "trainer.max_epochs=3", "seed=1", "resume=auto"))
 
 
@@ -144,10 +142,11 @@ def test_the_command_goes_on_in_the_first_folder(tmp_path: Path) -> None:
     run(tmp_path, *first, at=MOMENTS["a step in mid-epoch"])  # without resume=auto
     run(tmp_path, *first, "seed=1", at=MOMENTS["a step in mid-epoch"])  # another run
     (folder, other) = sorted(path.parent for path in tmp_path.rglob("checkpoints"))
+    before = checkpoints_in(other)
     assert run(tmp_path, *first, "resume=auto") == [0], output(tmp_path)
     assert f"resume=auto: going on from {folder}/checkpoints/last.ckpt" in output(tmp_path)
     assert [path.parent for path in tmp_path.rglob("metrics.json")] == [folder]
-    assert len(checkpoints_in(other)) == 1
+    assert checkpoints_in(other) == before
     assert result(folder.parents[2]).metrics
     assert run(tmp_path, *first, "resume=auto", at=MOMENTS["the first step"]) == [0]  # trains nothing
     assert f"resume=auto: {folder} is finished" in output(tmp_path)
@@ -172,7 +171,7 @@ def test_a_killed_group_of_processes_goes_on(tmp_path: Path, launcher: str, swee
     while not list(killed.rglob("last.ckpt")):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     said = wait(spawn(command, killed))
     assert said.count("going on from") == 1
     assert read(killed) == read(whole)
