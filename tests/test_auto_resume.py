@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from qat_lightning.auto_resume import SameStart, Start, find_start, record
 from qat_lightning.checkpoints import checkpoints_in
 from qat_lightning.launch import pass_on
 from qat_lightning.train import train
-from tests.interruption import DDP, IN_MID_EPOCH, MOMENTS, SETTINGS, output, result, run
+from tests.interruption import DDP, IN_MID_EPOCH, MOMENTS, SETTINGS, finish, kill, output, result, run, start
 from tests.runs import trainer
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,9 @@ def test_a_run_that_goes_on_keeps_its_checkpoints(interrupted: Path) -> None:
     record(cfg, find_start(cfg))  # longer than before, and killed at once
     again = configure(interrupted, "trainer.max_epochs=2", "resume=auto")
     assert find_start(again).checkpoint == str(interrupted / "checkpoints/last.ckpt")
-    assert [path.name for path in interrupted.iterdir() if path.is_file()] == ["config.yaml"]
+    assert [path.name for path in interrupted.iterdir() if path.name[0] != "." and path.is_file()] == [
+        "config.yaml"
+    ]
 
 
 @pytest.mark.usefixtures("hydra")
@@ -152,17 +155,30 @@ def test_the_command_goes_on_in_the_first_folder(tmp_path: Path) -> None:
     assert f"resume=auto: {folder} is finished" in output(tmp_path)
 
 
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    command = [*SETTINGS, "hydra.run.dir=run", "resume=auto"]
+    first = start(tmp_path, [*command, "trainer.max_epochs=100"])
+    while not (tmp_path / "run/config.yaml").is_file():
+        time.sleep(0.01)
+    assert run(tmp_path, *SETTINGS, "hydra.run.dir=run") == [1]
+    kill(first)
+    assert finish(first) == [-9]
+    assert f"Another process is still writing to {tmp_path}/run" in output(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert run(tmp_path, *command) == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_a_killed_group_of_processes_goes_on(tmp_path: Path, launcher: str, sweep: bool) -> None:
     if sweep and launcher == "torchrun":
         pytest.skip("Hydra's sweeps and torchrun do not go together")
-    start = ["-m", "qat_lightning"]
+    program = ["-m", "qat_lightning"]
     if launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *start]
+        program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
     jobs = ["-m", "hydra.sweep.dir=sweeps/${now:%H-%M-%S}", "seed=0,1"] if sweep else []
-    command = [sys.executable, *start, *jobs, *SETTINGS, *DDP, IN_MID_EPOCH, "resume=auto"]
+    command = [sys.executable, *program, *jobs, *SETTINGS, *DDP, IN_MID_EPOCH, "resume=auto"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -170,7 +186,8 @@ def test_a_killed_group_of_processes_goes_on(tmp_path: Path, launcher: str, swee
     process = spawn(command, killed)
     while not list(killed.rglob("last.ckpt")):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in tree(process.pid):  # torchrun's workers are groups of their own
+        os.kill(each, signal.SIGKILL)
     process.communicate()
     said = wait(spawn(command, killed))
     assert said.count("going on from") == 1
@@ -192,6 +209,12 @@ def wait(process: subprocess.Popen[str]) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
     return said
+
+
+def tree(process: int) -> list[int]:
+    """A process and those that it started, and so on."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(each for child in children for each in tree(int(child)))]
 
 
 def read(folder: Path) -> list[Any]:
