@@ -20,15 +20,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
 
-import qat_lightning.conversion
-import qat_lightning.files
 import qat_lightning.train
 from qat_lightning import load_int8
-from qat_lightning.classifier import ImageClassifier
 from qat_lightning.models import DigitsCNN
+from tests.moments import Moment
 from tests.networks import same_state
 
 TIMEOUT = 120
@@ -46,95 +44,6 @@ SETTINGS = (
 )
 IN_MID_EPOCH = "callbacks.last.every_n_train_steps=2"
 DDP = ("trainer=ddp_cpu",)
-
-
-@dataclass(frozen=True)
-class Call:
-    """The moment of a call, counted from 1, of a function of a module or class.
-
-    Attributes:
-        owner: The module or class.
-        name: The function in it.
-        count: Which call.
-        after: Whether the moment is after the call has done its work, or before.
-    """
-
-    owner: Any
-    name: str
-    count: int = 1
-    after: bool = False
-
-    def arm(self, act: Callable[[], None]) -> None:
-        """Puts a function in place that calls `act` at the moment."""
-        original = getattr(self.owner, self.name)
-        calls = 0
-
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == self.count and not self.after:
-                act()
-            result = original(*args, **kwargs)
-            if calls == self.count and self.after:
-                act()
-            return result
-
-        setattr(self.owner, self.name, replaced)
-
-
-@dataclass(frozen=True)
-class HalfCheckpoint:
-    """The moment when half of a checkpoint lies in its place, as where it is copied from another file system.
-
-    Attributes:
-        count: Which checkpoint, counted from 1.
-    """
-
-    count: int
-
-    def arm(self, act: Callable[[], None]) -> None:
-        """Makes the commit of that file write half of it and call `act`."""
-        original, calls = LocalFileOpener.commit, 0
-
-        def half(opener: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == self.count:
-                content = Path(opener.temp).read_bytes()
-                Path(opener.path).write_bytes(content[: len(content) // 2])
-                act()
-            original(opener)
-
-        LocalFileOpener.commit = half  # type: ignore[method-assign]
-
-
-Moment = Call | HalfCheckpoint
-TRAIN = qat_lightning.train
-
-MOMENTS: dict[str, Moment] = {
-    "the first step": Call(ImageClassifier, "training_step", 1),
-    "a step in mid-epoch": Call(ImageClassifier, "training_step", 9),
-    "the first step with frozen observers": Call(ImageClassifier, "training_step", 6),
-    "after the first step with frozen batch-norm": Call(ImageClassifier, "training_step", 11, after=True),
-    "an optimizer step": Call(torch.optim.SGD, "step", 8),
-    "the last step": Call(ImageClassifier, "training_step", 15),
-    "a validation": Call(ImageClassifier, "validation_step", 6),
-    "the last validation": Call(ImageClassifier, "validation_step", 8),
-    "torch.save of a checkpoint": Call(torch, "save", 6),
-    "before the last checkpoint is in place": Call(LocalFileOpener, "commit", 5),
-    "after a checkpoint is in place": Call(LocalFileOpener, "commit", 3, after=True),
-    "half a checkpoint": HalfCheckpoint(2),
-    "half a later checkpoint": HalfCheckpoint(4),
-    "half the last checkpoint": HalfCheckpoint(5),
-    "the conversion": Call(qat_lightning.conversion, "convert"),
-    "after the conversion": Call(qat_lightning.conversion, "convert", after=True),
-    "writing the int8 file": Call(qat_lightning.conversion, "save_int8"),
-    "before the int8 file is in place": Call(Path, "replace", 2),
-    "after the int8 file is in place": Call(Path, "replace", 2, after=True),
-    "scoring the int8 network": Call(TRAIN, "evaluate", 2),
-    "writing metrics.json": Call(Path, "replace", 3),
-    "after metrics.json is in place": Call(Path, "replace", 3, after=True),
-}
 
 
 def start(folder: Path, overrides: Sequence[str], *, ranks: int = 1, arm: Any = None) -> list[int]:
@@ -272,16 +181,22 @@ class Result:
         return found + ([] if self.metrics == other.metrics else ["accuracies"])
 
 
-def result(folder: Path) -> Result:
-    """Reads what the one finished run under `folder` ended with."""
+def result(folder: Path, network: nn.Module | None = None, shape: Sequence[int] = (1, 8, 8)) -> Result:
+    """Reads what the one finished run under `folder` ended with.
+
+    Args:
+        folder: Where the command ran.
+        network: The float network, by default that of `SETTINGS`.
+        shape: Of an image.
+    """
     (path,) = folder.rglob("metrics.json")
     leftovers = [p for p in path.parent.rglob(".*") if p.name.endswith(".partial")]
     assert leftovers == []
     metrics = [line for line in path.read_text().splitlines() if "accuracy" in line]
     final = [torch.load(each, weights_only=True) for each in sorted(folder.glob("final*.pt"))]
-    network = load_int8(path.parent / "int8.pt", DigitsCNN(width=8))
-    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Result(final, dict(network.state_dict()), network(images), "\n".join(metrics))
+    int8 = load_int8(path.parent / "int8.pt", network or DigitsCNN(width=8))
+    images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    return Result(final, dict(int8.state_dict()), int8(images), "\n".join(metrics))
 
 
 def output(folder: Path) -> str:

@@ -18,20 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.interruption import (
-    DDP,
-    IN_MID_EPOCH,
-    MOMENTS,
-    SETTINGS,
-    Moment,
-    Result,
-    finish,
-    kill,
-    output,
-    result,
-    run,
-    start,
-)
+from tests.interruption import DDP, IN_MID_EPOCH, SETTINGS, Result, finish, kill, output, result, run, start
+from tests.moments import MOMENTS, Moment
 
 
 class Kind(NamedTuple):

@@ -22,7 +22,8 @@ from qat_lightning.auto_resume import SameStart, Start, find_start, record
 from qat_lightning.checkpoints import checkpoints_in
 from qat_lightning.launch import pass_on
 from qat_lightning.train import train
-from tests.interruption import DDP, IN_MID_EPOCH, MOMENTS, SETTINGS, finish, kill, output, result, run, start
+from tests.interruption import DDP, IN_MID_EPOCH, SETTINGS, finish, kill, output, result, run, start
+from tests.moments import MOMENTS
 from tests.runs import trainer
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torchvision
 
 from qat_lightning.classifier import ImageClassifier
-from tests.interruption import MOMENTS, SETTINGS, Call, Result, kill_oneself, output, result, run
+from tests.interruption import SETTINGS, Result, kill_oneself, output, result, run
+from tests.moments import MOMENTS, Call
 from tests.soak import KINDS, Kind, Trial, verdict
 
 Whole = Callable[[Kind], Result]
@@ -57,6 +59,34 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, whole: Whole, kind
 def test_soak() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.soak"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_torchvision_network(tmp_path: Path) -> None:
+    settings = [
+        *(
+            "model=resnet18",
+            "data=synthetic",
+            "data.num_samples=24",
+            "data.image_size=32",
+            "data.batch_size=8",
+        ),
+        *(
+            "trainer.max_epochs=2",
+            "trainer.enable_progress_bar=false",
+            "callbacks.last.every_n_train_steps=1",
+        ),
+        *("optimizer.lr=0.01", "model.weights=null"),
+    ]
+
+    def ended(folder: Path) -> Result:
+        return result(folder, torchvision.models.resnet18(num_classes=10), (3, 32, 32))
+
+    assert run(tmp_path / "whole", *settings) == [0]
+    at = Call(ImageClassifier, "validation_step", 3)
+    assert run(tmp_path / "killed", *settings, "resume=auto", at=at) == [-9]
+    assert run(tmp_path / "killed", *settings, "resume=auto") == [0], output(tmp_path / "killed")
+    assert ended(tmp_path / "killed").differences(ended(tmp_path / "whole")) == []
 
 
 def test_the_comparison_sees_one_bit(whole: Whole) -> None:
