@@ -1,6 +1,7 @@
 """Int8 quantization-aware training for PyTorch Lightning."""
 
 from qat_lightning.callback import QuantizationAwareTraining
+from qat_lightning.checkpoints import latest_checkpoint
 from qat_lightning.errors import (
     ConversionError,
     Int8FileError,
@@ -33,6 +34,7 @@ __all__ = [
     "UntraceableError",
     "convert",
     "export_onnx",
+    "latest_checkpoint",
     "load_int8",
     "load_qat_checkpoint",
     "preflight",

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning import averaging, messages, surroundings, trainer_facts
+from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.finiteness import Flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
@@ -24,6 +24,7 @@ from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
 from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
@@ -154,7 +155,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Prepares the networks; in stages other than fit it leaves the module alone."""
         surroundings.check_package(trainer, pl_module)
         if stage != "fit":
-            surroundings.refuse_qat_weights(pl_module)
+            refuse_prepared_states(pl_module)
             return
         self._resolved = self._phase = None
         self._random_states.clear()
@@ -196,6 +197,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._warn_of_unreached(trainer)
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
+        self._random_states.restore_before_validation(trainer)
         if self.preflight:
             self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
 
@@ -227,6 +229,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges, and switches observers off for the validation."""
+        progress.forget_restart(trainer)
         merge_ranges(pl_module)
         averaging.settle(trainer, pl_module)
         self._observers_off.enter(pl_module)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qat_lightning.atomic import replacing
 from qat_lightning.backends import engine
 from qat_lightning.errors import Int8FileError, RecipeMismatchError
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
@@ -47,24 +46,10 @@ def save_int8(module: nn.Module, path: str | Path) -> Path:
             "int8 network. Call convert(module) first."
         )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, "version": 1, "state_dict": module.state_dict()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        partial = Path(file.name)
-        try:
-            torch.save(content, file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    partial.chmod(0o666 & ~_umask())
-    partial.replace(path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_int8(

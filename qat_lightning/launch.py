@@ -39,6 +39,12 @@ def one_job() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def pass_on(**fields: str | None) -> None:
+    """Makes the command line, which further processes get, give these values to these fields."""
+    kept = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") not in fields]
+    sys.argv[1:] = [*kept, *(f"{name}={_quoted(value)}" for name, value in fields.items())]
+
+
 def leave_process_group() -> None:
     """Ends communication with the other processes of the job, if there are any.
 
@@ -79,3 +85,8 @@ def _check_sweep() -> None:
 def _is_sweep(argument: str) -> bool:
     override = not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
     return override or argument in ("-m", "--multirun")
+
+
+def _quoted(value: str | None) -> str:
+    """A value as Hydra reads it back."""
+    return "null" if value is None else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,7 +1,7 @@
 """Exact resume: the random state of every process travels in the checkpoint.
 
-Lightning restores none. The state is put back at the first epoch start after a resume, or, in mid-epoch where
-there is no epoch start, before the first batch's step.
+Lightning restores none. The state is put back at the first epoch start after a resume; in mid-epoch, where
+there is no epoch start, before the first batch's step, or before the validation that is due.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import distributed
 
-from qat_lightning import random_state
+from qat_lightning import progress, random_state
 
 _KEY = "qat_random_state"
 
@@ -30,6 +30,7 @@ class RandomStates:
             states = [None] * trainer.world_size
             distributed.all_gather_object(states, random_state.capture())
         checkpoint[_KEY] = states
+        progress.record_due_validation(trainer, checkpoint)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the states of `checkpoint` until they are restored."""
@@ -38,6 +39,11 @@ class RandomStates:
     def clear(self) -> None:
         """Forgets states that were not restored."""
         self._states = []
+
+    def restore_before_validation(self, trainer: pl.Trainer) -> None:
+        """Puts this rank's generators back, if a validation comes before the first step."""
+        if progress.validation_is_next(trainer):
+            self.restore(trainer, epoch_start=False)
 
     def restore(self, trainer: pl.Trainer, *, epoch_start: bool) -> None:
         """Puts this rank's generators back, once after each load."""

@@ -5,21 +5,29 @@ from __future__ import annotations
 import io
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
 from torch import nn
 
 from qat_lightning import resolvers
+from qat_lightning.atomic import replacing
+from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, record
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.inspection.preflight import preflight_with
-from qat_lightning.launch import leave_process_group, one_job
+from qat_lightning.launch import leave_process_group, one_job, pass_on
+from qat_lightning.lock import sole_writer
+from qat_lightning.recipe import refuse_prepared_states
+from qat_lightning.requeue import RequeueBetweenSteps
 from qat_lightning.weights import load_weights
 
 resolvers.register()
@@ -64,19 +72,30 @@ def train(cfg: DictConfig) -> Metrics:
         - `float_path`, `int8_path`: the files of weights.
 
     Raises:
-        ValueError: If `num_classes` is not the data's, or there is no int8 to try with `preflight=only`.
+        ValueError: If `num_classes` is not the data's, there is no int8 to try with `preflight=only`, or
+            `resume` is wrong.
+        RuntimeError: If another process is writing to the output folder.
         Exception: What the constructors named in `cfg` raise.
     """
-    with one_job():
+    start = find_start(cfg)
+    if start.metrics is not None:
+        return start.metrics if getattr(rank_zero_only, "rank", 0) == 0 else {}
+    alone = nullcontext() if cfg.preflight == "only" else sole_writer(start.folder)
+    with one_job(), alone:
+        _begin_at(start, cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: LightningDataModule = instantiate(cfg.data, _convert_="all")
         _check_classes(cfg.num_classes, data)
         classifier: LightningModule = instantiate(cfg.classifier, _convert_="all")
         qat = _callback(cfg)
+        if qat is None:
+            refuse_prepared_states(classifier)
         if cfg.preflight == "only":
             _preflight(qat, classifier, data)
             return {}
-        trainer = _trainer(cfg, qat)
+        trainer = _trainer(cfg, [SameStart(start), RequeueBetweenSteps(), *([qat] if qat else [])])
+        if trainer.is_global_zero:
+            record(cfg, start)
         metrics = _start(cfg, classifier, data, trainer)
         trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_process_group()
@@ -132,10 +151,21 @@ def _callback(cfg: DictConfig) -> Any:
     return instantiate(cfg.quantization, preflight=bool(cfg.preflight), _convert_="all")
 
 
-def _trainer(cfg: DictConfig, qat: Any) -> Trainer:
-    callbacks = [instantiate(each, _convert_="all") for each in cfg.callbacks.values() if each]
+def _begin_at(start: Start, cfg: DictConfig) -> None:
+    """Makes the configuration, also that of further processes, say where the run begins."""
+    if cfg.resume is None:
+        return
+    found = {"output_dir": str(start.folder), "ckpt_path": start.checkpoint} if start.checkpoint else {}
+    for name, value in found.items():
+        cfg[name] = value
+    if HydraConfig.initialized():
+        pass_on(resume=None, **found)
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
+    configured = [instantiate(each, _convert_="all") for each in cfg.callbacks.values() if each]
     build = instantiate(cfg.trainer, _partial_=True, _convert_="all")
-    trainer: Trainer = build(callbacks=[*callbacks, qat] if qat else callbacks)
+    trainer: Trainer = build(callbacks=[*configured, *callbacks])
     return trainer
 
 
@@ -152,18 +182,14 @@ def _preflight(qat: Any, classifier: LightningModule, data: LightningDataModule)
 def _start(
     cfg: DictConfig, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> Metrics:
-    """Writes the configuration, loads the starting weights and scores them."""
-    first = trainer.is_global_zero
-    if first:
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, Path(cfg.output_dir) / "config.yaml", resolve=True)
+    """Loads the starting weights and scores them."""
     network = _network(classifier)
     metrics: Metrics = dict.fromkeys(("float_accuracy", "fake_quant_accuracy", "int8_accuracy"))
     metrics |= {"float_bytes": _file_size(network), "int8_bytes": None, "checkpoint": None}
     metrics |= {"float_path": cfg.weights, "int8_path": None}
     if cfg.weights is not None:
         load_weights(network, cfg.weights)
-        if first:
+        if trainer.is_global_zero:
             metrics["float_accuracy"] = _evaluate_like(trainer, classifier, data)
             log.info(f"Starting from {cfg.weights}: {percent(metrics['float_accuracy'])}.")
     return metrics
@@ -176,7 +202,8 @@ def _finish_float(
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or "last"
     _load_checkpoint(classifier, best)
     path = output_dir / "float.pt"
-    torch.save(_network(classifier).state_dict(), path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(_network(classifier).state_dict(), file)
     accuracy = _evaluate_like(trainer, classifier, data)
     return {"float_accuracy": accuracy, "checkpoint": best, "float_path": str(path)}
 
@@ -216,7 +243,8 @@ def _load_checkpoint(classifier: LightningModule, checkpoint: str) -> None:
 
 def _write(cfg: DictConfig, metrics: Metrics) -> None:
     text = json.dumps(metrics, indent=2)
-    (Path(cfg.output_dir) / "metrics.json").write_text(text + "\n")
+    with replacing(Path(cfg.output_dir) / METRICS) as partial:
+        partial.write_text(text + "\n")
 
 
 def _network(classifier: LightningModule) -> nn.Module:

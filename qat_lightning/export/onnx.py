@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.atomic import replacing
 from qat_lightning.errors import ConversionError, MissingExtraError
 from qat_lightning.modes.reference import reference
 from qat_lightning.quiet import quiet_torch_ao
@@ -61,11 +62,10 @@ def export_onnx(
         check_observed(network)
     inputs = _inputs(prepared, example_inputs)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_torch_ao(), warnings.catch_warnings(), torch.no_grad():
+    with replacing(path) as partial, quiet_torch_ao(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own; what went wrong is seen by running the file
         torch.onnx.export(
-            reference(prepared), inputs, path, dynamo=True, verbose=False, external_data=False,
+            reference(prepared), inputs, partial, dynamo=True, verbose=False, external_data=False,
             dynamic_shapes=_dynamic_batch(inputs),
         )  # fmt: skip
     _check(prepared, inputs, path, min_sqnr)

@@ -1,0 +1,39 @@
+"""Files that are whole or absent, whenever the process that writes them is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` to write to, which takes its place at the end of the block.
+
+    An error in the block leaves `path` as it was and nothing beside it. A killed process may leave a hidden
+    `.name.….partial`, which nothing reads and :func:`remove_partial` removes.
+
+    Args:
+        path: The file to write; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}{_SUFFIX}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a power failure may leave the name without the content
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes left in `folder`."""
+    for partial in folder.glob(f".*{_SUFFIX}"):
+        partial.unlink(missing_ok=True)

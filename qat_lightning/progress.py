@@ -1,0 +1,70 @@
+"""How far a run had come when a checkpoint was written, in the counters of Lightning's loops.
+
+Lightning's own restart leaves out a validation that is due after the batch at whose end a checkpoint is
+written, and does half of one that was interrupted. Other weights would be the best than without the
+interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+_BATCHES = "epoch_loop.batch_progress"
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
+_BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def has_begun(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the run had trained on anything when a checkpoint was written."""
+    return bool(checkpoint["loops"]["fit_loop"][_BATCHES]["total"]["processed"])
+
+
+def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written between two training steps, so that a run goes on from it exactly."""
+    batches = checkpoint["loops"]["fit_loop"][_BATCHES]["current"]
+    return bool(batches["ready"] == batches["processed"])
+
+
+def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Notes in a checkpoint that is being written whether a validation comes next.
+
+    In Lightning's terms: the batch is completed, and a validation has begun, of which nothing is done.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    if not is_between_steps(checkpoint) or not _validation_is_due(trainer):
+        return
+    batches = loops[_BATCHES]
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    loops[_VALIDATION] |= {"total": dict(_BEGUN), "current": dict(_BEGUN), "is_last_batch": False}
+
+
+def validation_is_next(trainer: pl.Trainer) -> bool:
+    """Whether a run that was resumed begins with a validation."""
+    return trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
+
+
+def forget_restart(trainer: pl.Trainer) -> None:
+    """Makes the counters, when a validation starts, those of a run that was not interrupted.
+
+    The count of validation batches would else make the next checkpoint look like one of an interrupted
+    validation. And as long as the epoch counts as restarted, Lightning leaves out schedulers on a plateau,
+    for want of the metric that this validation gives.
+    """
+    if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        loop = trainer.fit_loop
+        loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+        loop._restarting = False
+
+
+def _validation_is_due(trainer: pl.Trainer) -> bool:
+    loop: Any = trainer.fit_loop.epoch_loop
+    if trainer.validating:
+        done = loop.val_loop.batch_progress
+        return not (done.is_last_batch and done.current.completed == done.current.ready)
+    fetcher = trainer.fit_loop._data_fetcher
+    just_done = loop.batch_progress.current.completed < loop.batch_progress.current.processed
+    return bool(just_done and fetcher is not None and loop._should_check_val_fx(fetcher))
