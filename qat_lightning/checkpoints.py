@@ -77,7 +77,11 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]
     if missing:
         raise _Unusable(f"it holds weights alone: {', '.join(missing)} are missing")
-    if not has_begun(content):
+    try:
+        begun = has_begun(content)
+    except (KeyError, TypeError) as error:
+        raise _Unusable("it is of a Lightning whose loops had another form") from error
+    if not begun:
         raise _Unusable("it was written before the first step")
     return content
 

@@ -19,7 +19,10 @@ LEAST = 35.0
 
 OUTPUTS: dict[str, dict[str, Tensor]] = torch.load(FOLDER / "outputs.pt", weights_only=True)
 
-pytestmark = pytest.mark.parametrize("mode", NETWORKS)
+pytestmark = [
+    pytest.mark.parametrize("mode", NETWORKS),
+    pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning"),
+]
 
 
 def test_the_int8_file(mode: str) -> None:
