@@ -186,7 +186,8 @@ def _folders_of_other_times(folder: Path) -> Iterator[Path]:
     with read_write(hydra):
         for group, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
             raw = hydra[group]._get_node(key)._value()
-            hydra[group][key] = re.sub(r"\$\{now:[^}]*\}", _TIME, str(raw))
+            raw = re.sub(r"\$\{run_name:\}", f"{_TIME}/{_TIME}", str(raw))
+            hydra[group][key] = re.sub(r"\$\{now:[^}]*\}", _TIME, raw)
     path = hydra.run.dir
     if hydra.mode == RunMode.MULTIRUN:
         path = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)

@@ -24,7 +24,7 @@ _PLUGIN = "hydra_submitit_launcher"
 
 
 def run_name() -> str:
-    """Names the folder of this run, with the same name in all its processes.
+    """Names the folder of this run, in a folder of its kind, with the same name in all its processes.
 
     It is the time of the start: under torchrun that of the first process, and under srun the number of the
     job and its step, which a requeued job keeps.
