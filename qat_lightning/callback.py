@@ -22,7 +22,13 @@ from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
-from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
+from qat_lightning.preparation import (
+    Prepared,
+    Settings,
+    network_names,
+    prepare_module,
+    prepare_when_loaded,
+)
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
@@ -149,10 +155,10 @@ class QuantizationAwareTraining(pl.Callback):
     # The life of a run, in Lightning's order.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepares the networks; in stages other than fit it leaves the module alone."""
+        """Prepares the networks; in stages other than fit only if weights of a QAT run are loaded."""
         surroundings.check_package(trainer, pl_module)
         if stage != "fit":
-            surroundings.refuse_qat_weights(pl_module)
+            prepare_when_loaded(pl_module, self.settings)
             return
         self._resolved = self._phase = None
         self._random_states.clear()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from qat_lightning import trainer_facts
-from qat_lightning.errors import RecipeMismatchError
-from qat_lightning.recipe import quantized_networks, recipes_in
 
 
 def check_package(trainer: object, module: object) -> None:
@@ -55,20 +50,3 @@ def check_loggers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 "autograd functions, and fake-quantization is made of them. Leave log_graph out, and for a "
                 "graph log the float network before fit: logger.experiment.add_graph(network, batch)."
             )
-
-
-def refuse_qat_weights(module: pl.LightningModule) -> None:
-    """Makes a float `module` refuse the weights of a QAT run, and name the function that reads them."""
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", None) is _refuse for hook in hooks):
-        module.register_load_state_dict_pre_hook(_refuse)
-
-
-def _refuse(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    if recipes_in(state_dict) and next(quantized_networks(module), None) is None:
-        kind = type(module).__name__
-        raise RecipeMismatchError(
-            f"The checkpoint is of a QAT run, and this {kind} is float. Read it with "
-            f"qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to the "
-            "Trainer, without ckpt_path."
-        )
