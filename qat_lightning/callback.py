@@ -48,7 +48,8 @@ class QuantizationAwareTraining(pl.Callback):
     end of fit a copy is converted on the CPU; the LightningModule itself stays as it was trained,
     so that `trainer.test(ckpt_path="best")` and a second `trainer.fit` work.
 
-    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
+    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase. Callbacks that average
+    weights come after this one; docs/compatibility.md lists what else works with it.
 
     One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
     original but no other methods. A LightningModule with layers of its own stays what it is: its
