@@ -22,9 +22,14 @@ from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
-from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
+from qat_lightning.preparation import (
+    Prepared,
+    Settings,
+    network_names,
+    prepare_module,
+    prepare_when_loaded,
+)
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
-from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
@@ -44,7 +49,8 @@ class QuantizationAwareTraining(pl.Callback):
     end of fit a copy is converted on the CPU; the LightningModule itself stays as it was trained,
     so that `trainer.test(ckpt_path="best")` and a second `trainer.fit` work.
 
-    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
+    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase. Callbacks that average
+    weights come after this one; docs/compatibility.md lists what else works with it.
 
     One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
     original but no other methods. A LightningModule with layers of its own stays what it is: its
@@ -152,10 +158,10 @@ class QuantizationAwareTraining(pl.Callback):
     # The life of a run, in Lightning's order.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepares the networks; in stages other than fit it leaves the module alone."""
+        """Prepares the networks; in stages other than fit only if weights of a QAT run are loaded."""
         surroundings.check_package(trainer, pl_module)
         if stage != "fit":
-            refuse_prepared_states(pl_module)
+            prepare_when_loaded(pl_module, self.settings)
             return
         self._resolved = self._phase = None
         self._random_states.clear()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
 
 from qat_lightning import RecipeMismatchError, load_int8, load_qat_checkpoint
 from qat_lightning.fake_quantize import fake_quantizes
@@ -97,19 +99,50 @@ def checkpoint_in_a_fresh_module(folder: Path) -> None:
 
 
 @row(
-    "A QAT checkpoint in a float module",
+    "A QAT checkpoint in a new process",
     "Trainer(callbacks=[qat]).test(Module(), ckpt_path=path)",
-    "refused: the error names `load_qat_checkpoint`",
+    "works; the module is prepared when the weights come",
 )
-def checkpoint_in_a_float_module(folder: Path) -> None:
-    _, path = saved(folder)
-    match = r"checkpoint is of a QAT run.*load_qat_checkpoint\(path, Tiny"
-    runner = trainer(folder, callback())
-    for evaluate in (runner.test, runner.validate):
-        with pytest.raises(RecipeMismatchError, match=match):
-            evaluate(TinyModule(), ckpt_path=path, verbose=False)
+def checkpoint_path_of_a_fresh_module(folder: Path) -> None:
+    run, path = saved(folder)
+    runner = trainer(folder, callback(), ModelCheckpoint(folder))
+    module = TinyModule()
+    assert runner.test(module, ckpt_path=path, verbose=False) == run.trainer.test(run.module, verbose=False)
+    assert same_state(module, run.module) == []
+    validated = runner.validate(TinyModule(), ckpt_path=path, verbose=False)
+    assert validated == run.trainer.validate(run.module, verbose=False)
+    predicted: Any = runner.predict(TinyModule(), loader(32, seed=2), ckpt_path=path)
+    assert torch.equal(torch.cat(predicted), outputs(run.module))
+    with pytest.raises(RecipeMismatchError, match="another quantization recipe"):
+        trainer(folder, callback(keep_float=["fc"]), ModelCheckpoint(folder)).test(
+            TinyModule(), ckpt_path=path, verbose=False
+        )
+
+
+class Loose(TinyModule):
+    """Has layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten())
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+
+@row(
+    "A QAT checkpoint in a new process",
+    "the same, where the module has layers of its own",
+    "refused: the error names `load_qat_checkpoint`, which reads it",
+)
+def checkpoint_path_of_loose_layers(folder: Path) -> None:
+    checkpoint = ModelCheckpoint(folder)
+    run = fit(folder, checkpoint, module=Loose)
+    path = checkpoint.best_model_path
+    match = r"weights are of a QAT run, and this Loose.*is float.*load_qat_checkpoint\(path, Loose"
     with pytest.raises(RecipeMismatchError, match=match):
-        runner.predict(TinyModule(), loader(), ckpt_path=path)
+        trainer(folder, callback()).test(Loose(), ckpt_path=path, verbose=False)
+    assert torch.equal(outputs(load_qat_checkpoint(path, Loose())), outputs(run.module))
 
 
 @row(
