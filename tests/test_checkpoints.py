@@ -21,6 +21,7 @@ from qat_lightning import (
 )
 from qat_lightning.backends import engine
 from qat_lightning.data import ResumableLoader
+from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.requeue import RequeueBetweenSteps
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_resume import Crash, CrashAt, Noisy, assert_equal, seed
@@ -183,14 +184,13 @@ def evaluator(folder: Path) -> pl.Trainer:
     return trainer(folder, QuantizationAwareTraining(), enable_checkpointing=False)
 
 
-@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
-def test_a_qat_checkpoint_for_a_float_module(tmp_path: Path, qat: Path, verb: str) -> None:
-    data = TinyModule().test_dataloader()
+def test_a_qat_checkpoint_for_a_float_run(qat: Path) -> None:
+    module = TinyModule()
+    refuse_prepared_states(module)
     with pytest.raises(
         RecipeMismatchError, match=r"'model' is prepared.*but here it is float.*load_qat_checkp"
     ):
-        getattr(evaluator(tmp_path), verb)(TinyModule(), data, ckpt_path=qat, weights_only=True)
-    getattr(evaluator(tmp_path), verb)(load_qat_checkpoint(qat, TinyModule()), data)
+        module.load_state_dict(torch.load(qat, weights_only=True)["state_dict"])
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
