@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format clean
+.PHONY: help install demo test test-all soak check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: $(STAMP) check  ## lint, types and the fast tests
 
 test-all: $(STAMP)  ## every test, the slow ones too
 	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
+
+soak: $(STAMP)  ## kill runs at a hundred moments, and compare what resume=auto ends with (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 check: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ from qat_lightning.errors import (
     Int8FileError,
     MissingExtraError,
     PreflightError,
+    RankError,
+    RankMismatchError,
     RecipeMismatchError,
     UntraceableError,
 )
@@ -25,6 +27,8 @@ __all__ = [
     "NetworkReport",
     "PreflightError",
     "QuantizationAwareTraining",
+    "RankError",
+    "RankMismatchError",
     "Recipe",
     "RecipeMismatchError",
     "UntraceableError",

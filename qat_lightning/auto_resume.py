@@ -159,7 +159,7 @@ def _refuse_another_run(folder: Path, configuration: dict[str, Any]) -> None:
     ours, theirs = dict(_leaves(configuration)), dict(_leaves(saved))
     differences = [
         f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there"
-        for key in sorted(ours.keys() | theirs.keys())
+        for key in sorted(ours.keys() | theirs.keys(), key=lambda key: (key.count("."), key))
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
@@ -186,7 +186,8 @@ def _folders_of_other_times(folder: Path) -> Iterator[Path]:
     with read_write(hydra):
         for group, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
             raw = hydra[group]._get_node(key)._value()
-            hydra[group][key] = re.sub(r"\$\{now:[^}]*\}", _TIME, str(raw))
+            raw = re.sub(r"\$\{run_name:\}", f"{_TIME}/{_TIME}", str(raw))
+            hydra[group][key] = re.sub(r"\$\{now:[^}]*\}", _TIME, raw)
     path = hydra.run.dir
     if hydra.mode == RunMode.MULTIRUN:
         path = str(Path(hydra.sweep.dir) / hydra.sweep.subdir)

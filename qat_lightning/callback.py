@@ -15,19 +15,26 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from qat_lightning import messages, progress, trainer_facts
+from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
-from qat_lightning.finiteness import clear_flags, first_nonfinite
+from qat_lightning.finiteness import Flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.int8_validation import validate_int8
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.phases import ObserversOff, freeze_bn_statistics, set_enabled
-from qat_lightning.preparation import Prepared, Settings, network_names, prepare_module
+from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
+from qat_lightning.preparation import (
+    Prepared,
+    Settings,
+    network_names,
+    prepare_module,
+    prepare_when_loaded,
+)
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
+from qat_lightning.together import fail_together
 
 _FINITE_EVERY = 50
 """Steps between two looks at the flags of a GPU, each of which waits for it."""
@@ -43,7 +50,8 @@ class QuantizationAwareTraining(pl.Callback):
     end of fit a copy is converted on the CPU; the LightningModule itself stays as it was trained,
     so that `trainer.test(ckpt_path="best")` and a second `trainer.fit` work.
 
-    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase.
+    Customise by argument, or by overriding :meth:`phase_at`, which decides the phase. Callbacks that average
+    weights come after this one; docs/compatibility.md lists what else works with it.
 
     One caveat: in fx mode a network becomes a graph, which has `forward` and the attributes of the
     original but no other methods. A LightningModule with layers of its own stays what it is: its
@@ -100,7 +108,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
-        int8_path: Where it was written.
+        int8_path: Where it was written; None on a rank that cannot see that file.
         converted_from: The checkpoint whose weights it has, or `"last"`.
 
     Raises:
@@ -153,6 +161,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._resolved: ResolvedSchedule | None = None
         self._phase: Phase | None = None
         self._warned: set[str] = set()
+        self._flags = Flags(())
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
         self._first_batch = FirstBatch()
@@ -160,20 +169,26 @@ class QuantizationAwareTraining(pl.Callback):
     # The life of a run, in Lightning's order.
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepares the networks; in stages other than fit it leaves the module alone."""
+        """Prepares the networks; in stages other than fit only if weights of a QAT run are loaded."""
+        surroundings.check_package(trainer, pl_module)
         if stage != "fit":
+            prepare_when_loaded(pl_module, self.settings)
             return
         self._resolved = self._phase = None
         self._random_states.clear()
         trainer_facts.check_strategy(trainer)
+        surroundings.check_callbacks(trainer, self)
+        surroundings.check_loggers(trainer, pl_module)
         if math.isinf(trainer_facts.epochs(trainer)) and trainer.max_steps == -1:
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
-        self._prepared = prepare_module(pl_module, self.settings)
+        with fail_together("preparing the networks"):
+            self._prepared = prepare_module(pl_module, self.settings)
         keep_out_of_ddp_broadcast(pl_module)
+        self._flags = Flags(prepared.network for prepared in self._prepared)
+        self._flags.clear()
         for prepared in self._prepared:
-            clear_flags(prepared.network)
             rank_zero_info(f"Prepared {prepared}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,6 +204,7 @@ class QuantizationAwareTraining(pl.Callback):
                 f"The network {late[0]!r} appeared after the callback's setup, so it is not prepared for "
                 "quantization. Build it in `__init__` or in `configure_model`, not in `setup`."
             )
+        averaging.adopt(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves the schedule, unless a checkpoint brought it."""
@@ -196,6 +212,8 @@ class QuantizationAwareTraining(pl.Callback):
             length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
         self._warn_of_unreached(trainer)
+        if trainer_facts.is_compiled(pl_module):
+            keep_inputs(pl_module)
         self._random_states.restore_before_validation(trainer)
         if self.preflight:
             self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
@@ -230,6 +248,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Merges the ranks' ranges, and switches observers off for the validation."""
         progress.forget_restart(trainer)
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
         self._observers_off.enter(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -270,9 +289,11 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges a last time, while the processes can still talk."""
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts a copy to int8 and writes it."""
+        averaging.finish(trainer, pl_module)
         if self.convert is None:
             return
         folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
@@ -308,8 +329,10 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
-        self._check_finite(trainer)
+        with fail_together("looking for a NaN before a checkpoint"):
+            self._check_finite(trainer)
         merge_ranges(pl_module)
+        averaging.settle(trainer, pl_module)
         self._random_states.save(trainer, checkpoint)
 
     def on_load_checkpoint(
@@ -329,7 +352,8 @@ class QuantizationAwareTraining(pl.Callback):
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""
         assert self._resolved is not None
-        return self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
+        phase = self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
+        return averaging.adapt(trainer, phase)
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)
@@ -342,7 +366,7 @@ class QuantizationAwareTraining(pl.Callback):
         messages.report(trainer, before, phase)
 
     def _check_finite(self, trainer: pl.Trainer) -> None:
-        for prepared in self._prepared:
+        for prepared in self._prepared if self._flags.raised() else ():
             tensor = first_nonfinite(prepared.network)
             if tensor is not None:
                 raise FloatingPointError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from qat_lightning.progress import is_between_steps
+from qat_lightning.progress import has_begun, is_between_steps
 
 
 def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str | None:
@@ -77,6 +77,12 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]
     if missing:
         raise _Unusable(f"it holds weights alone: {', '.join(missing)} are missing")
+    try:
+        begun = has_begun(content)
+    except (KeyError, TypeError) as error:
+        raise _Unusable("it is of a Lightning whose loops had another form") from error
+    if not begun:
+        raise _Unusable("it was written before the first step")
     return content
 
 

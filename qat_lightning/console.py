@@ -23,6 +23,8 @@ _ADVICE = (
     "GPU available but not used",  # trainer=cpu
     "Checkpoint directory .* exists and is not empty",  # going on in the same folder
     "The dirpath has changed from",  # going on in another folder
+    r"`\.fit\(ckpt_path=None\)` was called without a model",  # OnExceptionCheckpoint, in the first run
+    r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
 )
 

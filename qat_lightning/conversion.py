@@ -14,6 +14,7 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.files import load_packed, save_int8
 from qat_lightning.quantize import convert, convert_in_place, copy_of
 from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.together import fail_together
 
 
 class Outcome(NamedTuple):
@@ -21,7 +22,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         module: The int8 LightningModule, on the CPU in eval mode.
-        path: Where it was written; None where nothing is written.
+        path: Where it was written; None where nothing is written, or out of this rank's reach.
         source: The checkpoint whose weights it has, or `"last"`.
         why: Why those.
     """
@@ -36,10 +37,10 @@ class _Message(NamedTuple):
     """What rank 0 tells the others: the failure, or the outcome with the int8 state as bytes."""
 
     failure: str | None
-    state: bytes
-    path: str | None
-    source: str
-    why: str
+    state: bytes = b""
+    file: tuple[str, int, int] | None = None
+    source: str = ""
+    why: str = ""
 
 
 def convert_on_all_ranks(
@@ -57,20 +58,23 @@ def convert_on_all_ranks(
 
     Raises:
         ConversionError: On every rank, if it failed on rank 0.
+        RankError: If another rank could not take over the result.
     """
-    outcome, failure = None, None
+    outcome, message, failure = None, None, None
     if trainer.is_global_zero:
         try:
             outcome = _convert(trainer, module, which, path)
+            message = _tell(outcome) if trainer.world_size > 1 else None
         except Exception as error:  # whatever it is, the other ranks wait for word of it
-            failure = error
+            failure, message = error, _Message(_explain(error))
     if trainer.world_size > 1:
-        message = _broadcast(trainer, outcome, failure)
-        if failure is None and outcome is None:
-            return _receive(module, message)
-    if failure is not None:
-        raise ConversionError(_explain(failure)) from failure
-    assert outcome is not None
+        message = trainer.strategy.broadcast(message)
+    if message is not None and message.failure is not None:
+        raise ConversionError(message.failure) from failure
+    with fail_together("taking over the int8 network from rank 0"):
+        if outcome is None:
+            assert message is not None
+            outcome = _receive(module, message)
     return outcome
 
 
@@ -90,25 +94,27 @@ def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningMod
     return module
 
 
-def _broadcast(trainer: pl.Trainer, outcome: Outcome | None, failure: Exception | None) -> _Message:
-    message = _Message(_explain(failure) if failure else None, b"", None, "", "")
-    if outcome is not None:
-        buffer = io.BytesIO()
-        torch.save(outcome.module.state_dict(), buffer)
-        path = None if outcome.path is None else str(outcome.path)
-        message = _Message(None, buffer.getvalue(), path, outcome.source, outcome.why)
-    received: _Message = trainer.strategy.broadcast(message)
-    return received
+def _tell(outcome: Outcome) -> _Message:
+    buffer = io.BytesIO()
+    torch.save(outcome.module.state_dict(), buffer)
+    file = None if outcome.path is None else _identify(outcome.path.absolute())
+    return _Message(None, buffer.getvalue(), file, outcome.source, outcome.why)
 
 
 def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
-    if message.failure is not None:
-        raise ConversionError(message.failure)
     int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
         load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
-    path = None if message.path is None else Path(message.path)
+    path = None if message.file is None else Path(message.file[0])
+    if path is not None and not (path.is_file() and _identify(path) == message.file):
+        path = None  # a file system of its own, where there is no such file, or that of another run
     return Outcome(int8, path, message.source, message.why)
+
+
+def _identify(file: Path) -> tuple[str, int, int]:
+    """What tells a file from one of the same name on another file system."""
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns
 
 
 def _explain(failure: Exception) -> str:

@@ -44,6 +44,14 @@ class PreflightError(RuntimeError):
         self.network, self.path, self.line, self.op = network, path, line, op
 
 
+class RankError(RuntimeError):
+    """Another process of the distributed run failed, and this one cannot go on without it."""
+
+
+class RankMismatchError(RuntimeError):
+    """The ranks of a distributed run do not have the same grid, bit for bit."""
+
+
 class Int8FileError(ValueError):
     """A file is no int8 file of this package, is damaged, or belongs to another network."""
 

@@ -6,7 +6,7 @@ fake-quantize only sets a flag; here all flags are read in one transfer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,22 @@ from qat_lightning.modes.graft import graphs
 from qat_lightning.modes.nodes import module_of
 
 
+class Flags:
+    """The flags of all fake-quantizes of some networks; asked at every step, so without a search for them."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._grids = [m for network in networks for m in network.modules() if isinstance(m, FakeQuantize)]
+
+    def raised(self) -> bool:
+        """Whether any is set."""
+        return bool(self._grids) and bool(torch.cat([grid.nonfinite for grid in self._grids]).any())
+
+    def clear(self) -> None:
+        """Forgets what earlier runs met."""
+        for grid in self._grids:
+            grid.nonfinite.zero_()
+
+
 def first_nonfinite(network: nn.Module) -> str | None:
     """Names the first tensor in execution order that was observed with a NaN or an infinity."""
     named = list(_in_execution_order(network))
@@ -23,13 +39,6 @@ def first_nonfinite(network: nn.Module) -> str | None:
         return None
     flags = torch.cat([grid.nonfinite for _, grid in named]).tolist()
     return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
-
-
-def clear_flags(network: nn.Module) -> None:
-    """Forgets what earlier runs met."""
-    for module in network.modules():
-        if isinstance(module, FakeQuantize):
-            module.nonfinite.zero_()
 
 
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from qat_lightning import random_state
+from qat_lightning import random_state, trainer_facts
 from qat_lightning.errors import PreflightError
 from qat_lightning.inspection.inputs import Catcher
 from qat_lightning.inspection.rehearsal import rehearse
@@ -34,7 +34,7 @@ class FirstBatch:
         if self._done:
             return
         self._done = True
-        if _is_compiled(module):
+        if trainer_facts.is_compiled(module):
             rank_zero_info("Preflight is left out, because the module is compiled")
             return
         self._networks, self._catcher = networks, Catcher(networks.values())
@@ -77,8 +77,3 @@ class FirstBatch:
                 f"The preflight itself failed, and training goes on: {type(error).__name__}: {error}"
             )
         return None
-
-
-def _is_compiled(module: pl.LightningModule) -> bool:
-    compiled = getattr(module, "_compiler_ctx", None) is not None
-    return compiled or any(m._compiled_call_impl is not None for m in module.modules())

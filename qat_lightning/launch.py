@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from omegaconf import read_write
 
 
@@ -22,6 +24,8 @@ def one_job() -> Iterator[None]:
     next job wait for processes that nobody starts.
     """
     environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
+    main = sys.modules["__main__"]
+    spec = main.__spec__
     if HydraConfig.initialized():
         _describe_job()
     try:
@@ -31,6 +35,7 @@ def one_job() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         sys.argv[:] = arguments
+        main.__spec__ = spec
         torch.set_num_threads(threads)
 
 
@@ -54,9 +59,27 @@ def _describe_job() -> None:
     hydra = HydraConfig.get()
     with read_write(hydra):  # type: ignore[arg-type]
         hydra.run.dir = hydra.runtime.output_dir
-    if hydra.mode == RunMode.MULTIRUN:
-        flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
-        sys.argv[1:] = [*flags, *hydra.overrides.task]
+    if hydra.mode != RunMode.MULTIRUN:
+        return
+    _check_sweep()
+    flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
+    if "SUBMITIT_EXECUTOR" in os.environ:  # the command line is submitit's, which runs one pickled job
+        sys.modules["__main__"].__spec__ = find_spec("qat_lightning.__main__")
+        flags = []
+    sys.argv[1:] = [*flags, *hydra.overrides.task]
+
+
+def _check_sweep() -> None:
+    """Raises where processes that were started together could form a group for the first job alone."""
+    under_torchrun = TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1
+    under_srun = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    if not under_torchrun and (not under_srun or "SUBMITIT_EXECUTOR" in os.environ):
+        return
+    raise ValueError(
+        f"A sweep (-m) takes new processes for each job, but {'torchrun' if under_torchrun else 'srun'} has "
+        "started these once. Start qat-train -m by itself, which starts processes as it needs them, or send "
+        "each job to SLURM with hydra/launcher=slurm."
+    )
 
 
 def _is_sweep(argument: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
 
 
 def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
@@ -14,6 +14,16 @@ def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
     for _, child in fake_quantizes(module):
         child.enable_observer(observer)
         child.enable_fake_quant(fake_quant)
+
+
+def keep_inputs(module: nn.Module) -> None:
+    """Makes the fake-quantizes inside `module` overwrite nothing.
+
+    What is compiled in pieces may keep a tensor for its gradient that the plain layer does not keep.
+    """
+    for _, child in fake_quantizes(module):
+        if isinstance(child, FakeQuantize):
+            child.in_place = False
 
 
 def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from qat_lightning.backends import check_backend
-from qat_lightning.errors import UntraceableError
+from qat_lightning.errors import RecipeMismatchError, UntraceableError
 from qat_lightning.example_inputs import example_inputs_of
 from qat_lightning.modes import MODES, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.graft import calls
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, qconfig_name
 from qat_lightning.quantize import check_not_quantized, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
-from qat_lightning.recipe import Recipe, recipe_of
+from qat_lightning.recipe import Recipe, quantized_networks, recipe_of, recipes_in
 from qat_lightning.selection import (
     FloatPattern,
     check_modules,
@@ -107,6 +108,26 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
         for name, network in zip(names, networks, strict=True)
         if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
     ]
+
+
+def prepare_when_loaded(module: nn.Module, settings: Settings) -> None:
+    """Prepares a float `module` as soon as the weights of a QAT run are loaded into it, and not before."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(getattr(hook, "hook", None), "func", None) is _prepare_for for hook in hooks):
+        module.register_load_state_dict_pre_hook(partial(_prepare_for, settings))
+
+
+def _prepare_for(settings: Settings, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    if not recipes_in(state_dict) or next(quantized_networks(module), None) is not None:
+        return
+    if "" in network_names(module, settings):  # its own keys are being loaded already
+        kind = type(module).__name__
+        raise RecipeMismatchError(
+            f"The weights are of a QAT run, and this {kind}, which has layers of its own, is float. Read "
+            f"them with qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to "
+            "the Trainer, without ckpt_path."
+        )
+    prepare_module(module, settings)
 
 
 def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:

@@ -17,10 +17,15 @@ _VALIDATION = "epoch_loop.val_loop.batch_progress"
 _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
+def has_begun(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the run had trained on anything when a checkpoint was written."""
+    return bool(_batches(checkpoint)["total"]["processed"])
+
+
 def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was written between two training steps, so that a run goes on from it exactly."""
-    batches = checkpoint["loops"]["fit_loop"][_BATCHES]["current"]
-    return bool(batches["ready"] == batches["processed"])
+    current = _batches(checkpoint)["current"]
+    return bool(current["ready"] == current["processed"])
 
 
 def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -28,13 +33,16 @@ def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> No
 
     In Lightning's terms: the batch is completed, and a validation has begun, of which nothing is done.
     """
-    loops = checkpoint["loops"]["fit_loop"]
     if not is_between_steps(checkpoint) or not _validation_is_due(trainer):
         return
-    batches = loops[_BATCHES]
+    batches = _batches(checkpoint)
     for counts in (batches["total"], batches["current"]):
         counts["completed"] = counts["processed"]
-    loops[_VALIDATION] |= {"total": dict(_BEGUN), "current": dict(_BEGUN), "is_last_batch": False}
+    checkpoint["loops"]["fit_loop"][_VALIDATION] |= {
+        "total": dict(_BEGUN),
+        "current": dict(_BEGUN),
+        "is_last_batch": False,
+    }
 
 
 def validation_is_next(trainer: pl.Trainer) -> bool:
@@ -55,7 +63,13 @@ def forget_restart(trainer: pl.Trainer) -> None:
         loop._restarting = False
 
 
+def _batches(checkpoint: Mapping[str, Any]) -> Any:
+    return checkpoint["loops"]["fit_loop"][_BATCHES]
+
+
 def _validation_is_due(trainer: pl.Trainer) -> bool:
+    if trainer.state.fn != "fit":
+        return False
     loop: Any = trainer.fit_loop.epoch_loop
     if trainer.validating:
         done = loop.val_loop.batch_progress

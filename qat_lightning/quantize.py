@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qat_lightning.backends import check_backend, engine, run_on_engine
+from qat_lightning.batch_norms import make_local, note_batch_norms, restore_batch_norms
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
@@ -94,6 +95,7 @@ def prepare(
         replace_zero_scales(prepared)
         recipe = _recipe(made, chosen, options)
     attach(prepared, recipe)
+    note_batch_norms(prepared)
     return prepared
 
 
@@ -126,23 +128,29 @@ def convert(module: ModuleT) -> ModuleT:
 
 
 def copy_of(module: ModuleT) -> ModuleT:
-    """A deep copy that also works as a LightningModule of its own."""
+    """A deep copy that also works as a LightningModule of its own; not compiled, where `module` is."""
     copied = copy.deepcopy(module)
     if hasattr(copied, "_metric_attributes"):
         # Lightning's memory of its metrics, by the ids of the original's.
         vars(copied)["_metric_attributes"] = None
+    for name in vars(copied).get("_compiler_ctx") or ():
+        # Lightning's compiled methods, which would run the original.
+        vars(copied).pop(name.removeprefix("original_"), None)
+        vars(copied)["_compiler_ctx"] = None
     return copied
 
 
 def convert_in_place(module: ModuleT) -> ModuleT:
     """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
     module = module.cpu().eval()
+    make_local(module)
     use_divided(module)
     for _, child in fake_quantizes(module):
         child.eval()  # fused modules with frozen statistics do not pass `eval` on to their children
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:
             continue
+        restore_batch_norms(network)
         with quiet_torch_ao(), engine(recipe.backend):
             converted = MODES[recipe.mode].convert(network)
         attach(converted, dataclasses.replace(recipe, int8=True))
@@ -170,14 +178,23 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
 def check_float(network: nn.Module) -> None:
     """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
     check_not_quantized(network)
-    if type(network).__name__ == "OptimizedModule":
+    if is_compiled(network):
         raise ValueError(
             "The network is compiled (torch.compile), and a compiled one cannot be changed. Prepare the "
-            "plain network and compile the result, or pass trainer.fit(torch.compile(module))."
+            "plain network and compile the result: pass trainer.fit(torch.compile(module)), or compile in "
+            "the LightningModule's `on_fit_start`, as in self.model.compile()."
         )
     if not holds_quantizable(network):
         kind = type(network).__name__
         raise ValueError(f"{kind} holds no convolution and no linear layer, so there is nothing to quantize.")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module`, or a part of it, is compiled: by `torch.compile` or by its own `compile`."""
+    return any(
+        child._compiled_call_impl is not None or type(child).__name__ == "OptimizedModule"
+        for child in module.modules()
+    )
 
 
 def check_not_quantized(network: nn.Module) -> None:

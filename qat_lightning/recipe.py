@@ -140,6 +140,26 @@ def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
     }
 
 
+def refuse_prepared_states(module: nn.Module) -> None:
+    """Makes a float module refuse the state dict of a prepared one with words, instead of a list of keys."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(each, "hook", None) is _refuse_prepared for each in hooks):
+        module.register_load_state_dict_pre_hook(_refuse_prepared)
+
+
+def _refuse_prepared(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    floating = {name for name, child in module.named_modules() if recipe_of(child) is None}
+    kind = type(module).__name__
+    for name in recipes_in({key.removeprefix(prefix): value for key, value in state_dict.items()}):
+        if name in floating:
+            raise RecipeMismatchError(
+                f"This checkpoint is of a QAT run, in which {name or kind!r} is prepared for quantization, "
+                f"but here it is float. Call module = qat_lightning.load_qat_checkpoint(path, {kind}(…)) and "
+                "use that module without ckpt_path; to go on with the training, call "
+                "trainer.fit(ckpt_path=…) with the QuantizationAwareTraining callback."
+            )
+
+
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     recipe = recipe_of(module)
     if recipe is not None:
@@ -154,9 +174,9 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     if stored is None:
         raise RecipeMismatchError(
             f"The network {prefix.rstrip('.') or type(module).__name__!r} is prepared for quantization, "
-            "and this state dict was made by one that is not: a float checkpoint. Load float weights "
-            "before the network is prepared (before trainer.fit), or resume from a checkpoint of a "
-            "QAT run."
+            "and this state dict was made by one that is not: a float checkpoint. Load float weights into "
+            "the module before trainer.fit, by load_from_checkpoint or load_state_dict (on the command line "
+            "weights=…), and leave ckpt_path out; or resume from a checkpoint of a QAT run."
         )
     differences = recipe.differences(Recipe.from_tensor(stored))
     if differences:

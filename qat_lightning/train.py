@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
+from qat_lightning import resolvers
 from qat_lightning.atomic import replacing
 from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, record
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
+from qat_lightning.lock import sole_writer
+from qat_lightning.recipe import refuse_prepared_states
+from qat_lightning.requeue import RequeueBetweenSteps
 from qat_lightning.weights import load_weights
+
+resolvers.register()
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +74,26 @@ def train(cfg: DictConfig) -> Metrics:
     Raises:
         ValueError: If `num_classes` is not the data's, there is no int8 to try with `preflight=only`, or
             `resume` is wrong.
+        RuntimeError: If another process is writing to the output folder.
         Exception: What the constructors named in `cfg` raise.
     """
     start = find_start(cfg)
     if start.metrics is not None:
         return start.metrics if getattr(rank_zero_only, "rank", 0) == 0 else {}
-    with one_job():
+    alone = nullcontext() if cfg.preflight == "only" else sole_writer(start.folder)
+    with one_job(), alone:
         _begin_at(start, cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: LightningDataModule = instantiate(cfg.data, _convert_="all")
         _check_classes(cfg.num_classes, data)
         classifier: LightningModule = instantiate(cfg.classifier, _convert_="all")
         qat = _callback(cfg)
+        if qat is None:
+            refuse_prepared_states(classifier)
         if cfg.preflight == "only":
             _preflight(qat, classifier, data)
             return {}
-        trainer = _trainer(cfg, [SameStart(start), *([qat] if qat else [])])
+        trainer = _trainer(cfg, [SameStart(start), RequeueBetweenSteps(), *([qat] if qat else [])])
         if trainer.is_global_zero:
             record(cfg, start)
         metrics = _start(cfg, classifier, data, trainer)

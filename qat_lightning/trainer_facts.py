@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from qat_lightning import quantize
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
@@ -24,11 +27,18 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "Ranges and int8 conversion need float32 weights, but precision is "
             f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
         )
+    synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
+            "the CPU, leave it out."
+        )
     start_method = getattr(trainer.strategy.launcher, "_start_method", None)
     if start_method is not None:
         raise MisconfigurationException(
             f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
-            "module is not prepared. Use strategy='ddp', which starts them as scripts."
+            "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
+            "device."
         )
 
 
@@ -41,7 +51,8 @@ def steps(trainer: pl.Trainer) -> float:
     """Steps of the whole run in the unit of :func:`steps_done`, infinite where there is no limit."""
     if _counts_batches(trainer):
         return trainer.num_training_batches * epochs(trainer)
-    return trainer.estimated_stepping_batches
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    return min(limit, _accumulated_steps(trainer) or trainer.estimated_stepping_batches)
 
 
 def steps_done(trainer: pl.Trainer) -> int:
@@ -55,8 +66,27 @@ def steps_done(trainer: pl.Trainer) -> int:
     return trainer.global_step
 
 
+def _accumulated_steps(trainer: pl.Trainer) -> int | None:
+    """Steps of a run whose gradient accumulation changes by epoch, which Lightning does not foresee."""
+    found = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    if not found or not math.isfinite(trainer.num_training_batches * epochs(trainer)):
+        return None
+    factors = [found[0].get_accumulate_grad_batches(epoch) for epoch in range(int(epochs(trainer)))]
+    return sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+
+
 def _counts_batches(trainer: pl.Trainer) -> bool:
     return not trainer.lightning_module.automatic_optimization and math.isfinite(epochs(trainer))
+
+
+def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """All callbacks of the run, in the order in which Lightning calls them."""
+    return list(vars(trainer)["callbacks"])
+
+
+def is_compiled(module: pl.LightningModule) -> bool:
+    """Whether `module` was passed compiled, or holds a compiled network."""
+    return module._compiler_ctx is not None or quantize.is_compiled(module)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:

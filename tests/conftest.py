@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.compatibility")
+
 settings.register_profile("project", deadline=None)  # no test depends on the clock
 settings.load_profile("project")
 

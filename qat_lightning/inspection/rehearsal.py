@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.batch_norms import make_local, restore_batch_norms
 from qat_lightning.errors import PreflightError
 from qat_lightning.fidelity import sqnr
 from qat_lightning.inspection import inventory
@@ -38,7 +39,8 @@ def rehearse(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
     start = time.perf_counter()
     recipe = recipe_of(prepared)
     assert recipe is not None
-    _leave_the_other_processes_out(prepared)
+    restore_batch_norms(prepared)
+    make_local(prepared)
     set_enabled(prepared, observer=True, fake_quant=True)
     prepared.train()
     with stage("training forward", name, prepared):
@@ -73,19 +75,6 @@ def rehearse(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
         _sqnr(expected, found),
         time.perf_counter() - start,
     )
-
-
-class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A `SyncBatchNorm` that asks nobody, and runs on the CPU, too."""
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        """Takes any."""
-
-
-def _leave_the_other_processes_out(prepared: nn.Module) -> None:
-    for module in prepared.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _LocalBatchNorm  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,0 +1,43 @@
+"""One writer for each run folder, also where a process outlives the launcher that was killed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Locks a run folder for the block, on the first process; its end, however it comes, unlocks the folder.
+
+    Raises:
+        RuntimeError: If another process has locked it.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        _lock(file, folder)
+        yield
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise RuntimeError(
+            f"Another process is still writing to {folder}: the same command, or what is left of a group "
+            "whose launcher was killed. Wait until it ends, or end it; or choose another output folder."
+        ) from error
+    except OSError:
+        pass  # a file system without locks

@@ -1,0 +1,58 @@
+"""SLURM's requeue signal, answered between two training steps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+
+class RequeueBetweenSteps(pl.Callback):
+    """Lets Lightning write SLURM's checkpoint where a run goes on from it exactly.
+
+    Lightning writes it wherever the signal finds the process, as in the middle of a backward pass, and then
+    requeues the job. This waits for the end of the step, or of the batch that is validated, on every process.
+    Outside of SLURM it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._answer: Callable[[int, Any], Any] | None = None
+        self._signal = signal.SIGUSR1
+        self._came = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts a handler that remembers the signal in the place of Lightning's."""
+        environment = trainer._accelerator_connector.cluster_environment
+        if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+            return
+        self._signal = environment.requeue_signal or signal.SIGUSR1
+        answer = signal.getsignal(self._signal)
+        if callable(answer) and answer != self._remember:
+            self._answer, self._came = answer, False
+            signal.signal(self._signal, self._remember)  # Lightning puts back what was there before it
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Answers a signal that came, unless gradients of the next step have been accumulated."""
+        if not trainer.fit_loop._should_accumulate():
+            self._answer_if_it_came(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+        """Answers a signal that came during a validation of fit, which the requeued run does again."""
+        if not trainer.sanity_checking:
+            self._answer_if_it_came(trainer)
+
+    def _remember(self, *_: Any) -> None:
+        self._came = True
+
+    def _answer_if_it_came(self, trainer: pl.Trainer) -> None:
+        if self._answer is None:
+            return
+        # Every process has to write the checkpoint at the same step; the signal reaches them one by one.
+        if trainer.strategy.reduce_boolean_decision(self._came, all=False):
+            self._came = False
+            self._answer(self._signal, None)
