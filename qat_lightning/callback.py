@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 
 from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
+from qat_lightning.exports import Exports
+from qat_lightning.files import load_int8
 from qat_lightning.finiteness import Flags, first_nonfinite
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
@@ -105,11 +108,15 @@ class QuantizationAwareTraining(pl.Callback):
             `validation_step`. Its metrics are logged as `val_int8/<metric>`, and what quantization costs as
             `quantization_gap/<metric>`, for ModelCheckpoint and EarlyStopping to monitor. Never by default.
             Beyond 1, give a ModelCheckpoint that monitors them the same `every_n_epochs`.
+        export: Files to end with: `"torch"` (`int8.pt`), `"onnx"` (`int8.onnx`), `"openvino"` (`int8.xml`),
+            each checked against the fake-quant outputs. The graphs are traced with inputs of the first batch;
+            where there are several networks, each has a file of its own, as `int8.generator.onnx`.
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
         int8_path: Where it was written; None on a rank that cannot see that file.
         converted_from: The checkpoint whose weights it has, or `"last"`.
+        exported: The files that were written and that this rank can see.
 
     Raises:
         ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
@@ -135,6 +142,7 @@ class QuantizationAwareTraining(pl.Callback):
         output_dir: str | Path | None = None,
         preflight: bool = True,
         int8_val_every_n_epochs: int | None = None,
+        export: Sequence[str] = ("torch",),
     ) -> None:
         self.settings = Settings(
             backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
@@ -154,9 +162,11 @@ class QuantizationAwareTraining(pl.Callback):
                 f"int8_val_every_n_epochs must be None or at least 1, but received {int8_val_every_n_epochs}."
             )
         self.int8_val_every_n_epochs = int8_val_every_n_epochs
+        self.exports = Exports(export)
         self.int8_module: pl.LightningModule | None = None
         self.int8_path: Path | None = None
         self.converted_from: str | None = None
+        self.exported: list[Path] = []
         self._prepared: list[Prepared] = []
         self._resolved: ResolvedSchedule | None = None
         self._phase: Phase | None = None
@@ -179,6 +189,7 @@ class QuantizationAwareTraining(pl.Callback):
         trainer_facts.check_strategy(trainer)
         surroundings.check_callbacks(trainer, self)
         surroundings.check_loggers(trainer, pl_module)
+        self.exports.check()
         if math.isinf(trainer_facts.epochs(trainer)) and trainer.max_steps == -1:
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
@@ -215,7 +226,7 @@ class QuantizationAwareTraining(pl.Callback):
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
         self._random_states.restore_before_validation(trainer)
-        if self.preflight:
+        if self.preflight or self.exports.need_inputs:
             self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,7 +246,8 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tries the networks out with what the first batch gave them."""
-        self._first_batch.try_out(trainer)
+        self._first_batch.try_out(trainer, rehearse=self.preflight)
+        self.exports.inputs |= self._first_batch.inputs
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -296,12 +308,15 @@ class QuantizationAwareTraining(pl.Callback):
         averaging.finish(trainer, pl_module)
         if self.convert is None:
             return
-        folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
-        path = None if vars(trainer).get("fast_dev_run") else folder / "int8.pt"
-        outcome = convert_on_all_ranks(trainer, pl_module, self.convert, path)
-        self.int8_module, self.int8_path = outcome.module, outcome.path
-        self.converted_from = outcome.source
-        rank_zero_info(f"Converted to int8 {outcome.why}: {outcome.path or 'not written in fast_dev_run'}")
+        outcome = convert_on_all_ranks(trainer, pl_module, self.convert, partial(self._write, trainer))
+        self.int8_module, self.converted_from, self.exported = (
+            outcome.module,
+            outcome.source,
+            [*outcome.files],
+        )
+        self.int8_path = next((path for path in self.exported if path.suffix == ".pt"), None)
+        files = ", ".join(map(str, self.exported)) or "nothing is written"
+        rank_zero_info(f"Converted to int8 {outcome.why}: {files}")
 
     # What a checkpoint holds.
 
@@ -312,12 +327,14 @@ class QuantizationAwareTraining(pl.Callback):
             "schedule": None if self._resolved is None else self._resolved.state_dict(),
             "asked": asdict(self.schedule),
             "phase": None if self._phase is None else self._phase._asdict(),
+            "inputs": self.exports.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the schedule: its steps stay what they were, whatever the new run's length."""
         if state_dict["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
+        self.exports.load_state_dict(state_dict.get("inputs", {}))
         asked = state_dict.get("asked", asdict(self.schedule))
         if asked != asdict(self.schedule):
             rank_zero_warn(
@@ -349,11 +366,28 @@ class QuantizationAwareTraining(pl.Callback):
         """What the preflight found, network by network; on rank 0."""
         return self._first_batch.reports
 
+    def shipped(self, module: pl.LightningModule, path: Path) -> pl.LightningModule:
+        """Puts what an exported file holds in the place of the networks of a fresh `module`, to score it.
+
+        Args:
+            module: A freshly built float module; it is used up.
+            path: One of :attr:`exported`.
+        """
+        if path.suffix == ".pt":
+            return load_int8(path, module, qconfig=self.settings.qconfig, overrides=self.settings.overrides)
+        return self.exports.shipped(module, path, [prepared.name for prepared in self._prepared])
+
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""
         assert self._resolved is not None
         phase = self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
         return averaging.adapt(trainer, phase)
+
+    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, int8: pl.LightningModule) -> list[Path]:
+        if vars(trainer).get("fast_dev_run"):
+            return []
+        folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
+        return self.exports.write(module, int8, [prepared.name for prepared in self._prepared], folder)
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)

@@ -59,6 +59,9 @@ def print_results(metrics: Mapping[str, Any]) -> None:
     ):
         if metrics[key] is not None:
             table.add_row(name, percent(metrics[key]), kilobytes(metrics[size]) if size else "")
+    for path, scores in metrics.get("exported", {}).items():
+        if not path.endswith(".pt"):
+            table.add_row(Path(path).name, percent(scores["accuracy"]), kilobytes(scores["bytes"]))
     # On a narrow or captured terminal, paths stay whole so that they can be copied.
     console = Console(soft_wrap=True)
     console.print(table)

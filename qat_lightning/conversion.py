@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ import torch
 
 from qat_lightning.best import Choice, choose_weights
 from qat_lightning.errors import ConversionError
-from qat_lightning.files import load_packed, save_int8
+from qat_lightning.files import load_packed
 from qat_lightning.quantize import convert, convert_in_place, copy_of
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.together import fail_together
+
+Write = Callable[[pl.LightningModule, pl.LightningModule], Sequence[Path]]
 
 
 class Outcome(NamedTuple):
@@ -22,13 +25,13 @@ class Outcome(NamedTuple):
 
     Attributes:
         module: The int8 LightningModule, on the CPU in eval mode.
-        path: Where it was written; None where nothing is written, or out of this rank's reach.
+        files: What was written, `int8.pt` first; empty where nothing is, or out of this rank's reach.
         source: The checkpoint whose weights it has, or `"last"`.
         why: Why those.
     """
 
     module: pl.LightningModule
-    path: Path | None
+    files: tuple[Path, ...]
     source: str
     why: str
 
@@ -38,13 +41,13 @@ class _Message(NamedTuple):
 
     failure: str | None
     state: bytes = b""
-    file: tuple[str, int, int] | None = None
+    files: tuple[tuple[str, int, int], ...] = ()
     source: str = ""
     why: str = ""
 
 
 def convert_on_all_ranks(
-    trainer: pl.Trainer, module: pl.LightningModule, which: str, path: Path | None
+    trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write
 ) -> Outcome:
     """Converts on rank 0, and gives every rank the same int8 module, or the same error.
 
@@ -54,7 +57,7 @@ def convert_on_all_ranks(
         trainer: The Trainer at the end of fit.
         module: The trained LightningModule; it is not changed.
         which: `"best"` or `"last"`.
-        path: The file to write, or None.
+        write: Writes the files, given the module with the chosen weights and its int8 copy; returns them.
 
     Raises:
         ConversionError: On every rank, if it failed on rank 0.
@@ -63,7 +66,7 @@ def convert_on_all_ranks(
     outcome, message, failure = None, None, None
     if trainer.is_global_zero:
         try:
-            outcome = _convert(trainer, module, which, path)
+            outcome = _convert(trainer, module, which, write)
             message = _tell(outcome) if trainer.world_size > 1 else None
         except Exception as error:  # whatever it is, the other ranks wait for word of it
             failure, message = error, _Message(_explain(error))
@@ -78,11 +81,11 @@ def convert_on_all_ranks(
     return outcome
 
 
-def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, path: Path | None) -> Outcome:
+def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write) -> Outcome:
     choice = choose_weights(trainer, which)
-    int8 = convert(_with_weights(module, choice))
-    written = None if path is None else save_int8(int8, path)
-    return Outcome(int8, written, choice.path or "last", choice.why)
+    chosen = _with_weights(module, choice)
+    int8 = convert(chosen)
+    return Outcome(int8, tuple(write(chosen, int8)), choice.path or "last", choice.why)
 
 
 def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:
@@ -97,18 +100,22 @@ def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningMod
 def _tell(outcome: Outcome) -> _Message:
     buffer = io.BytesIO()
     torch.save(outcome.module.state_dict(), buffer)
-    file = None if outcome.path is None else _identify(outcome.path.absolute())
-    return _Message(None, buffer.getvalue(), file, outcome.source, outcome.why)
+    files = tuple(_identify(path.absolute()) for path in outcome.files)
+    return _Message(None, buffer.getvalue(), files, outcome.source, outcome.why)
 
 
 def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
     int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
         load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
-    path = None if message.file is None else Path(message.file[0])
-    if path is not None and not (path.is_file() and _identify(path) == message.file):
-        path = None  # a file system of its own, where there is no such file, or that of another run
-    return Outcome(int8, path, message.source, message.why)
+    # On a file system of its own there is no such file, or that of another run.
+    seen = tuple(Path(file[0]) for file in message.files if _is_there(file))
+    return Outcome(int8, seen, message.source, message.why)
+
+
+def _is_there(file: tuple[str, int, int]) -> bool:
+    path = Path(file[0])
+    return path.is_file() and _identify(path) == file
 
 
 def _identify(file: Path) -> tuple[str, int, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qat_lightning import random_state, trainer_facts
 from qat_lightning.errors import PreflightError
-from qat_lightning.inspection.inputs import Catcher
+from qat_lightning.inspection.inputs import Catcher, Inputs
 from qat_lightning.inspection.rehearsal import rehearse
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.quantize import copy_of
@@ -21,10 +21,12 @@ class FirstBatch:
 
     Attributes:
         reports: What became of each network that the first batch reached, on rank 0.
+        inputs: What the first batch gave each network.
     """
 
     def __init__(self) -> None:
         self.reports: list[NetworkReport] = []
+        self.inputs: dict[str, Inputs] = {}
         self._networks: Mapping[str, nn.Module] = {}
         self._catcher: Catcher | None = None
         self._done = False
@@ -39,8 +41,12 @@ class FirstBatch:
             return
         self._networks, self._catcher = networks, Catcher(networks.values())
 
-    def try_out(self, trainer: pl.Trainer) -> None:
-        """Tries, once, what was caught: rank 0 does, and all ranks get the verdict.
+    def try_out(self, trainer: pl.Trainer, *, rehearse: bool = True) -> None:
+        """Keeps what was caught and tries it, once: rank 0 does, and all ranks get the verdict.
+
+        Args:
+            trainer: The Trainer.
+            rehearse: Whether to try it.
 
         Raises:
             PreflightError: On every rank, if a network would not convert or run.
@@ -49,7 +55,11 @@ class FirstBatch:
             return
         catcher, self._catcher = self._catcher, None
         catcher.close()
-        error = self._rehearse_all(catcher) if trainer.is_global_zero else None
+        caught = {name: catcher.caught.get(network) for name, network in self._networks.items()}
+        self.inputs |= {name: inputs for name, inputs in caught.items() if inputs is not None}
+        if not rehearse:
+            return
+        error = self._rehearse_all() if trainer.is_global_zero else None
         if trainer.world_size > 1:
             error = trainer.strategy.broadcast(error)
         if error is not None:
@@ -63,13 +73,12 @@ class FirstBatch:
             self._catcher.close()
             self._catcher = None
 
-    def _rehearse_all(self, catcher: Catcher) -> PreflightError | None:
+    def _rehearse_all(self) -> PreflightError | None:
         try:
             with random_state.kept():
-                for name, network in self._networks.items():
-                    if network in catcher.caught:
-                        copy = copy_of(network).cpu()
-                        self.reports.append(rehearse(name, copy, catcher.caught[network]))
+                for name, inputs in self.inputs.items():
+                    copy = copy_of(self._networks[name]).cpu()
+                    self.reports.append(rehearse(name, copy, inputs))
         except PreflightError as error:
             return error
         except Exception as error:  # a flaw of the preflight is no reason to stop a run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,19 @@ def quiet_torch_ao() -> Iterator[None]:
         for message in _MESSAGES:
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Silences, for the block, what the ONNX tools report of their own work below an error."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what went wrong is seen by running the file
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -69,7 +69,8 @@ def train(cfg: DictConfig) -> Metrics:
         - `int8_accuracy`: of the int8 network, on the CPU;
         - `float_bytes`, `int8_bytes`: sizes of the files of weights;
         - `checkpoint`: the checkpoint that was scored, or `last` for the weights at the end;
-        - `float_path`, `int8_path`: the files of weights.
+        - `float_path`, `int8_path`: the files of weights;
+        - `exported`: for each file that was written, its `accuracy` in its runtime, and its `bytes`.
 
     Raises:
         ValueError: If `num_classes` is not the data's, there is no int8 to try with `preflight=only`, or
@@ -105,6 +106,7 @@ def train(cfg: DictConfig) -> Metrics:
             metrics |= _finish_float(Path(cfg.output_dir), classifier, data, trainer)
         else:
             metrics |= _finish_quantized(qat, classifier, data, trainer)
+            metrics["exported"] = _score_files(cfg, qat, data, trainer)
         _write(cfg, metrics)
         return metrics
 
@@ -223,6 +225,19 @@ def _finish_quantized(
         metrics["int8_path"] = str(qat.int8_path)
         metrics["int8_bytes"] = qat.int8_path.stat().st_size
     return metrics
+
+
+def _score_files(
+    cfg: DictConfig, qat: Any, data: LightningDataModule, trainer: Trainer
+) -> dict[str, dict[str, Any]]:
+    """Scores the files themselves, each by the runtime that it is for."""
+    scores = {}
+    for path in qat.exported:
+        module = qat.shipped(instantiate(cfg.classifier, _convert_="all"), path)
+        accuracy = evaluate(module, data, limit_test_batches=trainer.limit_test_batches)
+        files = [each for each in (path, path.with_suffix(".bin")) if each.is_file()]
+        scores[str(path)] = {"accuracy": accuracy, "bytes": sum(each.stat().st_size for each in files)}
+    return scores
 
 
 def _evaluate_like(trainer: Trainer, classifier: LightningModule, data: LightningDataModule) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qat_lightning.export.example import Example, example_of
 from qat_lightning.export.extras import require
 from qat_lightning.export.runtime import OnnxRuntime
 from qat_lightning.modes.reference import reference
-from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.quiet import quiet_exporters, quiet_torch_ao
 
 
 def export_onnx(
@@ -72,8 +71,7 @@ def write_graph(example: Example, path: Path, metadata: Mapping[str, str]) -> No
 
     from qat_lightning.export.graph import simplify
 
-    with quiet_torch_ao(), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own; what went wrong is seen by running the file
+    with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
             reference(example.module),
             (*example.args, example.kwargs),  # a dict at the end is taken for the keyword arguments, even {}
@@ -82,8 +80,8 @@ def write_graph(example: Example, path: Path, metadata: Mapping[str, str]) -> No
             output_names=_output_names(example.outputs),
             dynamic_shapes=tree_map(_dynamic_batch, example.kwargs or example.args),
         )
-    assert program is not None
-    model = simplify(program.model)
+        assert program is not None
+        model = simplify(program.model)
     model.metadata_props.update({**example.metadata, **metadata})
     onnx_ir.save(model, path)
 

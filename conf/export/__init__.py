@@ -1,0 +1,1 @@
+"""Where the int8 network will run, or `float` for none."""
