@@ -20,7 +20,7 @@ from qat_lightning import averaging, messages, progress, surroundings, trainer_f
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.exports import Exports
 from qat_lightning.files import load_int8
-from qat_lightning.finiteness import Flags, first_nonfinite
+from qat_lightning.finiteness import Flags, first_nonfinite, first_nonfinite_weight
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.int8_validation import validate_int8
@@ -348,6 +348,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
         with fail_together("looking for a NaN before a checkpoint"):
             self._check_finite(trainer)
+            self._check_weights(trainer)
         merge_ranges(pl_module)
         averaging.settle(trainer, pl_module)
         self._random_states.save(trainer, checkpoint)
@@ -407,6 +408,17 @@ class QuantizationAwareTraining(pl.Callback):
                     f"A NaN or an infinity appeared in {tensor} of {prepared.name or 'the module'!r}, at or "
                     f"before step {trainer.global_step}; no range has taken it in. Lower the learning rate, "
                     "clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
+                )
+
+    def _check_weights(self, trainer: pl.Trainer) -> None:
+        for prepared in self._prepared:
+            name = first_nonfinite_weight(prepared.network)
+            if name is not None:
+                raise FloatingPointError(
+                    f"{name!r} of {prepared.name or 'the module'!r} holds a NaN or an infinity at step "
+                    f"{trainer.global_step}, so no checkpoint is written: the last one is from before it. "
+                    "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at "
+                    "the data."
                 )
 
     def _warn_of_unreached(self, trainer: pl.Trainer) -> None:

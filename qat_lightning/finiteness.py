@@ -41,6 +41,13 @@ def first_nonfinite(network: nn.Module) -> str | None:
     return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
 
 
+def first_nonfinite_weight(network: nn.Module) -> str | None:
+    """Names the first parameter with a NaN or an infinity in it. Frozen observers set no flag."""
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    return next((name for name, each in zip(names, finite, strict=True) if not each), None)
+
+
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     """A graph's own order; in eager mode the order in which the modules were registered."""
     graph = next((graph for module, graph in graphs(network) if module is network), None)

@@ -14,6 +14,7 @@ from qat_lightning.backends import check_backend, engine, run_on_engine
 from qat_lightning.batch_norms import make_local, note_batch_norms, restore_batch_norms
 from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.finiteness import first_nonfinite_weight
 from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
@@ -124,6 +125,9 @@ def convert(module: ModuleT) -> ModuleT:
         )
     for network in prepared:
         check_observed(network)
+        weight = first_nonfinite_weight(network)
+        if weight is not None:
+            raise ConversionError(f"{weight!r} holds a NaN or an infinity, which int8 has no number for.")
     return convert_in_place(copy_of(module))
 
 

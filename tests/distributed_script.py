@@ -22,12 +22,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.ao.quantization import QConfig
 from torch.utils.data import DataLoader
+from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, conversion
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.grid_check import check_same_grids
 from qat_lightning.modes.qconfig import default_qconfig
-from tests.networks import Residual
+from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_ranks import ranges
 
@@ -44,10 +45,10 @@ def scenario(run: Callable[[Path], Result]) -> Callable[[Path], Result]:
 
 
 class Uneven(TinyModule):
-    """Rank 1 has brighter images, and one image in its last batch, where rank 0 has four."""
+    """Rank 1 has brighter images, and two images in its last batch, where rank 0 has four."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        images, labels = dataset(16 if self.global_rank == 0 else 13, seed=self.global_rank).tensors
+        images, labels = dataset(16 if self.global_rank == 0 else 14, seed=self.global_rank).tensors
         data = torch.utils.data.TensorDataset(images * 10**self.global_rank, labels)
         return DataLoader(data, batch_size=4)
 
@@ -113,6 +114,12 @@ def half_unseen(folder: Path) -> Result:
 def histograms(folder: Path) -> Result:
     qat = QuantizationAwareTraining(qconfig=HISTOGRAMS, backend="onednn", output_dir=folder / "out")
     return fit(folder, Uneven(lr=0.001), qat=qat, max_epochs=1)
+
+
+@scenario
+def torchvision(folder: Path) -> Result:
+    network = models.resnet18(num_classes=CLASSES)
+    return fit(folder, Uneven(network, lr=0.001), max_epochs=1)
 
 
 class Meddler(pl.Callback):

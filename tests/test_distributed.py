@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, multiprocessing, nn
+from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, RankError, convert, load_int8, prepare, save_int8
 from qat_lightning.grid_check import check_same_grids
@@ -39,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize(
     "name",
-    ["uneven", "static_graph", "half_unseen", "histograms", "own_folders", "own_disks"],
+    ["uneven", "static_graph", "half_unseen", "histograms", "own_folders", "own_disks", "torchvision"],
 )
 def test_all_ranks_end_with_one_grid_and_one_int8_network(results: Results, name: str) -> None:
     ours, theirs = (rank[name] for rank in results)
@@ -179,10 +181,10 @@ def synchronized(prepared: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(prepared))
 
 
-@pytest.mark.parametrize("build", [Norms, Residual, Stubbed])
+@pytest.mark.parametrize("build", [Norms, Residual, Stubbed, models.resnet18])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_synchronized_batch_norm_inside_fused_modules(
-    tmp_path: Path, build: type[nn.Module], frozen: bool
+    tmp_path: Path, build: Callable[[], nn.Module], frozen: bool
 ) -> None:
     """One process has nobody to synchronize with, so that all has to be the same, bit for bit."""
     plain = prepare(build())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_lightning import QuantizationAwareTraining, prepare
+from qat_lightning import ConversionError, QuantizationAwareTraining, convert, prepare
 from qat_lightning.finiteness import first_nonfinite
 from tests.networks import CASES, Case, train_steps
 from tests.runs import TinyModule, trainer
@@ -68,6 +68,23 @@ def test_no_checkpoint_is_written_with_it(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(QuantizationAwareTraining, "on_before_optimizer_step", lambda *_: None)
     poisoned_run(tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+class NaNLoss(TinyModule):
+    """Its loss is a NaN after the first epoch, when observers are frozen and see nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.current_epoch else loss
+
+
+def test_weights_without_a_number_get_no_checkpoint_and_no_int8(tmp_path: Path) -> None:
+    module, qat = NaNLoss(), QuantizationAwareTraining(freeze_observers_at=1)
+    with pytest.raises(FloatingPointError, match=r"holds a NaN or an infinity at step 12, so no checkpoint"):
+        trainer(tmp_path, qat, max_epochs=2, limit_val_batches=0).fit(module)
+    assert qat.int8_module is None
+    with pytest.raises(ConversionError, match=r"'model\.stem.*' holds a NaN|'stem.*' holds a NaN"):
+        convert(module)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
