@@ -14,13 +14,14 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
 from qat_lightning.exports import Exports
 from qat_lightning.files import load_int8
-from qat_lightning.finiteness import Flags, first_nonfinite, first_nonfinite_weight
+from qat_lightning.finiteness import Watch
 from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.int8_validation import validate_int8
@@ -171,7 +172,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._resolved: ResolvedSchedule | None = None
         self._phase: Phase | None = None
         self._warned: set[str] = set()
-        self._flags = Flags(())
+        self._watch = Watch({})
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
         self._first_batch = FirstBatch()
@@ -197,8 +198,8 @@ class QuantizationAwareTraining(pl.Callback):
         with fail_together("preparing the networks"):
             self._prepared = prepare_module(pl_module, self.settings)
         keep_out_of_ddp_broadcast(pl_module)
-        self._flags = Flags(prepared.network for prepared in self._prepared)
-        self._flags.clear()
+        self._watch = Watch(self._networks)
+        self._watch.clear()
         for prepared in self._prepared:
             rank_zero_info(f"Prepared {prepared}")
 
@@ -222,12 +223,12 @@ class QuantizationAwareTraining(pl.Callback):
         if self._resolved is None:
             length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
             self._resolved = self.schedule.resolve(length)
-        self._warn_of_unreached(trainer)
+        messages.warn_of_unreached(trainer, self.schedule, self._resolved, self._warned)
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
         self._random_states.restore_before_validation(trainer)
         if self.preflight or self.exports.need_inputs:
-            self._first_batch.watch(pl_module, {p.name: p.network for p in self._prepared})
+            self._first_batch.watch(pl_module, self._networks)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enters the phase of this epoch."""
@@ -254,7 +255,7 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Raises if a NaN or an infinity was observed, while the weights are still good."""
         if pl_module.device.type == "cpu" or trainer.global_step % _FINITE_EVERY == 0:
-            self._check_finite(trainer)
+            self._watch.check(trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges, and switches observers off for the validation."""
@@ -347,8 +348,8 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
         with fail_together("looking for a NaN before a checkpoint"):
-            self._check_finite(trainer)
-            self._check_weights(trainer)
+            self._watch.check(trainer.global_step)
+            self._watch.check_weights(trainer.global_step)
         merge_ranges(pl_module)
         averaging.settle(trainer, pl_module)
         self._random_states.save(trainer, checkpoint)
@@ -384,6 +385,10 @@ class QuantizationAwareTraining(pl.Callback):
         phase = self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
         return averaging.adapt(trainer, phase)
 
+    @property
+    def _networks(self) -> dict[str, nn.Module]:
+        return {prepared.name: prepared.network for prepared in self._prepared}
+
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, int8: pl.LightningModule) -> list[Path]:
         if vars(trainer).get("fast_dev_run"):
             return []
@@ -399,35 +404,3 @@ class QuantizationAwareTraining(pl.Callback):
             freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
         self._phase = phase
         messages.report(trainer, before, phase)
-
-    def _check_finite(self, trainer: pl.Trainer) -> None:
-        for prepared in self._prepared if self._flags.raised() else ():
-            tensor = first_nonfinite(prepared.network)
-            if tensor is not None:
-                raise FloatingPointError(
-                    f"A NaN or an infinity appeared in {tensor} of {prepared.name or 'the module'!r}, at or "
-                    f"before step {trainer.global_step}; no range has taken it in. Lower the learning rate, "
-                    "clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
-                )
-
-    def _check_weights(self, trainer: pl.Trainer) -> None:
-        for prepared in self._prepared:
-            name = first_nonfinite_weight(prepared.network)
-            if name is not None:
-                raise FloatingPointError(
-                    f"{name!r} of {prepared.name or 'the module'!r} holds a NaN or an infinity at step "
-                    f"{trainer.global_step}, so no checkpoint is written: the last one is from before it. "
-                    "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at "
-                    "the data."
-                )
-
-    def _warn_of_unreached(self, trainer: pl.Trainer) -> None:
-        assert self._resolved is not None
-        epochs = trainer_facts.epochs(trainer)
-        for name in self._resolved.never_reached(epochs, trainer_facts.steps(trainer)):
-            if name not in self._warned:
-                self._warned.add(name)
-                rank_zero_warn(
-                    f"{name}={getattr(self.schedule, name)} lies beyond the end of this run "
-                    f"({epochs:g} epochs), so it will not happen."
-                )

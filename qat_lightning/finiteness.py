@@ -6,7 +6,7 @@ fake-quantize only sets a flag; here all flags are read in one transfer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx, nn
@@ -15,21 +15,46 @@ from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.graft import graphs
 from qat_lightning.modes.nodes import module_of
 
+_FIX = "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
 
-class Flags:
-    """The flags of all fake-quantizes of some networks; asked at every step, so without a search for them."""
 
-    def __init__(self, networks: Iterable[nn.Module]) -> None:
-        self._grids = [m for network in networks for m in network.modules() if isinstance(m, FakeQuantize)]
+class Watch:
+    """Looks for numbers that are none in prepared networks; asked at every step, so without a search.
 
-    def raised(self) -> bool:
-        """Whether any is set."""
-        return bool(self._grids) and bool(torch.cat([grid.nonfinite for grid in self._grids]).any())
+    Args:
+        networks: The networks, by name.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._networks = networks
+        self._grids = [m for n in networks.values() for m in n.modules() if isinstance(m, FakeQuantize)]
 
     def clear(self) -> None:
         """Forgets what earlier runs met."""
         for grid in self._grids:
             grid.nonfinite.zero_()
+
+    def check(self, step: int) -> None:
+        """Raises a `FloatingPointError` if a NaN or an infinity was observed."""
+        if not self._grids or not bool(torch.cat([grid.nonfinite for grid in self._grids]).any()):
+            return
+        for name, network in self._networks.items():
+            tensor = first_nonfinite(network)
+            if tensor is not None:
+                raise FloatingPointError(
+                    f"A NaN or an infinity appeared in {tensor} of {name or 'the module'!r}, at or before step "
+                    f"{step}; no range has taken it in. {_FIX}"
+                )
+
+    def check_weights(self, step: int) -> None:
+        """Raises a `FloatingPointError` if one is in a weight."""
+        for name, network in self._networks.items():
+            weight = first_nonfinite_weight(network)
+            if weight is not None:
+                raise FloatingPointError(
+                    f"{weight!r} of {name or 'the module'!r} holds a NaN or an infinity at step {step}, so no "
+                    f"checkpoint is written: the last one is from before it. {_FIX}"
+                )
 
 
 def first_nonfinite(network: nn.Module) -> str | None:

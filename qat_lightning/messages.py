@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from qat_lightning import trainer_facts
-from qat_lightning.schedule import Phase
+from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 
 _HIGH_LEARNING_RATE = 1e-3
 
@@ -22,6 +22,20 @@ def replaced(name: str) -> str:
         "            return\n"
         f"        self.{name or 'model'} = build()"
     )
+
+
+def warn_of_unreached(
+    trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
+) -> None:
+    """Warns of what is to happen beyond the end of the run, but for what is in `warned`, and adds it there."""
+    epochs = trainer_facts.epochs(trainer)
+    for name in resolved.never_reached(epochs, trainer_facts.steps(trainer)):
+        if name not in warned:
+            warned.add(name)
+            rank_zero_warn(
+                f"{name}={getattr(asked, name)} lies beyond the end of this run ({epochs:g} epochs), so it "
+                "will not happen."
+            )
 
 
 def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:

@@ -103,7 +103,7 @@ def test_the_callback_is_configured_in_full() -> None:
     set_here = OmegaConf.to_container(cfg.quantization, resolve=True)
     assert isinstance(set_here, dict)
     del set_here["_target_"], set_here["output_dir"], defaults["output_dir"]
-    assert set_here == {**defaults, "keep_float": []}
+    assert set_here == {**defaults, "keep_float": [], "export": ["torch"]}
 
 
 # What runs do
@@ -198,6 +198,14 @@ def test_fast_dev_run(tmp_path: Path) -> None:
     metrics = run(tmp_path, "+trainer.fast_dev_run=true", "trainer.enable_progress_bar=false")
     assert metrics["checkpoint"] == "last"
     assert metrics["int8_accuracy"] is not None
+
+
+def test_each_exported_file_is_scored(tmp_path: Path) -> None:
+    metrics = run(tmp_path, "experiment=digits_demo", "trainer.max_epochs=2", "export=all")
+    assert [Path(path).name for path in metrics["exported"]] == ["int8.pt", "int8.onnx", "int8.xml"]
+    for path, scores in metrics["exported"].items():
+        assert scores["accuracy"] == pytest.approx(metrics["fake_quant_accuracy"], abs=0.05)
+        assert scores["bytes"] >= Path(path).stat().st_size
 
 
 def test_no_conversion(tmp_path: Path) -> None:
