@@ -42,8 +42,8 @@ class Watch:
             tensor = first_nonfinite(network)
             if tensor is not None:
                 raise FloatingPointError(
-                    f"A NaN or an infinity appeared in {tensor} of {name or 'the module'!r}, at or before step "
-                    f"{step}; no range has taken it in. {_FIX}"
+                    f"A NaN or an infinity appeared in {tensor} of {name or 'the module'!r}, at or before "
+                    f"step {step}; no range has taken it in. {_FIX}"
                 )
 
     def check_weights(self, step: int) -> None:
@@ -52,8 +52,8 @@ class Watch:
             weight = first_nonfinite_weight(network)
             if weight is not None:
                 raise FloatingPointError(
-                    f"{weight!r} of {name or 'the module'!r} holds a NaN or an infinity at step {step}, so no "
-                    f"checkpoint is written: the last one is from before it. {_FIX}"
+                    f"{weight!r} of {name or 'the module'!r} holds a NaN or an infinity at step {step}, so "
+                    f"no checkpoint is written: the last one is from before it. {_FIX}"
                 )
 
 

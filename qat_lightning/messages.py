@@ -27,7 +27,7 @@ def replaced(name: str) -> str:
 def warn_of_unreached(
     trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
 ) -> None:
-    """Warns of what is to happen beyond the end of the run, but for what is in `warned`, and adds it there."""
+    """Warns of what is to happen beyond the end of the run, once: `warned` holds what it warned of."""
     epochs = trainer_facts.epochs(trainer)
     for name in resolved.never_reached(epochs, trainer_facts.steps(trainer)):
         if name not in warned:

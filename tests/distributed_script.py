@@ -24,7 +24,7 @@ from torch.ao.quantization import QConfig
 from torch.utils.data import DataLoader
 from torchvision import models
 
-from qat_lightning import QuantizationAwareTraining, conversion
+from qat_lightning import QuantizationAwareTraining, conversion, exports
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.grid_check import check_same_grids
 from qat_lightning.modes.qconfig import default_qconfig
@@ -89,9 +89,10 @@ def fit(
 
 @contextlib.contextmanager
 def fails_on(rank: int, name: str, error: Exception) -> Iterator[None]:
-    """Lets a function of the conversion fail on one rank."""
+    """Lets a function of the conversion, or of the exports, fail on one rank."""
     fails = distributed.get_rank() == rank
-    with mock.patch.object(conversion, name, side_effect=error) if fails else contextlib.nullcontext():
+    where = exports if hasattr(exports, name) else conversion
+    with mock.patch.object(where, name, side_effect=error) if fails else contextlib.nullcontext():
         yield
 
 

@@ -102,7 +102,7 @@ class SaveAt(pl.Callback):
 
 def qat() -> QuantizationAwareTraining:
     """The callback of all runs."""
-    return QuantizationAwareTraining(convert="last", freeze_observers_at=0.5, freeze_bn_at=2)
+    return QuantizationAwareTraining(convert="last", freeze_observers_at=0.5, freeze_bn_at=2, export=[])
 
 
 def main(folder: Path) -> None:
@@ -121,7 +121,6 @@ def main(folder: Path) -> None:
             "fake_quant": module.eval()(inputs()).detach(),
             "int8": callback.int8_module(inputs()),
         }
-    (folder / "int8.pt").unlink()
     torch.save(outputs, folder / "outputs.pt")
 
 

@@ -11,6 +11,7 @@ import torch
 from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
 
 import qat_lightning.conversion
+import qat_lightning.exports
 import qat_lightning.train
 from qat_lightning.classifier import ImageClassifier
 
@@ -94,7 +95,7 @@ MOMENTS: dict[str, Moment] = {
     "half the last checkpoint": HalfCheckpoint(5),
     "the conversion": Call(qat_lightning.conversion, "convert"),
     "after the conversion": Call(qat_lightning.conversion, "convert", after=True),
-    "writing the int8 file": Call(qat_lightning.conversion, "save_int8"),
+    "writing the int8 file": Call(qat_lightning.exports, "save_int8"),
     "before the int8 file is in place": Call(Path, "replace", 2),
     "after the int8 file is in place": Call(Path, "replace", 2, after=True),
     "scoring the int8 network": Call(qat_lightning.train, "evaluate", 2),

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 import torch
 
@@ -78,10 +79,10 @@ def test_a_full_disk_leaves_no_half_of_a_network(
         if what == "int8":
             arguments[1].write(b"half")
         else:
-            Path(arguments[2]).write_bytes(b"half")
+            Path(arguments[1]).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((torch, "save") if what == "int8" else (torch.onnx, "export")), full)
+    monkeypatch.setattr(*((torch, "save") if what == "int8" else (onnx_ir, "save")), full)
     with pytest.raises(OSError, match="No space left"):
         (write_int8 if what == "int8" else write_onnx)()
     assert list(tmp_path.iterdir()) == []

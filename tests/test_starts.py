@@ -90,7 +90,15 @@ def test_one_result_however_processes_are_started(tmp_path: Path, way: str) -> N
     assert sorted(written) == sorted(
         [
             *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
-            *(".lock", "config.yaml", "int8.pt", "logs/version_0/metrics.csv", "metrics.json", "train.log"),
+            *(
+                ".lock",
+                "config.yaml",
+                "int8.pt",
+                "logs/version_0/metrics.csv",
+                "manifest.json",
+                "metrics.json",
+                "train.log",
+            ),
             *(f"checkpoints/{path.name}" for path in (run / "checkpoints").iterdir()),
         ]
     )
