@@ -33,6 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder, and raises an `OSError` if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{uuid4().hex[:8]}{_SUFFIX}"
+    probe.touch()
+    probe.unlink()
+
+
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes left in `folder`."""
     for partial in folder.glob(f".*{_SUFFIX}"):

@@ -196,6 +196,7 @@ class QuantizationAwareTraining(pl.Callback):
         if is_overridden("configure_model", pl_module):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
         with fail_together("preparing the networks"):
+            surroundings.check_output(trainer, self.output_dir)
             self._prepared = prepare_module(pl_module, self.settings)
         keep_out_of_ddp_broadcast(pl_module)
         self._watch = Watch(self._networks)

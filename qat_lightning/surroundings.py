@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qat_lightning import trainer_facts
+from qat_lightning.atomic import check_writable
 
 
 def check_package(trainer: object, module: object) -> None:
@@ -20,6 +23,19 @@ def check_package(trainer: object, module: object) -> None:
                 "`pytorch_lightning` has classes of its own, and the two do not mix. Replace "
                 "`import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
             )
+
+
+def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
+    """Raises a `MisconfigurationException` if rank 0 could not write to `folder` at the end of the run."""
+    if folder is None or not trainer.is_global_zero or vars(trainer).get("fast_dev_run"):
+        return
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise MisconfigurationException(
+            f"output_dir must be a folder that can be written to, but {folder} cannot: {error}. Choose "
+            "another one."
+        ) from error
 
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:

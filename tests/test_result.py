@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from qat_lightning import ConversionError, QuantizationAwareTraining, convert, load_int8, load_qat_checkpoint
@@ -164,6 +165,16 @@ def test_fitting_the_int8_module_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"TinyModule is quantized already: its 'model\.\w+\.0' is the int8 module"
     ):
         trainer(tmp_path, QuantizationAwareTraining(), fast_dev_run=True).fit(qat.int8_module)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    qat = QuantizationAwareTraining(output_dir=tmp_path / "file" / "folder")
+    with pytest.raises(MisconfigurationException, match=r"output_dir must be a folder .* Choose another"):
+        trainer(tmp_path, qat, max_epochs=1).fit(TinyModule())
+    qat = QuantizationAwareTraining(output_dir=tmp_path / "new" / "folder", convert=None)
+    trainer(tmp_path, qat, max_epochs=1).fit(TinyModule())
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 def test_a_failed_conversion_says_that_the_weights_are_safe(tmp_path: Path) -> None:
