@@ -17,6 +17,7 @@ from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.export.extras import require
 from qat_lightning.files import save_int8
 from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.modes.subclass import with_forward
 from qat_lightning.quantize import replace_submodule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -126,8 +127,5 @@ def _is_plain(value: Any) -> bool:
 
 def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:
     """Makes the `forward` of `module`, which is a network itself, that of a runtime, in place."""
-    users = type(module)
-    same = {name: getattr(users, name) for name in ("__module__", "__qualname__", "__doc__")}
-    forward = staticmethod(runtime.forward)
-    module.__class__ = type(users.__name__, (users,), {**same, "forward": forward})
+    module.__class__ = with_forward(type(module), staticmethod(runtime.forward))  # type: ignore[assignment]
     return module

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.behaviour import LostForward, mark_containers
+from qat_lightning.modes.subclass import with_forward
 
 _ATTRIBUTE = "_qat_graft"
 _MARK = "_qat_runs_a_graph"  # of the classes that `graft` makes
@@ -105,10 +106,10 @@ def regraft(module: nn.Module, graph_module: fx.GraphModule) -> None:
 
 
 def _subclass(module: nn.Module, forward: Any) -> type[nn.Module]:
-    """A class that differs from the user's in `forward` alone, and is called the same."""
     users = type(module).__bases__[0] if _MARK in vars(type(module)) else type(module)
-    same = {name: getattr(users, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(users.__name__, (users,), {**same, "forward": forward, _MARK: True})
+    grafted = with_forward(users, forward)
+    setattr(grafted, _MARK, True)
+    return grafted
 
 
 def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.modes.relu6 import clamped_to_six, is_inside
+from qat_lightning.modes.subclass import with_forward
 
 
 class _AsRelu(TorchFunctionMode):
@@ -62,7 +63,7 @@ def hard_sigmoids(network: nn.Module) -> tuple[str, ...]:
 
 
 def _run_under(module: nn.Module, mode: type[TorchFunctionMode]) -> None:
-    """Makes the class of `module` a subclass of the same name whose `forward` runs under `mode`."""
+    """Makes the `forward` of `module` run under `mode`, in place."""
     users = type(module)
 
     @functools.wraps(users.forward)
@@ -70,8 +71,7 @@ def _run_under(module: nn.Module, mode: type[TorchFunctionMode]) -> None:
         with mode():
             return users.forward(self, *args, **kwargs)
 
-    same = {name: getattr(users, name) for name in ("__module__", "__qualname__", "__doc__")}
-    module.__class__ = type(users.__name__, (users,), {**same, "forward": forward})
+    module.__class__ = with_forward(users, forward)
 
 
 def _code_of(kind: type[nn.Module]) -> Iterator[CodeType]:
