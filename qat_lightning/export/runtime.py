@@ -83,6 +83,7 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
@@ -104,6 +105,8 @@ class OpenVino:
         graph: The `.xml` file.
         weights: The `.bin` file.
         threads: Threads for a request; 0 leaves it to the runtime.
+        float32: Whether what is not int8 is computed in float32; by default the runtime takes bfloat16 on
+            CPUs that have it.
 
     Raises:
         MissingExtraError: The extra `openvino` is not installed.
@@ -112,11 +115,12 @@ class OpenVino:
 
     name = "OpenVINO"
 
-    def __init__(self, graph: bytes, weights: bytes, *, threads: int = 0) -> None:
+    def __init__(self, graph: bytes, weights: bytes, *, threads: int = 0, float32: bool = False) -> None:
         require("openvino", purpose="Running an OpenVINO file")
         import openvino
 
         options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        options |= {"INFERENCE_PRECISION_HINT": "f32"} if float32 else {}
         try:
             core = openvino.Core()
             model = core.read_model(graph, weights)
