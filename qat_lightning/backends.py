@@ -56,15 +56,20 @@ def run_on_engine(module: nn.Module, backend: str) -> None:
 
 
 class _EngineSwitch:
-    """The two hooks of :func:`run_on_engine`; a stack, because an int8 network may hold another."""
+    """The two hooks of :func:`run_on_engine`; a stack, because an int8 network may hold another.
+
+    `torch.use_deterministic_algorithms` is off meanwhile: it refuses a tensor that fbgemm's linear layer
+    makes and fills, although sums of integers have one result only.
+    """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._before: list[str] = []
+        self._before: list[tuple[str, int]] = []
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._before.append(torch.backends.quantized.engine)
+        self._before.append((torch.backends.quantized.engine, torch.get_deterministic_debug_mode()))
         torch.backends.quantized.engine = self.backend
+        torch.set_deterministic_debug_mode("default")
         for value in args:
             if isinstance(value, torch.Tensor) and value.device.type != "cpu":
                 raise RuntimeError(
@@ -73,4 +78,5 @@ class _EngineSwitch:
                 )
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        torch.backends.quantized.engine = self._before.pop()
+        torch.backends.quantized.engine, deterministic = self._before.pop()
+        torch.set_deterministic_debug_mode(deterministic)

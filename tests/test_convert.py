@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +189,43 @@ def test_two_int8_networks_run_each_on_its_own_engine() -> None:
         outputs[backend] = networks[backend](x)
     assert torch.equal(networks["qnnpack"](x), outputs["qnnpack"])
     assert torch.equal(networks["onednn"](x), outputs["onednn"])
+
+
+def test_linear_layers_on_onednn_never_run_its_reference_code(tmp_path: Path) -> None:
+    """It is what oneDNN falls back to where an input has a zero point."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from qat_lightning import convert, load_int8, prepare, save_int8\n"
+        "from torch import nn\n"
+        "build = lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))\n"
+        "prepared = prepare(build(), backend='onednn').train()\n"
+        "x = torch.randn(8, 64)\n"
+        "prepared(x)\n"
+        "int8 = convert(prepared)\n"
+        f"path = save_int8(int8, {str(tmp_path / 'int8.pt')!r})\n"
+        "assert torch.equal(int8(x), load_int8(path, build())(x))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "ONEDNN_VERBOSE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ref_int8" not in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["x86", "fbgemm", "qnnpack", "onednn"])
+def test_every_engine_runs_where_only_deterministic_operations_are_allowed(backend: str) -> None:
+    """fbgemm's linear layer is refused there, for a tensor that it makes and then fills."""
+    prepared = prepare(nn.Sequential(nn.Linear(8, 8)), backend=backend).train()
+    x = torch.randn(4, 8)
+    prepared(x)
+    int8 = convert(prepared)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(int8(x), int8(x))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
