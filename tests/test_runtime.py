@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -225,3 +227,24 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ConversionError, match=r"dB only, below 20 dB.*No file was written"):
             export(prepared, tmp_path / name, (images(),))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_signals_after_openvino_files_were_dropped(tmp_path: Path, order: tuple[int, int]) -> None:
+    """OpenVINO takes over the stack that Python handles signals on; it must not leave one that is freed."""
+    prepared = prepare(Residual())
+    train_steps(prepared, ((images(),), {}))
+    path = export_openvino(prepared, tmp_path / "int8.xml", (images(),))
+    script = (
+        "import faulthandler, gc, os, signal\n"
+        "from qat_lightning import load_runtime\n"
+        "faulthandler.enable()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled', flush=True))\n"
+        f"networks = [load_runtime({str(path)!r}) for _ in range(2)]\n"
+        f"for index in {order}:\n"
+        "    networks[index] = None\n"
+        "    gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n")

@@ -6,7 +6,12 @@ from importlib.util import find_spec
 
 from qat_lightning.errors import MissingExtraError
 
-_EXTRA = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+_EXTRA = {
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+}
 
 
 def require(*packages: str, purpose: str) -> None:

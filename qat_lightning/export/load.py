@@ -8,7 +8,7 @@ from torch import nn
 
 from qat_lightning import manifest
 from qat_lightning.errors import Int8FileError
-from qat_lightning.export.runtime import OnnxRuntime, OpenVino, RuntimeNetwork
+from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork, quantizes
 from qat_lightning.files import load_int8
 
 
@@ -47,16 +47,24 @@ def load_runtime(
         raise Int8FileError(f"load_runtime reads .onnx, .xml (OpenVINO) and .pt files, but received {path}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix == ".onnx":
-        content = manifest.read(path, verify=verify)
-        return RuntimeNetwork(OnnxRuntime(content, threads=threads)).eval()
-    if path.suffix == ".xml":
-        graph = manifest.read(path, verify=verify)
-        weights = manifest.read(path.with_suffix(".bin"), verify=verify)
-        return RuntimeNetwork(OpenVino(graph, weights, threads=threads)).eval()
+    if path.suffix != ".pt":
+        return RuntimeNetwork(load_graph(path, threads=threads, verify=verify)).eval()
     if network is None:
         raise ValueError(
             f"{path} holds the weights of an int8 network and no graph: pass a freshly built float network, "
             "as in load_runtime(path, build_network())."
         )
     return load_int8(path, network, verify=verify)
+
+
+def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
+    """Reads an `.onnx` or `.xml` file, as :func:`load_runtime` does.
+
+    A float file of OpenVINO computes in float32, on whichever CPU. Weights that an ONNX file keeps in a file
+    of their own, which no manifest lists, are read only where nothing is verified.
+    """
+    content = manifest.read(path, verify=verify)
+    if path.suffix == ".onnx":
+        return OnnxRuntime(content, threads=threads, folder=None if verify else path.parent)
+    weights = manifest.read(path.with_suffix(".bin"), verify=verify)
+    return OpenVino(content, weights, threads=threads, float32=not quantizes(content))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,27 @@ def export_onnx(
     return path
 
 
-def write_graph(example: Example, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the graph of an example's network, unchecked."""
+def write_graph(
+    example: Example,
+    path: Path,
+    metadata: Mapping[str, str],
+    form: Callable[[nn.Module], nn.Module] | None = None,
+) -> None:
+    """Writes the graph of an example's network, unchecked.
+
+    Args:
+        example: The network, and what to trace it with.
+        path: Where to write.
+        metadata: What else the file shall say of itself.
+        form: Makes of a prepared network what is traced; the reference graph by default.
+    """
     import onnx_ir
 
     from qat_lightning.export.graph import simplify
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
-            reference(example.module),
+            (form or reference)(example.module),
             (*example.args, example.kwargs),  # a dict at the end is taken for the keyword arguments, even {}
             dynamo=True,
             verbose=False,

@@ -53,7 +53,7 @@ def export_openvino(
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "graph.onnx"
         write_graph(example, graph, {})
-        xml, weights = _convert(graph, {**example.metadata, **(metadata or {})})
+        xml, weights = convert_graph(graph, {**example.metadata, **(metadata or {})})
     example.check(OpenVino(xml, weights), path, min_sqnr)
     with replacing(path.with_suffix(".bin")) as partial:
         partial.write_bytes(weights)
@@ -63,8 +63,8 @@ def export_openvino(
     return path
 
 
-def _convert(graph: Path, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """The two files of an IR."""
+def convert_graph(graph: Path, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """The two files of an IR, made of an ONNX file."""
     import openvino
 
     model = openvino.convert_model(graph)

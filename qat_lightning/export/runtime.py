@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from qat_lightning.errors import Int8FileError
+from qat_lightning.export.executed import float_operations_of_onnx, float_operations_of_openvino
 from qat_lightning.export.extras import require
 from qat_lightning.export.structure import STRUCTURE_KEY, restore, tensors_of
+
+_ONNX_DTYPES = {"float": torch.float32, "double": torch.float64}
+"""Where ONNX Runtime's name of a type is not torch's."""
+
+
+class Signature(NamedTuple):
+    """What a file says of one of its inputs.
+
+    Attributes:
+        name: Its name.
+        dtype: Type of its elements.
+        shape: Its dimensions, None where any size will do.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
 
 
 class Runtime(Protocol):
@@ -19,16 +40,21 @@ class Runtime(Protocol):
 
     Attributes:
         name: What the runtime is called.
-        inputs: Names of the inputs, in the order of the network's own.
+        signatures: The inputs, in the order of the network's own.
+        int8: Whether anything in the file is quantized.
         structure: What :func:`qat_lightning.export.structure.structure_of` said of the outputs.
     """
 
     name: str
-    inputs: list[str]
+    signatures: list[Signature]
+    int8: bool
     structure: str | None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `inputs`."""
+        """The outputs for the inputs in the order of `signatures`."""
+
+    def float_operations(self) -> Counter[str]:
+        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
 
 
 class RuntimeNetwork(nn.Module):
@@ -47,17 +73,18 @@ class RuntimeNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the file on the tensors in the arguments, of any batch size."""
         tensors = tensors_of((args, kwargs))
-        if len(tensors) != len(self.runtime.inputs):
+        names = [each.name for each in self.runtime.signatures]
+        if len(tensors) != len(names):
             raise ValueError(
-                f"The file takes {len(self.runtime.inputs)} tensors ({', '.join(self.runtime.inputs)}), but "
-                f"received {len(tensors)}. Call it with the arguments of the network that it was made from."
+                f"The file takes {len(names)} tensors ({', '.join(names)}), but received {len(tensors)}. "
+                "Call it with the arguments of the network that it was made from."
             )
         outputs = self.runtime.run([tensor.detach().cpu().numpy() for tensor in tensors])
         device = tensors[0].device
         return restore([torch.from_numpy(output).to(device) for output in outputs], self.runtime.structure)
 
     def extra_repr(self) -> str:
-        return f"{self.runtime.name}, inputs={self.runtime.inputs}"
+        return f"{self.runtime.name}, inputs={[each.name for each in self.runtime.signatures]}"
 
 
 class OnnxRuntime:
@@ -68,6 +95,7 @@ class OnnxRuntime:
         threads: Threads for one operation; 0 leaves it to the runtime, which takes every core.
         optimize: Whether the runtime may fuse quantize, dequantize and what is between them into int8
             operations. Without, it runs the graph as it is written, node by node.
+        folder: Where weights lie that the file keeps in files of their own; None lets it have none.
 
     Raises:
         MissingExtraError: The extra `onnx` is not installed.
@@ -76,7 +104,9 @@ class OnnxRuntime:
 
     name = "ONNX Runtime"
 
-    def __init__(self, content: bytes, *, threads: int = 0, optimize: bool = True) -> None:
+    def __init__(
+        self, content: bytes, *, threads: int = 0, optimize: bool = True, folder: Path | None = None
+    ) -> None:
         require("onnxruntime", purpose="Running an ONNX file")
         import onnxruntime
 
@@ -84,18 +114,31 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
+        if folder is not None:
+            key = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(key, str(folder.absolute()))
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has a class of its own for each kind of failure
             raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
-        self.inputs = [node.name for node in self._session.get_inputs()]
+        self._content, self._options = content, options
+        self.int8 = quantizes(content)
+        self.signatures = [
+            Signature(node.name, _onnx_dtype(node.type), tuple(map(_known, node.shape)))
+            for node in self._session.get_inputs()
+        ]
         self.structure = self._session.get_modelmeta().custom_metadata_map.get(STRUCTURE_KEY)
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `inputs`."""
-        return self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        """The outputs for the inputs in the order of `signatures`."""
+        names = [each.name for each in self.signatures]
+        return self._session.run(None, dict(zip(names, arrays, strict=True)))
+
+    def float_operations(self) -> Counter[str]:
+        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
+        return float_operations_of_onnx(self._content, self._options)
 
 
 class OpenVino:
@@ -117,21 +160,66 @@ class OpenVino:
 
     def __init__(self, graph: bytes, weights: bytes, *, threads: int = 0, float32: bool = False) -> None:
         require("openvino", purpose="Running an OpenVINO file")
-        import openvino
-
-        options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         options |= {"INFERENCE_PRECISION_HINT": "f32"} if float32 else {}
         try:
-            core = openvino.Core()
+            core = _core()
             model = core.read_model(graph, weights)
             self._compiled = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **options})
         except Exception as error:  # the runtime has a class of its own for each kind of failure
             raise Int8FileError(f"OpenVINO cannot read the file: {error}") from error
-        self.inputs = [value.any_name for value in model.inputs]
+        self.int8 = quantizes(graph)
+        self._kinds = {each.get_friendly_name(): each.get_type_name() for each in model.get_ops()}
+        self.signatures = [
+            Signature(value.any_name, _torch_dtype(value.element_type.to_dtype()), _openvino_shape(value))
+            for value in model.inputs
+        ]
         key = STRUCTURE_KEY.split(".")
         self.structure = model.get_rt_info(key).value if model.has_rt_info(key) else None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `inputs`."""
+        """The outputs for the inputs in the order of `signatures`."""
         results = self._compiled(list(arrays))
         return [np.array(results[output]) for output in self._compiled.outputs]
+
+    def float_operations(self) -> Counter[str]:
+        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
+        return float_operations_of_openvino(self._compiled, self._kinds)
+
+
+@cache
+def _core() -> Any:
+    """The only one of the process, which ends with it.
+
+    OpenVINO's CPU plugin takes over the stack that signals are handled on, and gives it back at its end.
+    Several that do not end in reverse order leave one that is freed: the next signal is a crash.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+def quantizes(graph: bytes) -> bool:
+    """Whether an ONNX file or the `.xml` file of an OpenVINO IR quantizes anything."""
+    return any(kind in graph for kind in (b"QuantizeLinear", b"QLinear", b'"FakeQuantize"'))
+
+
+def _known(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _onnx_dtype(said: str) -> torch.dtype:
+    """The type that ONNX Runtime calls `tensor(…)`."""
+    name = said.removeprefix("tensor(").removesuffix(")")
+    dtype = _ONNX_DTYPES.get(name) or getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise Int8FileError(f"The file takes {said}, but its inputs have to be tensors of numbers.")
+    return dtype
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    return torch.from_numpy(np.zeros(0, dtype)).dtype
+
+
+def _openvino_shape(value: Any) -> tuple[int | None, ...]:
+    return tuple(None if size.is_dynamic else size.get_length() for size in value.partial_shape)

@@ -1,0 +1,139 @@
+"""How fast networks run, side by side, so that what else the machine does falls on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.report.content import Speed
+
+BATCHES = (1, 8, 32)
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+_WARM_UPS = 10
+_WARM_UP_SHARE = 0.1
+
+
+class Candidate(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: As in :class:`qat_lightning.report.content.Speed`, likewise `runtime`.
+        runtime: Its runtime.
+        call: The network, on the CPU in eval mode, or anything that is called as it is.
+    """
+
+    name: str
+    runtime: str
+    call: Callable[..., Any]
+
+
+def measure(
+    groups: Sequence[Sequence[Candidate]],
+    inputs: Inputs,
+    *,
+    batches: Sequence[int] = BATCHES,
+    threads: int,
+    seconds: float = 3.0,
+    clock: Callable[[], float] = time.perf_counter,
+    console: Console | None = None,
+) -> list[Speed]:
+    """Measures groups of networks, those of a group against its first.
+
+    In each round every network of a group is called once, one after the other.
+
+    Args:
+        groups: The networks. The first of each group is its baseline.
+        inputs: Arguments that all of them take, of any batch size: the first sample is repeated.
+        batches: Inputs in a call.
+        threads: Threads of PyTorch for this time. Other runtimes get theirs when they load a file.
+        seconds: How long to measure a network with a batch; at least `LEAST_ROUNDS` calls and at most
+            `MOST_ROUNDS` are made.
+        clock: Seconds since some moment.
+        console: Where to show progress while it lasts; None shows none.
+
+    Returns:
+        Group by group, batch by batch, in the order of the group.
+    """
+    speeds: list[Speed] = []
+    bar = Progress(console=console, transient=True, disable=console is None or not console.is_terminal)
+    with bar, pinned_threads(threads), torch.inference_mode():
+        task = bar.add_task("measuring", total=len(groups) * len(batches))
+        for group in groups:
+            for batch in batches:
+                args, kwargs = of_batch(inputs, batch)
+                times = _timed([each.call for each in group], args, kwargs, seconds * len(group), clock)
+                speeds += _speeds(group, batch, times)
+                bar.advance(task)
+    return speeds
+
+
+@contextmanager
+def pinned_threads(threads: int) -> Iterator[None]:
+    """PyTorch computes on `threads` threads inside the `with` block, and on as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def of_batch(inputs: Inputs, size: int) -> Inputs:
+    """The first sample of `inputs`, repeated.
+
+    The batch's size is that of the first tensor's first dimension; tensors of another, such as a mask, and
+    what is no tensor stay as they are.
+    """
+    shapes = [v.shape for v in tree_leaves(inputs) if isinstance(v, torch.Tensor) and v.ndim]
+    given = shapes[0][0] if shapes else 0
+
+    def repeated(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.ndim or value.shape[0] != given:
+            return value
+        return value.detach()[:1].repeat(size, *[1] * (value.ndim - 1))
+
+    return Inputs(tree_map(repeated, inputs.args), tree_map(repeated, inputs.kwargs))
+
+
+def _timed(
+    calls: Sequence[Callable[..., Any]], args: Any, kwargs: Any, seconds: float, clock: Callable[[], float]
+) -> list[list[float]]:
+    """For each round the seconds of each call, once caches and clock rates have settled."""
+
+    def rounds(least: int, most: int, seconds: float) -> list[list[float]]:
+        times: list[list[float]] = []
+        start = clock()
+        while len(times) < least or (len(times) < most and clock() - start < seconds):
+            times.append([])
+            for call in calls:
+                begun = clock()
+                call(*args, **kwargs)
+                times[-1].append(clock() - begun)
+        return times
+
+    rounds(1, _WARM_UPS, _WARM_UP_SHARE * seconds)
+    return rounds(LEAST_ROUNDS, MOST_ROUNDS, seconds)
+
+
+def _speeds(group: Sequence[Candidate], batch: int, times: list[list[float]]) -> Iterator[Speed]:
+    for index, each in enumerate(group):
+        own = [1e3 * round_[index] for round_ in times]
+        lower, middle, upper = statistics.quantiles(own, n=4, method="inclusive")
+        ratios = [round_[0] / round_[index] for round_ in times]
+        yield Speed(
+            name=each.name,
+            runtime=each.runtime,
+            batch=batch,
+            milliseconds=middle,
+            spread=(upper - lower) / 2,
+            speedup=statistics.median(ratios) if index else None,
+        )
