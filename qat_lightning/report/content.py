@@ -204,10 +204,7 @@ def _build(values: dict[str, Any]) -> Report:
             **{
                 **each,
                 "floats": tuple(each["floats"]),
-                "layers": tuple(
-                    Layer(**{name: tuple(v) if isinstance(v, list) else v for name, v in layer.items()})
-                    for layer in each["layers"]
-                ),
+                "layers": tuple(_layer(layer) for layer in each["layers"]),
             }
         )
         for each in values.pop("networks")
@@ -222,6 +219,11 @@ def _build(values: dict[str, Any]) -> Report:
         findings=tuple(values.pop("findings")),
         **values,
     )
+
+
+def _layer(values: dict[str, Any]) -> Layer:
+    kind: Any = Layer
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,134 @@
+"""How near each int8 layer is to its fake-quant and its float form, and what its grid cuts off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.fidelity import sqnr
+from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.inspection.inventory import parts
+from qat_lightning.phases import set_enabled
+from qat_lightning.quantize import is_int8
+from qat_lightning.report.content import Layer
+
+_BINS = 60
+_EXACT = 60.0
+"""Decibels beyond which a layer's input counts as undisturbed, when its loss is told."""
+
+
+class _Seen(NamedTuple):
+    """What a layer read and returned in one pass."""
+
+    x: Tensor
+    y: Tensor
+
+
+class _Grid(NamedTuple):
+    """The integers that a layer's int8 output has."""
+
+    scale: float
+    zero_point: int
+    least: int
+    greatest: int
+
+    @property
+    def range(self) -> tuple[float, float]:
+        low, high = ((bound - self.zero_point) * self.scale for bound in (self.least, self.greatest))
+        return low, high
+
+    def round(self, y: Tensor) -> Tensor:
+        integers = torch.clamp(torch.round(y / self.scale) + self.zero_point, self.least, self.greatest)
+        return (integers - self.zero_point) * self.scale
+
+
+def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list[Layer]:
+    """Runs a network three times, in float, with fake-quantization and in int8, and compares layer by layer.
+
+    Each pass goes on with its own outputs, so that errors add up as they do in the network. Fake-quant
+    outputs are rounded to the grid of the int8 layer's, as the fake-quantize after them does.
+
+    Args:
+        prepared: The prepared network, in eval mode on the CPU. Its fake-quantization is left on.
+        int8: What it was converted to.
+        inputs: What to run them on; the samples of one batch.
+
+    Returns:
+        The int8 layers with weights, in the order in which they run.
+    """
+    names = [name for name, module in int8.named_modules() if is_int8(module) and hasattr(module, "weight")]
+    modules = dict(prepared.named_modules())
+    names = [name for name in names if hasattr(modules.get(name), "weight_fake_quant")]
+    set_enabled(prepared, observer=False, fake_quant=False)
+    exact = _run(prepared, names, inputs)
+    set_enabled(prepared, observer=False, fake_quant=True)
+    rounded = _run(prepared, names, inputs)
+    found = _run(int8, names, inputs)
+    return [
+        _compare(name, parts(modules[name]), exact[name], rounded[name], found[name].y)
+        for name in exact
+        if name in rounded and name in found
+    ]
+
+
+def _compare(name: str, kind: str, exact: _Seen, rounded: _Seen, int8: Tensor) -> Layer:
+    grid = _grid_of(int8)
+    expected = rounded.y if grid is None else grid.round(rounded.y)
+    value = int8.dequantize() if int8.is_quantized else int8
+    agreement = sqnr(exact.y, expected)
+    low, high = grid.range if grid is not None else (-torch.inf, torch.inf)
+    flat = exact.y.flatten().float()
+    edges = (float(flat.min()), float(flat.max()))
+    return Layer(
+        name=name,
+        kind=kind,
+        fake_quant_sqnr=agreement,
+        int8_sqnr=sqnr(expected, value),
+        loss=min(sqnr(exact.x, rounded.x), _EXACT) - min(agreement, _EXACT),
+        clipped=float(((flat < low) | (flat > high)).float().mean()),
+        grid=(low, high),
+        edges=edges,
+        counts=tuple(int(count) for count in torch.histc(flat, _BINS, *edges)),
+    )
+
+
+def _grid_of(y: Tensor) -> _Grid | None:
+    """The grid of a quantized tensor, or None of a float one."""
+    if not y.is_quantized:
+        return None
+    bounds = torch.iinfo(y.dtype)
+    return _Grid(y.q_scale(), y.q_zero_point(), int(bounds.min), int(bounds.max))
+
+
+@torch.no_grad()
+def _run(network: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, _Seen]:
+    seen: dict[str, _Seen] = {}
+    with _watched(network, names, seen):
+        network(*inputs.args, **inputs.kwargs)
+    return seen
+
+
+@contextmanager
+def _watched(network: nn.Module, names: Iterable[str], seen: dict[str, _Seen]) -> Iterator[None]:
+    """Keeps copies of what each layer reads and returns at its first call: what follows may overwrite it."""
+    modules = dict(network.named_modules())
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: object, kwargs: object, output: Tensor) -> None:
+            if name not in seen:
+                x = next(v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+                seen[name] = _Seen(x.clone(), output.clone())
+
+        return modules[name].register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+    handles = [watch(name) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

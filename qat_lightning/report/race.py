@@ -1,0 +1,86 @@
+"""The speeds of a run's int8 files, each beside the float network on the same runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from torch import nn
+
+from qat_lightning.export import load_runtime
+from qat_lightning.export.example import example_of
+from qat_lightning.export.onnx import write_graph
+from qat_lightning.export.openvino import convert_graph
+from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
+from qat_lightning.exports import arguments_of
+from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.modes.reference import floating
+from qat_lightning.report.content import Speed
+from qat_lightning.report.speed import Candidate, measure
+
+
+class Raced(NamedTuple):
+    """What a race gave.
+
+    Attributes:
+        speeds: For each runtime and batch, float before int8.
+        float_operations: For each runtime the operations, by kind, that it runs in float between int8 ones.
+    """
+
+    speeds: tuple[Speed, ...]
+    float_operations: dict[str, dict[str, int]]
+
+
+def race(
+    prepared: nn.Module, int8: nn.Module, inputs: Mapping[str, Inputs], files: Sequence[Path], threads: int
+) -> Raced:
+    """Measures every network of a module in every form.
+
+    Args:
+        prepared: The module with the prepared networks, in eval mode on the CPU.
+        int8: The same, converted.
+        inputs: For each network, by name, what to run it on.
+        files: What was exported.
+        threads: Threads of every runtime.
+    """
+    speeds: list[Speed] = []
+    operations: dict[str, dict[str, int]] = {}
+    for name, each in inputs.items():
+        network, suffix = prepared.get_submodule(name), f" {name}" if len(inputs) > 1 else ""
+        groups = [_in_torch(network, int8.get_submodule(name), suffix)]
+        for path in _graphs(files, name, len(inputs)):
+            runtime = load_runtime(path, threads=threads)
+            assert isinstance(runtime, RuntimeNetwork)
+            plain = RuntimeNetwork(_float_on(runtime.runtime, network, each, threads)).eval()
+            groups.append(_pair(runtime.runtime.name, plain, runtime, suffix))
+            operations[runtime.runtime.name] = dict(runtime.runtime.float_operations().most_common())
+        speeds += measure(groups, each, threads=threads, console=Console(stderr=True))
+    return Raced(tuple(speeds), operations)
+
+
+def _in_torch(prepared: nn.Module, int8: nn.Module, suffix: str) -> list[Candidate]:
+    return _pair("PyTorch", floating(prepared), int8.eval(), suffix)
+
+
+def _pair(runtime: str, plain: nn.Module, int8: nn.Module, suffix: str) -> list[Candidate]:
+    return [Candidate(f"float{suffix}", runtime, plain), Candidate(f"int8{suffix}", runtime, int8)]
+
+
+def _graphs(files: Sequence[Path], name: str, networks: int) -> Iterator[Path]:
+    """The files of a network that hold its graph."""
+    stem = f"int8.{name}" if networks > 1 else "int8"
+    return (path for path in files if path.suffix != ".pt" and path.stem == stem)
+
+
+def _float_on(runtime: Runtime, prepared: nn.Module, inputs: Inputs, threads: int) -> Runtime:
+    """The float network on the runtime that an int8 file runs on."""
+    example = example_of(prepared, arguments_of(prepared, inputs))
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "float.onnx"
+        write_graph(example, graph, example.metadata, floating)
+        if isinstance(runtime, OnnxRuntime):
+            return OnnxRuntime(graph.read_bytes(), threads=threads)
+        return OpenVino(*convert_graph(graph, example.metadata), threads=threads, float32=True)

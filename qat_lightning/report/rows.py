@@ -1,0 +1,75 @@
+"""What the tables of a report hold, for the page and the terminal alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qat_lightning.report import figures
+from qat_lightning.report.content import Layer, Score
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of the summary, as text.
+
+    Attributes:
+        score: What it is about.
+        cells: For each metric its value and its difference to float; empty where there is none.
+        size: Of the file.
+        ratio: How many times smaller than float it is.
+    """
+
+    score: Score
+    cells: tuple[tuple[str, str], ...]
+    size: str
+    ratio: str
+
+
+def metric_names(scores: Sequence[Score]) -> list[str]:
+    """The metrics of all networks, losses last."""
+    names = dict.fromkeys(name for score in scores for name in score.metrics)
+    return sorted(names, key=lambda name: "loss" in name.lower())
+
+
+def base_of(scores: Sequence[Score], score: Score) -> Score | None:
+    """The float network that `score` is compared with: on its own runtime if there is one, else the first."""
+    floats = [each for each in scores if each.network == "float" and each.split == score.split]
+    own = [each for each in floats if each.runtime == score.runtime]
+    return next(iter([*own, *floats]), None)
+
+
+def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
+    """The rows of the summary, in the order of `scores`."""
+    return [_score_row(score, base_of(scores, score), metric_names(scores)) for score in scores]
+
+
+def _score_row(score: Score, base: Score | None, names: Sequence[str]) -> ScoreRow:
+    cells = []
+    for name in names:
+        value = score.metrics.get(name)
+        reference = base.metrics.get(name) if base and base is not score else None
+        cells.append(
+            (
+                "" if value is None else figures.metric(name, value),
+                "" if value is None or reference is None else figures.difference(name, value, reference),
+            )
+        )
+    ratio = base.bytes / score.bytes if base and base is not score and base.bytes and score.bytes else None
+    return ScoreRow(
+        score,
+        tuple(cells),
+        size="" if score.bytes is None else figures.size(score.bytes),
+        ratio="" if ratio is None else figures.times(ratio),
+    )
+
+
+def worst_first(layers: Sequence[Layer], attribute: str = "fake_quant_sqnr") -> list[Layer]:
+    """The layers by one of their SQNR; what is no number comes before all others."""
+
+    def rank(layer: Layer) -> float:
+        value = getattr(layer, attribute)
+        return -math.inf if math.isnan(value) else value
+
+    return sorted(layers, key=rank)
