@@ -35,6 +35,8 @@ from qat_lightning.preparation import (
     prepare_when_loaded,
 )
 from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.report.curves import Curves
+from qat_lightning.report.run import RunReport
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
@@ -112,6 +114,10 @@ class QuantizationAwareTraining(pl.Callback):
         export: Files to end with: `"torch"` (`int8.pt`), `"onnx"` (`int8.onnx`), `"openvino"` (`int8.xml`),
             each checked against the fake-quant outputs. The graphs are traced with inputs of the first batch;
             where there are several networks, each has a file of its own, as `int8.generator.onnx`.
+        report: Whether to write `report.html` and `report.json` beside them, and to print them as tables:
+            the validation metrics of float, fake-quant and each int8 file in its runtime, sizes, speeds, the
+            course of the training, every layer. It takes a minute or so on the CPU, and one more copy of the
+            float module in memory.
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
@@ -144,6 +150,7 @@ class QuantizationAwareTraining(pl.Callback):
         preflight: bool = True,
         int8_val_every_n_epochs: int | None = None,
         export: Sequence[str] = ("torch",),
+        report: bool = False,
     ) -> None:
         self.settings = Settings(
             backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
@@ -155,9 +162,10 @@ class QuantizationAwareTraining(pl.Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         if self.output_dir is not None and self.output_dir.is_file():
             raise ValueError(f"output_dir must be a folder, but {self.output_dir} is a file.")
-        if not isinstance(preflight, bool):
-            raise TypeError(f"preflight must be True or False, but received {preflight!r}.")
-        self.preflight = preflight
+        for name, value in (("preflight", preflight), ("report", report)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, but received {value!r}.")
+        self.preflight, self.report = preflight, report
         if int8_val_every_n_epochs is not None and int8_val_every_n_epochs < 1:
             raise ValueError(
                 f"int8_val_every_n_epochs must be None or at least 1, but received {int8_val_every_n_epochs}."
@@ -176,6 +184,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
         self._first_batch = FirstBatch()
+        self._run_report = RunReport()
 
     # The life of a run, in Lightning's order.
 
@@ -195,6 +204,7 @@ class QuantizationAwareTraining(pl.Callback):
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
         if is_overridden("configure_model", pl_module):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
+        self._run_report.begin(pl_module, keep=self.report and trainer.is_global_zero)
         with fail_together("preparing the networks"):
             surroundings.check_output(trainer, self.output_dir)
             self._prepared = prepare_module(pl_module, self.settings)
@@ -228,7 +238,7 @@ class QuantizationAwareTraining(pl.Callback):
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
         self._random_states.restore_before_validation(trainer)
-        if self.preflight or self.exports.need_inputs:
+        if self.preflight or self.exports.need_inputs or self.report:
             self._first_batch.watch(pl_module, self._networks)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -250,6 +260,10 @@ class QuantizationAwareTraining(pl.Callback):
         """Tries the networks out with what the first batch gave them."""
         self._first_batch.try_out(trainer, rehearse=self.preflight)
         self.exports.inputs |= self._first_batch.inputs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Records what the epoch logged."""
+        self._record(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -274,8 +288,10 @@ class QuantizationAwareTraining(pl.Callback):
             pl_module.log_dict(validate_int8(trainer, pl_module), sync_dist=trainer.world_size > 1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Switches observers back to what they were."""
+        """Switches observers back to what they were, and records what was logged, before a checkpoint."""
         self._observers_off.leave()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._record(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switches observers off for the test."""
@@ -319,6 +335,9 @@ class QuantizationAwareTraining(pl.Callback):
         self.int8_path = next((path for path in self.exported if path.suffix == ".pt"), None)
         files = ", ".join(map(str, self.exported)) or "nothing is written"
         rank_zero_info(f"Converted to int8 {outcome.why}: {files}")
+        if self.report and outcome.trained is not None and not vars(trainer).get("fast_dev_run"):
+            inputs, folder = self.exports.inputs, self._folder(trainer)
+            self._run_report.write(trainer, outcome, inputs, [*self._networks], self.shipped, folder)
 
     # What a checkpoint holds.
 
@@ -330,6 +349,7 @@ class QuantizationAwareTraining(pl.Callback):
             "asked": asdict(self.schedule),
             "phase": None if self._phase is None else self._phase._asdict(),
             "inputs": self.exports.state_dict(),
+            "curves": self._run_report.curves.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +357,7 @@ class QuantizationAwareTraining(pl.Callback):
         if state_dict["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
         self.exports.load_state_dict(state_dict.get("inputs", {}))
+        self._run_report.resume(state_dict.get("curves"))
         asked = state_dict.get("asked", asdict(self.schedule))
         if asked != asdict(self.schedule):
             rank_zero_warn(
@@ -365,6 +386,11 @@ class QuantizationAwareTraining(pl.Callback):
     # The verbs.
 
     @property
+    def curves(self) -> Curves:
+        """What was logged epoch by epoch, and what began when."""
+        return self._run_report.curves
+
+    @property
     def preflight_reports(self) -> list[NetworkReport]:
         """What the preflight found, network by network; on rank 0."""
         return self._first_batch.reports
@@ -378,7 +404,7 @@ class QuantizationAwareTraining(pl.Callback):
         """
         if path.suffix == ".pt":
             return load_int8(path, module, qconfig=self.settings.qconfig, overrides=self.settings.overrides)
-        return self.exports.shipped(module, path, [prepared.name for prepared in self._prepared])
+        return self.exports.shipped(module, path, [*self._networks])
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:
         """The phase of the step that `trainer` is about to do."""
@@ -393,8 +419,14 @@ class QuantizationAwareTraining(pl.Callback):
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule, int8: pl.LightningModule) -> list[Path]:
         if vars(trainer).get("fast_dev_run"):
             return []
-        folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)
-        return self.exports.write(module, int8, [prepared.name for prepared in self._prepared], folder)
+        return self.exports.write(module, int8, [*self._networks], self._folder(trainer))
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        rate = trainer_facts.highest_learning_rate(trainer)
+        self._run_report.curves.record(trainer.current_epoch, trainer.callback_metrics, rate)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return self.output_dir or trainer_facts.checkpoint_folder(trainer)
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)
@@ -404,4 +436,5 @@ class QuantizationAwareTraining(pl.Callback):
             set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
             freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
         self._phase = phase
-        messages.report(trainer, before, phase)
+        for what in messages.report(trainer, before, phase):
+            self._run_report.curves.mark(trainer.current_epoch, what)

@@ -28,12 +28,14 @@ class Outcome(NamedTuple):
         files: What was written, `int8.pt` first; empty where nothing is, or out of this rank's reach.
         source: The checkpoint whose weights it has, or `"last"`.
         why: Why those.
+        trained: On rank 0, the LightningModule with the weights that were converted, still prepared.
     """
 
     module: pl.LightningModule
     files: tuple[Path, ...]
     source: str
     why: str
+    trained: pl.LightningModule | None = None
 
 
 class _Message(NamedTuple):
@@ -85,7 +87,7 @@ def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write:
     choice = choose_weights(trainer, which)
     chosen = _with_weights(module, choice)
     int8 = convert(chosen)
-    return Outcome(int8, tuple(write(chosen, int8)), choice.path or "last", choice.why)
+    return Outcome(int8, tuple(write(chosen, int8)), choice.path or "last", choice.why, chosen)
 
 
 def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:

@@ -105,13 +105,8 @@ class Exports:
 
     def _arguments(self, module: nn.Module, name: str) -> Any:
         """The arguments of a network, by name where its `forward` names them all."""
-        network = module.get_submodule(name)
         if name in self.inputs:
-            bound = inspect.signature(network.forward).bind(
-                *self.inputs[name].args, **self.inputs[name].kwargs
-            )
-            named = all(p.kind is not p.VAR_POSITIONAL for p in bound.signature.parameters.values())
-            return dict(bound.arguments) if named else self.inputs[name].args
+            return arguments_of(module.get_submodule(name), self.inputs[name])
         found = example_inputs_of(module, name)
         if found is None:
             raise ConversionError(
@@ -119,6 +114,19 @@ class Exports:
                 "trace its graph with. Give the LightningModule an example_input_array."
             )
         return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, with the weights that OpenVINO keeps beside its graph."""
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(each.stat().st_size for each in files)
+
+
+def arguments_of(network: nn.Module, inputs: Inputs) -> Any:
+    """Inputs of a network by name, where its `forward` names them all; else its positional ones."""
+    bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
+    named = all(p.kind is not p.VAR_POSITIONAL for p in bound.signature.parameters.values())
+    return dict(bound.arguments) if named else inputs.args
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qat_lightning import random_state
 from qat_lightning.quantize import convert
+from qat_lightning.scoring import lone_trainer
 
 _PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
 
@@ -32,9 +28,10 @@ def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, 
     """
     expected = trainer.callback_metrics
     with random_state.kept(), torch.inference_mode(False), torch.no_grad():
-        results = _runner(trainer).validate(
-            convert(module), dataloaders=trainer.val_dataloaders, verbose=False
+        alone = lone_trainer(
+            limit_val_batches=trainer.limit_val_batches, default_root_dir=trainer.default_root_dir
         )
+        results = alone.validate(convert(module), dataloaders=trainer.val_dataloaders, verbose=False)
     scores: dict[str, float] = {}
     for name, value in ((name, value) for result in results for name, value in result.items()):
         short = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
@@ -42,30 +39,3 @@ def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, 
         if name in expected:
             scores[f"quantization_gap/{short}"] = float(expected[name]) - value
     return scores
-
-
-def _runner(trainer: pl.Trainer) -> pl.Trainer:
-    with _silent():
-        return pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            strategy=SingleDeviceStrategy("cpu"),
-            limit_val_batches=trainer.limit_val_batches,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=trainer.default_root_dir,
-        )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without Lightning's lines about the devices of another Trainer."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

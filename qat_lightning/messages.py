@@ -38,16 +38,21 @@ def warn_of_unreached(
             )
 
 
-def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> None:
-    """Says in one line each what begins with `phase`."""
+def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
+    """Says in one line each what begins with `phase`, and returns it in short."""
+    began = []
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
     if before is None and trainer.global_step > 0:
         when = "since before this start, as in the checkpoint"
     if phase.fake_quant and before is not None and not before.fake_quant:
         rank_zero_info(f"Fake-quantization is on {when}")
+        began.append("fake-quantization on")
     if not phase.observe and (before is None or before.observe):
         rank_zero_info(f"Observers are frozen {when}")
+        began.append("observers frozen")
     if phase.freeze_bn and (before is None or not before.freeze_bn):
         rate = trainer_facts.highest_learning_rate(trainer)
         high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
         rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")
+        began.append("batch-norm frozen")
+    return began

@@ -14,7 +14,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
@@ -23,11 +22,15 @@ from qat_lightning import resolvers
 from qat_lightning.atomic import replacing
 from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, record
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
+from qat_lightning.exports import size_of
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
 from qat_lightning.lock import sole_writer
 from qat_lightning.recipe import refuse_prepared_states
+from qat_lightning.report.build import Ended, publish
+from qat_lightning.report.from_config import Caught, caught, ended
 from qat_lightning.requeue import RequeueBetweenSteps
+from qat_lightning.scoring import lone_trainer
 from qat_lightning.weights import load_weights
 
 resolvers.register()
@@ -105,9 +108,12 @@ def train(cfg: DictConfig) -> Metrics:
         if qat is None:
             metrics |= _finish_float(Path(cfg.output_dir), classifier, data, trainer)
         else:
-            metrics |= _finish_quantized(qat, classifier, data, trainer)
+            found, inputs = _finish_quantized(qat, classifier, data, trainer)
+            metrics |= found
             metrics["exported"] = _score_files(cfg, qat, data, trainer)
         _write(cfg, metrics)
+        if cfg.report and qat is not None and qat.int8_module is not None:
+            _report(ended(cfg, metrics, classifier, qat.int8_module, inputs, qat.curves), cfg)
         return metrics
 
 
@@ -128,18 +134,7 @@ def evaluate(
         precision: Lightning's name of it.
         limit_test_batches: Share (float) or number (int) of the batches to use.
     """
-    device = device or torch.device("cpu")
-    trainer = Trainer(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        strategy=SingleDeviceStrategy(device),
-        precision=precision,
-        limit_test_batches=limit_test_batches,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = lone_trainer(device, precision=precision, limit_test_batches=limit_test_batches)
     (results,) = trainer.test(module, datamodule=data, verbose=False)
     return float(results["test/accuracy"])
 
@@ -212,19 +207,20 @@ def _finish_float(
 
 def _finish_quantized(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
-) -> Metrics:
-    """Scores the converted weights in simulated int8 and the int8 network."""
+) -> tuple[Metrics, Caught]:
+    """Scores the converted weights in simulated int8 and the int8 network; also what the networks read."""
     checkpoint = str(qat.converted_from or "last")
     _load_checkpoint(classifier, checkpoint)
     metrics: Metrics = {"checkpoint": checkpoint}
-    metrics["fake_quant_accuracy"] = _evaluate_like(trainer, classifier, data)
+    with caught(classifier) as inputs:
+        metrics["fake_quant_accuracy"] = _evaluate_like(trainer, classifier, data)
     if qat.int8_module is not None:
         limit = trainer.limit_test_batches
         metrics["int8_accuracy"] = evaluate(qat.int8_module, data, limit_test_batches=limit)
     if qat.int8_path is not None:
         metrics["int8_path"] = str(qat.int8_path)
         metrics["int8_bytes"] = qat.int8_path.stat().st_size
-    return metrics
+    return metrics, inputs
 
 
 def _score_files(
@@ -235,9 +231,19 @@ def _score_files(
     for path in qat.exported:
         module = qat.shipped(instantiate(cfg.classifier, _convert_="all"), path)
         accuracy = evaluate(module, data, limit_test_batches=trainer.limit_test_batches)
-        files = [each for each in (path, path.with_suffix(".bin")) if each.is_file()]
-        scores[str(path)] = {"accuracy": accuracy, "bytes": sum(each.stat().st_size for each in files)}
+        scores[str(path)] = {"accuracy": accuracy, "bytes": size_of(path)}
     return scores
+
+
+def _report(run: Ended, cfg: DictConfig) -> None:
+    """Writes and prints the report; whatever fails there, the results of the run are written already."""
+    try:
+        log.info(f"Report: {publish(run, Path(cfg.output_dir))}")
+    except Exception as error:
+        log.warning(
+            f"The report could not be made: {error} ({type(error).__name__}). Everything else is written; "
+            f"`qat-report {cfg.output_dir}` tries again."
+        )
 
 
 def _evaluate_like(trainer: Trainer, classifier: LightningModule, data: LightningDataModule) -> float:

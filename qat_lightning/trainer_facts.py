@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -93,6 +94,12 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
     """Where the run's checkpoints go, or its root folder where there are none."""
     beside = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(beside or trainer.default_root_dir)
+
+
+def validation_data(trainer: pl.Trainer) -> Any:
+    """The validation loaders as the user gave them, whole: not a rank's share. None where there are none."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None
 
 
 def highest_learning_rate(trainer: pl.Trainer) -> float:

@@ -47,7 +47,7 @@ def hydra() -> Iterator[None]:
 
 
 def configure(folder: Path, *overrides: str) -> DictConfig:
-    return compose("train", overrides=[f"output_dir={folder}", *overrides])
+    return compose("train", overrides=[f"output_dir={folder}", "report=false", *overrides])
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -292,7 +292,8 @@ def test_multirun_of_two_processes_each(
 def test_a_run_is_quiet(tmp_path: Path) -> None:
     done = command(tmp_path, "experiment=digits_demo", "hydra.run.dir=run", *SHORT)
     assert done.stderr == ""
-    lines = done.stdout.splitlines()
+    before, report = done.stdout.split("Findings\n")
+    lines = [*before.splitlines(), *report.partition("Report: ")[2].splitlines()]
     assert len(lines) < 20
     assert any("int8" in line and "%" in line for line in lines)
     assert not any("Tip" in line or "GPU available" in line for line in lines)

@@ -97,6 +97,8 @@ def test_one_result_however_processes_are_started(tmp_path: Path, way: str) -> N
                 "logs/version_0/metrics.csv",
                 "manifest.json",
                 "metrics.json",
+                "report.html",
+                "report.json",
                 "train.log",
             ),
             *(f"checkpoints/{path.name}" for path in (run / "checkpoints").iterdir()),

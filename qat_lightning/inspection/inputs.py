@@ -10,9 +10,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-_SAMPLES = 2
-"""Enough for batch-norm, and a quick pass on the CPU."""
-
 
 class Inputs(NamedTuple):
     """The positional and keyword arguments of a call."""
@@ -26,12 +23,14 @@ class Catcher:
 
     Args:
         networks: Whose inputs to catch.
+        samples: How many to keep; by default enough for batch-norm, and a quick pass on the CPU.
 
     Attributes:
         caught: The inputs of each network that was called.
     """
 
-    def __init__(self, networks: Iterable[nn.Module]) -> None:
+    def __init__(self, networks: Iterable[nn.Module], *, samples: int = 2) -> None:
+        self.samples = samples
         self.caught: dict[nn.Module, Inputs] = {}
         self._handles = [n.register_forward_pre_hook(self._catch, with_kwargs=True) for n in networks]
 
@@ -50,7 +49,7 @@ class Catcher:
 
     def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if network not in self.caught and not _is_redirected(network):
-            self.caught[network] = Inputs(*first_samples((args, kwargs)))
+            self.caught[network] = Inputs(*first_samples((args, kwargs), self.samples))
 
 
 def _is_redirected(network: nn.Module) -> bool:
@@ -59,7 +58,7 @@ def _is_redirected(network: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__self__", None) is not network
 
 
-def first_samples(values: Any) -> Any:
+def first_samples(values: Any, samples: int = 2) -> Any:
     """Copies, on the CPU, the first samples of every tensor in nested `values` that has the batch's size.
 
     The batch's size is that of the first tensor's first dimension.
@@ -71,6 +70,6 @@ def first_samples(values: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         batched = value.ndim > 0 and value.shape[0] == size
-        return (value.detach()[:_SAMPLES] if batched else value.detach()).cpu().clone()
+        return (value.detach()[:samples] if batched else value.detach()).cpu().clone()
 
     return tree_map(copied, values)

@@ -59,14 +59,14 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
 def fused_layers(prepared: nn.Module) -> dict[str, int]:
     """The number of fused layers of each kind."""
     kinds = Counter(
-        _parts(module)
+        parts(module)
         for module in prepared.modules()
         if hasattr(module, "weight_fake_quant") or type(module).__name__.startswith("BNReLU")
     )
     return {kind: count for kind, count in kinds.most_common() if "+" in kind}
 
 
-def _parts(module: nn.Module) -> str:
+def parts(module: nn.Module) -> str:
     """The layers that a fused one consists of: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
     name = type(module).__name__
     size = name[-2:] if name.endswith("d") else "1d"

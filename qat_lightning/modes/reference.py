@@ -89,6 +89,17 @@ def _bounds(fake_quantize: Any) -> tuple[int, int]:
 
 def reference(prepared: nn.Module) -> nn.Module:
     """Makes the reference graph of a prepared network, in eval mode on the CPU, of a copy."""
+    return _rebuilt(prepared, _reference_layer, _quantize_dequantize)
+
+
+def floating(prepared: nn.Module) -> nn.Module:
+    """The same without any rounding: the float network with the trained weights, batch-norm folded in."""
+    return _rebuilt(prepared, _float_layer, lambda child: nn.Identity())
+
+
+def _rebuilt(
+    prepared: nn.Module, layer: Callable[[Any], nn.Module], rounding: Callable[[Any], nn.Module]
+) -> nn.Module:
     module = copy.deepcopy(prepared).cpu().eval()
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):
@@ -98,8 +109,8 @@ def reference(prepared: nn.Module) -> nn.Module:
             evaluate_only(graph_module)
             regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
-        _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), _reference_layer)
-        _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), _quantize_dequantize)
+        _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), layer)
+        _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), rounding)
     return module
 
 
@@ -112,6 +123,10 @@ def _reference_layer(child: Any) -> nn.Module:
         layer.activation_post_process = child.activation_post_process
         layer._forward_hooks.update(child._forward_hooks)
     return layer.eval()
+
+
+def _float_layer(child: Any) -> nn.Module:
+    return child.to_float().eval()
 
 
 def _quantize_dequantize(child: Any) -> nn.Module:

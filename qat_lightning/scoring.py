@@ -1,0 +1,45 @@
+"""Scores of a module that nobody else uses, by its own steps and metrics, in this process alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+
+def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Trainer:
+    """A Trainer for one process and one device that writes nothing and prints nothing.
+
+    Args:
+        device: Where to compute; the CPU by default.
+        **arguments: Further ones of the Trainer, such as `limit_val_batches`.
+    """
+    device = device or torch.device("cpu")
+    with _silent():
+        return pl.Trainer(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            strategy=SingleDeviceStrategy(device),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **arguments,
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without Lightning's lines about the devices of another Trainer."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
