@@ -16,6 +16,7 @@ from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
 from qat_lightning.inspection import NetworkReport, preflight
+from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.quantize import convert, prepare
 from qat_lightning.recipe import Recipe
 
@@ -25,6 +26,7 @@ __all__ = [
     "Int8FileError",
     "MissingExtraError",
     "NetworkReport",
+    "PostTrainingQuantization",
     "PreflightError",
     "QuantizationAwareTraining",
     "RankError",

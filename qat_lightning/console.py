@@ -54,10 +54,11 @@ def print_results(metrics: Mapping[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "network" else "right")
     for name, key, size in (
         ("float", "float_accuracy", "float_bytes"),
+        ("int8 without training", "post_training_accuracy", None),
         ("fake-quant", "fake_quant_accuracy", None),
         ("int8", "int8_accuracy", "int8_bytes"),
     ):
-        if metrics[key] is not None:
+        if metrics.get(key) is not None:
             table.add_row(name, percent(metrics[key]), kilobytes(metrics[size]) if size else "")
     for path, scores in metrics.get("exported", {}).items():
         if not path.endswith(".pt"):

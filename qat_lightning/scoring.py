@@ -33,6 +33,28 @@ def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Tra
         )
 
 
+def evaluate(
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    *,
+    device: torch.device | None = None,
+    precision: Any = "32-true",
+    limit_test_batches: float = 1.0,
+) -> float:
+    """Returns the accuracy on the whole test split, computed in this process alone.
+
+    Args:
+        module: Logs `test/accuracy` in its `test_step`.
+        data: Has a test split.
+        device: Where to compute; the CPU by default.
+        precision: Lightning's name of it.
+        limit_test_batches: Share (float) or number (int) of the batches to use.
+    """
+    trainer = lone_trainer(device, precision=precision, limit_test_batches=limit_test_batches)
+    (results,) = trainer.test(module, datamodule=data, verbose=False)
+    return float(results["test/accuracy"])
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     """Without Lightning's lines about the devices of another Trainer."""

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
-from qat_lightning import resolvers
+from qat_lightning import random_state, resolvers
 from qat_lightning.atomic import replacing
 from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, record
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
@@ -26,11 +26,12 @@ from qat_lightning.exports import size_of
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
 from qat_lightning.lock import sole_writer
+from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.recipe import refuse_prepared_states
 from qat_lightning.report.build import Ended, publish
 from qat_lightning.report.from_config import Caught, caught, ended
 from qat_lightning.requeue import RequeueBetweenSteps
-from qat_lightning.scoring import lone_trainer
+from qat_lightning.scoring import evaluate, lone_trainer
 from qat_lightning.weights import load_weights
 
 resolvers.register()
@@ -38,6 +39,8 @@ resolvers.register()
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
+_CALIBRATION = 16
+"""Validation batches that int8 without training is calibrated on."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://qat_lightning.conf", config_name="train")
@@ -68,6 +71,7 @@ def train(cfg: DictConfig) -> Metrics:
         whole test split, from 0 to 1:
 
         - `float_accuracy`: of the starting weights, or with `backend=float` of the best epoch;
+        - `post_training_accuracy`: of the starting weights in int8, calibrated and not trained;
         - `fake_quant_accuracy`: of the weights that were converted, in simulated int8;
         - `int8_accuracy`: of the int8 network, on the CPU;
         - `float_bytes`, `int8_bytes`: sizes of the files of weights;
@@ -100,7 +104,7 @@ def train(cfg: DictConfig) -> Metrics:
         trainer = _trainer(cfg, [SameStart(start), RequeueBetweenSteps(), *([qat] if qat else [])])
         if trainer.is_global_zero:
             record(cfg, start)
-        metrics = _start(cfg, classifier, data, trainer)
+        metrics = _start(cfg, qat, classifier, data, trainer)
         trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         leave_process_group()
         if not trainer.is_global_zero:
@@ -115,28 +119,6 @@ def train(cfg: DictConfig) -> Metrics:
         if cfg.report and qat is not None and qat.int8_module is not None:
             _report(ended(cfg, metrics, classifier, qat.int8_module, inputs, qat.curves), cfg)
         return metrics
-
-
-def evaluate(
-    module: LightningModule,
-    data: LightningDataModule,
-    *,
-    device: torch.device | None = None,
-    precision: Any = "32-true",
-    limit_test_batches: float = 1.0,
-) -> float:
-    """Returns the accuracy on the whole test split, computed in this process alone.
-
-    Args:
-        module: Logs `test/accuracy` in its `test_step`.
-        data: Has a test split.
-        device: Where to compute; the CPU by default.
-        precision: Lightning's name of it.
-        limit_test_batches: Share (float) or number (int) of the batches to use.
-    """
-    trainer = lone_trainer(device, precision=precision, limit_test_batches=limit_test_batches)
-    (results,) = trainer.test(module, datamodule=data, verbose=False)
-    return float(results["test/accuracy"])
 
 
 def _callback(cfg: DictConfig) -> Any:
@@ -177,11 +159,12 @@ def _preflight(qat: Any, classifier: LightningModule, data: LightningDataModule)
 
 
 def _start(
-    cfg: DictConfig, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
+    cfg: DictConfig, qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> Metrics:
-    """Loads the starting weights and scores them."""
+    """Loads the starting weights and scores them, in float and in int8 without training."""
     network = _network(classifier)
-    metrics: Metrics = dict.fromkeys(("float_accuracy", "fake_quant_accuracy", "int8_accuracy"))
+    accuracies = ("float", "post_training", "fake_quant", "int8")
+    metrics: Metrics = dict.fromkeys(f"{name}_accuracy" for name in accuracies)
     metrics |= {"float_bytes": _file_size(network), "int8_bytes": None, "checkpoint": None}
     metrics |= {"float_path": cfg.weights, "int8_path": None}
     if cfg.weights is not None:
@@ -189,7 +172,24 @@ def _start(
         if trainer.is_global_zero:
             metrics["float_accuracy"] = _evaluate_like(trainer, classifier, data)
             log.info(f"Starting from {cfg.weights}: {percent(metrics['float_accuracy'])}.")
+            if cfg.post_training and qat is not None:
+                metrics["post_training_accuracy"] = _without_training(qat, classifier, data, trainer)
     return metrics
+
+
+def _without_training(
+    qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> float:
+    """The accuracy of int8 by calibration alone, on the first batches of the validation data."""
+    options = {name: value for name, value in vars(qat.settings).items() if name != "qconfig"}
+    ptq = PostTrainingQuantization(qconfig=qat.settings.qconfig, **options)
+    limit = trainer.limit_val_batches
+    batches = min(limit, _CALIBRATION) if isinstance(limit, int) else _CALIBRATION
+    with random_state.kept():
+        alone = lone_trainer(callbacks=[ptq], limit_val_batches=batches)
+        alone.validate(classifier, datamodule=data, verbose=False)
+    assert ptq.int8_module is not None
+    return evaluate(ptq.int8_module, data, limit_test_batches=trainer.limit_test_batches)
 
 
 def _finish_float(

@@ -86,3 +86,17 @@ def test_a_float_run_has_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(SystemExit, match="is a float run"):
         command.main([str(tmp_path)])
+
+
+def test_what_the_training_bought_is_told(tmp_path: Path) -> None:
+    train(compose("train", overrides=[f"output_dir={tmp_path}/float", "experiment=digits_float"]))
+    options = ["experiment=digits_demo", f"weights={tmp_path}/float/float.pt", *SHORT]
+    metrics = train(compose("train", overrides=[f"output_dir={tmp_path}/int8", *options]))
+    assert abs(metrics["post_training_accuracy"] - metrics["float_accuracy"]) < 0.02
+    found = content(tmp_path / "int8").scores
+    names = ["float", "int8 without training", "fake-quant", "int8"]
+    assert [score.network for score in found] == names
+    assert found[1].metrics["test/accuracy"] == metrics["post_training_accuracy"]
+    options += ["post_training=false", "report=false"]
+    metrics = train(compose("train", overrides=[f"output_dir={tmp_path}/without", *options]))
+    assert metrics["post_training_accuracy"] is None

@@ -23,7 +23,7 @@ from qat_lightning.report.content import Report
 from qat_lightning.report.curves import Curves
 from qat_lightning.report.from_config import caught, ended
 from qat_lightning.report.terminal import print_report
-from qat_lightning.train import evaluate
+from qat_lightning.scoring import evaluate
 
 
 def main(arguments: list[str] | None = None) -> None:

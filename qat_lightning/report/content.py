@@ -33,7 +33,7 @@ class Score:
     """How good one network is.
 
     Attributes:
-        network: `"float"`, `"fake-quant"` or `"int8"`.
+        network: `"float"`, `"int8 without training"`, `"fake-quant"` or `"int8"`.
         runtime: `"PyTorch"`, `"ONNX Runtime"` or `"OpenVINO"`.
         metrics: What the module logs, by name.
         split: `"val"` or `"test"`.

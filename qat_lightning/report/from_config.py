@@ -67,6 +67,7 @@ def _scores(metrics: Mapping[str, Any]) -> Iterator[Score]:
     exported = {Path(path): each for path, each in metrics["exported"].items()}
     rows = [
         ("float", "PyTorch", metrics["float_accuracy"], metrics["float_path"], metrics["float_bytes"]),
+        ("int8 without training", "PyTorch", metrics.get("post_training_accuracy"), None, None),
         ("fake-quant", "PyTorch", metrics["fake_quant_accuracy"], None, None),
     ]
     rows += [

@@ -1,0 +1,147 @@
+"""Post-training quantization as a Lightning callback: the baseline of quantization-aware training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from qat_lightning import random_state, surroundings
+from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, default_qconfig
+from qat_lightning.phases import set_enabled
+from qat_lightning.preparation import Settings, prepare_module
+from qat_lightning.quantize import convert, copy_of
+from qat_lightning.ranks import merge_ranges
+from qat_lightning.selection import FloatPattern
+
+
+class PostTrainingQuantization(pl.Callback):
+    """Quantizes a trained module without training it: ranges are calibrated on what it is validated with.
+
+    Fusion, modes and grids are those of :class:`qat_lightning.QuantizationAwareTraining`, so that the two
+    differ in the training alone. The module stays as it is, and its own metrics are those of float::
+
+        ptq = PostTrainingQuantization(backend="x86")
+        Trainer(callbacks=[ptq], limit_val_batches=16).validate(module, calibration_loader)
+        Trainer(accelerator="cpu").test(ptq.int8_module, datamodule)
+
+    Args:
+        backend: As in :class:`qat_lightning.QuantizationAwareTraining`.
+        qconfig: By default that of the backend with histogram observers, which weigh clipping against
+            resolution: a single pass has no weights that could adapt to a range.
+        mode: Likewise.
+        modules: Likewise.
+        keep_float: Likewise.
+        fuse: Likewise.
+        replace_relu6: Likewise.
+        overrides: Likewise.
+        untraceable: Likewise.
+
+    Attributes:
+        int8_module: After `validate`, the LightningModule with int8 networks, on the CPU in eval mode.
+
+    Raises:
+        ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
+        TypeError: An argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str = "x86",
+        qconfig: QConfigLike | None = None,
+        mode: str = "auto",
+        modules: Sequence[str] | None = None,
+        keep_float: Sequence[FloatPattern] = (),
+        fuse: str | Sequence[Sequence[str]] = "auto",
+        replace_relu6: bool = True,
+        overrides: Overrides | None = None,
+        untraceable: str = "error",
+    ) -> None:
+        self.settings = Settings(
+            backend,
+            default_qconfig(backend, "histogram") if qconfig is None else qconfig,
+            mode,
+            modules,
+            keep_float,
+            fuse,
+            replace_relu6,
+            overrides,
+            untraceable,
+        )
+        self.int8_module: pl.LightningModule | None = None
+        self._twin: pl.LightningModule | None = None
+        self._handles: list[Any] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepares a copy of the module."""
+        surroundings.check_package(trainer, pl_module)
+        if stage != "validate":
+            raise MisconfigurationException(
+                f"PostTrainingQuantization calibrates in trainer.validate, but was set up for {stage!r}. "
+                "Call Trainer(callbacks=[ptq]).validate(module, calibration_loader), and leave it out "
+                "elsewhere."
+            )
+        self.int8_module, self._twin = None, copy_of(pl_module)
+        with random_state.kept():
+            names = [prepared.name for prepared in prepare_module(self._twin, self.settings)]
+        _only_observe(self._twin)
+        self._handles = [
+            pl_module.get_submodule(name).register_forward_pre_hook(
+                _Follower(self._twin.get_submodule(name)), with_kwargs=True
+            )
+            for name in names
+        ]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves the copy to where the module is."""
+        assert self._twin is not None
+        self._twin.to(pl_module.device)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Converts the copy."""
+        assert self._twin is not None
+        twin, self._twin = self._twin, None
+        self._stop()
+        with torch.inference_mode(False), torch.no_grad(), random_state.kept():
+            merge_ranges(twin)
+            set_enabled(twin, observer=False, fake_quant=True)
+            self.int8_module = convert(twin)
+        rank_zero_info("Converted to int8 after calibration, without training")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves the module alone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Follower:
+    """A forward pre-hook that runs another network on the same inputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # What observers keep must be no inference tensor, which nothing could change later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.network(*args, **kwargs)
+
+
+def _only_observe(module: nn.Module) -> None:
+    """Makes the fake-quantizes of a module in eval mode observe, without rounding."""
+    module.eval()
+    set_enabled(module, observer=True, fake_quant=False)
+    for _, child in fake_quantizes(module):
+        child.train()
