@@ -10,20 +10,25 @@ from qat_lightning.errors import (
     RankError,
     RankMismatchError,
     RecipeMismatchError,
+    TargetError,
     UntraceableError,
 )
 from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
 from qat_lightning.inspection import NetworkReport, preflight
+from qat_lightning.layer_sensitivity import sensitivity
 from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.quantize import convert, prepare
 from qat_lightning.recipe import Recipe
+from qat_lightning.sensitivities import LayerSensitivity, Sensitivity
+from qat_lightning.target import keep_for_target
 
 __all__ = [
     "ConversionError",
     "FakeQuantize",
     "Int8FileError",
+    "LayerSensitivity",
     "MissingExtraError",
     "NetworkReport",
     "PostTrainingQuantization",
@@ -33,10 +38,13 @@ __all__ = [
     "RankMismatchError",
     "Recipe",
     "RecipeMismatchError",
+    "Sensitivity",
+    "TargetError",
     "UntraceableError",
     "convert",
     "export_onnx",
     "export_openvino",
+    "keep_for_target",
     "latest_checkpoint",
     "load_int8",
     "load_qat_checkpoint",
@@ -44,4 +52,5 @@ __all__ = [
     "preflight",
     "prepare",
     "save_int8",
+    "sensitivity",
 ]

@@ -56,6 +56,10 @@ class Int8FileError(ValueError):
     """A file is no int8 file of this package, is damaged, or belongs to another network."""
 
 
+class TargetError(ValueError):
+    """Int8 cannot be as good as was asked for, whatever stays float."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

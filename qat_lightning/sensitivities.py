@@ -1,0 +1,127 @@
+"""How much each layer of a network suffers from int8: the result, as values, a table, a plot and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qat_lightning.report import figures
+
+_MOST = 120.0
+"""Decibels beyond which outputs count as equal, when two ratios are compared."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What int8 costs in one layer: its weight, and the grid of what it returns.
+
+    Attributes:
+        name: Its name in the network.
+        network: The network's name in the LightningModule, `""` for the module itself.
+        kind: The layers that it consists of, such as `Conv2d+BatchNorm2d+ReLU`.
+        macs: Multiply-adds for one sample.
+        alone_sqnr: Decibels between the float outputs of the network and those with this layer alone
+            quantized.
+        kept_sqnr: The same with this layer alone float.
+        gain: Decibels by which that is more than with everything quantized.
+        alone_metric: The metric with this layer alone quantized; None where no metric was given.
+        kept_metric: The metric with this layer alone float.
+    """
+
+    name: str
+    network: str
+    kind: str
+    macs: int
+    alone_sqnr: float
+    kept_sqnr: float
+    gain: float
+    alone_metric: float | None = None
+    kept_metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What int8 costs, layer by layer.
+
+    Attributes:
+        layers: The layers, the most sensitive first: by the metric with the layer alone quantized, where
+            there is one, and by the decibels.
+        int8_sqnr: For each network, by name, the decibels between its float outputs and those with everything
+            quantized.
+        float_metric: The metric of the float module; None where no metric was given.
+        int8_metric: The metric with everything quantized.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    int8_sqnr: dict[str, float]
+    float_metric: float | None = None
+    int8_metric: float | None = None
+
+    def table(self) -> Table:
+        """The layers as a table for `rich`."""
+        scored = self.float_metric is not None
+        table = Table(title=self._title())
+        table.add_column("layer")
+        table.add_column("kind")
+        columns = ["multiply-adds", "alone int8, dB", "alone float, dB", "gain, dB"]
+        for column in columns + ["alone int8, metric", "alone float, metric"] * scored:
+            table.add_column(column, justify="right")
+        for each in self.layers:
+            ratios = map(figures.decibels, (each.alone_sqnr, each.kept_sqnr))
+            metrics = [figures.digits(v, 4) for v in (each.alone_metric, each.kept_metric) if v is not None]
+            gain = figures.number(each.gain, "+.1f")
+            table.add_row(_label(each), each.kind, f"{each.macs:,}", *ratios, gain, *metrics)
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Writes the decibels of the layers as a plot, of the format that the path's suffix tells."""
+        from matplotlib.figure import Figure
+
+        rows = range(len(self.layers))
+        figure = Figure(figsize=(7, 1.5 + 0.22 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        alone = [min(each.alone_sqnr, _MOST) for each in self.layers]
+        kept = [min(each.kept_sqnr, _MOST) for each in self.layers]
+        axes.plot(alone, rows, "o", markersize=4, label="this layer alone int8")
+        axes.plot(kept, rows, "s", markersize=4, label="this layer alone float")
+        for value in set(self.int8_sqnr.values()):
+            axes.axvline(min(value, _MOST), color="gray", linestyle=":", label="everything int8")
+        axes.set_yticks(rows, [figures.printable(_label(each)) for each in self.layers], parse_math=False)
+        axes.set_ylim(len(self.layers) - 0.5, -0.5)
+        axes.set_xlabel("outputs against float, dB")
+        axes.grid(axis="x", linewidth=0.5)
+        axes.legend()
+        figure.savefig(path)
+
+    def to_json(self) -> str:
+        """Everything as JSON; a ratio that is infinite, since nothing differs, is null."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+
+    def _title(self) -> str:
+        ratios = ", ".join(f"{name} {figures.decibels(v)} dB".strip() for name, v in self.int8_sqnr.items())
+        if self.float_metric is None or self.int8_metric is None:
+            return f"everything int8: {ratios}"
+        metrics = (figures.digits(value, 4) for value in (self.float_metric, self.int8_metric))
+        return "metric {} in float, {} with everything int8: {}".format(*metrics, ratios)
+
+
+def gained(ratio: float, base: float) -> float:
+    """By how many decibels `ratio` is more than `base`."""
+    return min(ratio, _MOST) - min(base, _MOST)
+
+
+def _label(layer: LayerSensitivity) -> str:
+    return f"{layer.network}.{layer.name}".strip(".")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
