@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning import random_state
 from qat_lightning.batches import Batches, Metric, check_metric, score
-from qat_lightning.fake_quantize import FakeQuantizeBase
+from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.fidelity import sqnr
 from qat_lightning.inspection.inputs import Inputs, first_samples
 from qat_lightning.inspection.inventory import count_work, parts
@@ -118,12 +118,13 @@ def measure(
         higher_is_better: Whether more of it is better.
     """
     layers: list[LayerSensitivity] = []
-    int8_sqnr = {}
+    int8_sqnr, others_sqnr = {}, {}
     simulation.round_with(())
     float_metric = score_now()
     for name in simulation.networks:
         probe = _Probe(simulation, name, samples)
         int8_sqnr[name] = probe.sqnr(simulation.grids)
+        others_sqnr[name] = probe.sqnr(probe.others())
         layers += probe.layers(int8_sqnr[name], score_now)
     simulation.round_with(simulation.grids)
     sign = 1 if higher_is_better else -1
@@ -131,7 +132,8 @@ def measure(
     def rank(each: LayerSensitivity) -> tuple[float, float]:
         return (0.0 if each.alone_metric is None else sign * each.alone_metric, each.alone_sqnr)
 
-    return Sensitivity(tuple(sorted(layers, key=rank)), int8_sqnr, float_metric, score_now())
+    ranked = tuple(sorted(layers, key=rank))
+    return Sensitivity(ranked, int8_sqnr, others_sqnr, float_metric, score_now())
 
 
 def check_counts(**counts: int | None) -> None:
@@ -160,6 +162,11 @@ class _Probe:
         """Decibels between the float outputs and those that these fake-quantizes give."""
         self.simulation.round_with(grids)
         return sqnr(self.exact, self._outputs())
+
+    def others(self) -> frozenset[FakeQuantizeBase]:
+        """The fake-quantizes that belong to no layer."""
+        mine = {grid for _, grid in fake_quantizes(self.network)}
+        return frozenset(mine.difference(*layer_grids(self.network).values()))
 
     def layers(self, int8_sqnr: float, score_now: _Score) -> Iterator[LayerSensitivity]:
         """Measures each layer that the inputs reach."""

@@ -53,12 +53,14 @@ class Sensitivity:
             there is one, and by the decibels.
         int8_sqnr: For each network, by name, the decibels between its float outputs and those with everything
             quantized.
-        float_metric: The metric of the float module; None where no metric was given.
+        others_sqnr: Likewise with only that quantized which belongs to no layer: inputs, sums and the like.
+        float_metric: The metric with nothing quantized; None where no metric was given.
         int8_metric: The metric with everything quantized.
     """
 
     layers: tuple[LayerSensitivity, ...]
     int8_sqnr: dict[str, float]
+    others_sqnr: dict[str, float]
     float_metric: float | None = None
     int8_metric: float | None = None
 
@@ -66,7 +68,7 @@ class Sensitivity:
         """The layers as a table for `rich`."""
         scored = self.float_metric is not None
         table = Table(title=self._title())
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         table.add_column("kind")
         columns = ["multiply-adds", "alone int8, dB", "alone float, dB", "gain, dB"]
         for column in columns + ["alone int8, metric", "alone float, metric"] * scored:
@@ -103,11 +105,15 @@ class Sensitivity:
         return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
 
     def _title(self) -> str:
-        ratios = ", ".join(f"{name} {figures.decibels(v)} dB".strip() for name, v in self.int8_sqnr.items())
-        if self.float_metric is None or self.int8_metric is None:
-            return f"everything int8: {ratios}"
-        metrics = (figures.digits(value, 4) for value in (self.float_metric, self.int8_metric))
-        return "metric {} in float, {} with everything int8: {}".format(*metrics, ratios)
+        lines = [
+            f"{name} everything int8: {figures.decibels(ratio)} dB; inputs, sums and the like alone: "
+            f"{figures.decibels(self.others_sqnr[name])} dB".strip()
+            for name, ratio in self.int8_sqnr.items()
+        ]
+        if self.float_metric is not None and self.int8_metric is not None:
+            metrics = (figures.digits(value, 4) for value in (self.float_metric, self.int8_metric))
+            lines.append("metric: {} in float, {} with everything int8".format(*metrics))
+        return "\n".join(lines)
 
 
 def gained(ratio: float, base: float) -> float:

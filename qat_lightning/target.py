@@ -16,6 +16,7 @@ from qat_lightning.errors import TargetError
 from qat_lightning.layer_sensitivity import check_counts, measure
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.preparation import Settings
+from qat_lightning.quantize import copy_of
 from qat_lightning.recipe import quantized_networks
 from qat_lightning.selection import FloatPattern
 from qat_lightning.sensitivities import Sensitivity
@@ -124,9 +125,8 @@ class _Search:
     ) -> None:
         self.module, self.settings = module, settings
         self.calibration, self.metric, self.scored, self.sign = calibration, metric, scored, sign
+        self.exact = score(copy_of(module).eval(), metric, scored)
         self.int8 = simulate(module, settings, calibration)
-        self.int8.round_with(())
-        self.exact = score(self.int8.module, metric, scored)
         self.scores: dict[frozenset[str], float] = {}
 
     def run(self, samples: int, target: float, most: int | None) -> tuple[str, ...]:
@@ -148,17 +148,16 @@ class _Search:
         before = f"the metric is {self.exact:.4g} in float and {self.score(()):.4g} in int8"
         if count is None:
             raise TargetError(
-                f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. Even "
-                f"with {len(candidates)} of {len(ranked)} layers float it is {self.score(candidates):.4g}, "
+                f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. "
+                f"Even with {len(candidates)} of {len(ranked)} layers float it is {self.score(candidates):.4g}, "
                 f"{self.drop(candidates):.3g} points worse. Allow a greater target_drop or more max_layers, "
-                "choose a backend with 8 bits for activations (onednn, qnnpack), or train without a target: "
-                "training wins back most of what calibration loses."
+                "choose a backend with 8 bits for activations (onednn, qnnpack), pass replace_relu6=False where "
+                "the network has ReLU6, or train without a target: training wins back much of the loss."
             )
         found = tuple(needed((), candidates[:count], reaches))
         after = f"with {', '.join(found)} float it is {self.score(found):.4g}"
-        rank_zero_info(
-            f"Target of at most {target:g} points: {before}; {after if found else 'nothing has to stay float'}"
-        )
+        result = after if found else "nothing has to stay float"
+        rank_zero_info(f"Target of at most {target:g} points: {before}; {result}")
         return found
 
     def drop(self, names: Iterable[str]) -> float:

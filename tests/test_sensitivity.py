@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.utils.data import DataLoader, TensorDataset
+
+from qat_lightning import Sensitivity, TargetError, keep_for_target, prepare, sensitivity
+from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.modes.layer_grids import layer_grids
+from qat_lightning.target import fewest, needed
+from tests.networks import Residual, Stubbed, TwoInputs, images, leaves, same_state
+from tests.runs import TinyModule, loader
+
+
+class Row(nn.Module):
+    """Four layers, of which `third` can be made one that int8 ruins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.fourth = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fourth(self.third(self.second(self.first(x))))
+
+
+class StubbedRow(Row):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequant(super().forward(self.quant(x)))
+
+
+def conv(network: nn.Module, name: str) -> nn.Conv2d:
+    layer = network.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d)
+    return layer
+
+
+def ruin_weight(network: Row) -> Row:
+    """Gives the third layer's weight a column that takes the whole grid, for a channel that is always 0."""
+    with torch.no_grad():
+        conv(network, "second.0").weight[0] = 0
+        conv(network, "second.0").get_parameter("bias")[0] = -1
+        conv(network, "third.0").weight[:, 0] = 300
+    return network
+
+
+def ruin_output(network: Row) -> Row:
+    """Gives the third layer's output a channel that takes the whole grid, and that nobody reads."""
+    with torch.no_grad():
+        conv(network, "third.0").get_parameter("bias")[0] = 3000
+        conv(network, "fourth").weight[:, 0] = 0
+    return network
+
+
+def seeded(build: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return build()
+
+
+def data(network: nn.Module, count: int = 32) -> DataLoader[Any]:
+    """Images, and what the float network makes of them."""
+    torch.manual_seed(1)
+    x = images(count)
+    with torch.no_grad():
+        return DataLoader(TensorDataset(x, network(x)), batch_size=8)
+
+
+def fidelity(outputs: Tensor, batch: Any) -> float:
+    """1 where the outputs are the float ones."""
+    return 1 - float((outputs - batch[1]).norm() / batch[1].norm())
+
+
+class Judged(TinyModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_fidelity", fidelity(self(batch[0]), batch))
+
+
+@pytest.mark.parametrize("ruin", [ruin_weight, ruin_output])
+@pytest.mark.parametrize("kind", [Row, StubbedRow])
+def test_bad_layer_comes_first_both_ways(kind: type[Row], ruin: Callable[[Row], Row]) -> None:
+    network = ruin(seeded(kind))
+    found = sensitivity(network, data(network), mode="eager" if kind is StubbedRow else "fx")
+    assert len(found.layers) == 4
+    assert found.layers[0].name == "third.0"
+    assert max(found.layers, key=lambda each: each.kept_sqnr).name == "third.0"
+    assert found.layers[0].alone_sqnr < 15
+    assert all(each.alone_sqnr > 30 for each in found.layers[1:])
+    assert found.layers[0].kept_sqnr > 20
+    assert found.layers[0].gain > 10
+    assert found.int8_sqnr[""] < 15
+    assert found.others_sqnr[""] > 30
+
+
+def test_what_is_told_of_a_layer() -> None:
+    network = seeded(Row)
+    found = sensitivity(network, data(network))
+    first = next(each for each in found.layers if each.name == "first.0")
+    assert first.kind == "Conv2d+ReLU"
+    assert first.macs == 8 * 10 * 10 * 3 * 9
+    assert (found.float_metric, first.alone_metric) == (None, None)
+    assert first.gain == pytest.approx(first.kept_sqnr - found.int8_sqnr[""])
+
+
+def test_ratios_are_those_of_the_fake_quantizes() -> None:
+    network = seeded(Row)
+    batches = data(network, 8)
+    found = sensitivity(network, batches, calibration_batches=1, samples=8)
+    (x, expected), *_ = batches
+    prepared = prepare(copy.deepcopy(network))
+    prepared.eval()
+    for _, grid in fake_quantizes(prepared):
+        grid.train()
+        grid.enable_fake_quant(False)
+    prepared(x)
+    for _, grid in fake_quantizes(prepared):
+        grid.eval()
+        grid.enable_fake_quant(True)
+    noise = (prepared(x) - expected).pow(2).mean()
+    assert found.int8_sqnr[""] == pytest.approx(float(10 * torch.log10(expected.pow(2).mean() / noise)), 1e-3)
+
+
+@pytest.mark.parametrize("build", [Residual, Stubbed])
+def test_layers_have_their_grids(build: type[nn.Module]) -> None:
+    prepared = prepare(build().train())
+    grids = layer_grids(prepared)
+    assert all(len(own) == 2 for own in grids.values())
+    assert len(frozenset().union(*grids.values())) == 2 * len(grids)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("build", [Residual, Stubbed])
+def test_nothing_is_changed(build: type[nn.Module], prepared: bool, training: bool) -> None:
+    network = prepare(seeded(build).train()) if prepared else seeded(build)
+    network.train(training)
+    module = Judged(network)
+    before = copy.deepcopy(module.state_dict())
+    modes = [child.training for child in module.modules()]
+    states = torch.get_rng_state(), random.getstate()
+    batches = [(x, torch.ones(8, 4)) for x, _ in loader(16)]
+    sensitivity(module, batches, metric="val_fidelity")
+    assert same_state(module.state_dict(), before) == []
+    assert [child.training for child in module.modules()] == modes
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert module._trainer is None
+
+
+def test_trained_ranges_are_used() -> None:
+    network = prepare(seeded(Row).train())
+    narrow = copy.deepcopy(network)
+    batches = loader(16)
+    for x, _ in batches:
+        network(x)
+        narrow(0.1 * x)
+    wide = sensitivity(network, batches).int8_sqnr[""]
+    assert wide > 20
+    assert sensitivity(narrow, batches).int8_sqnr[""] < 10
+
+
+def test_two_inputs_and_nested_outputs() -> None:
+    network = seeded(TwoInputs)
+    batches = [{"x": images(8), "extra": torch.randn(8, 5), "labels": torch.zeros(8)} for _ in range(2)]
+    found = sensitivity(network, batches, metric=lambda y, batch: float(len(leaves(y))))
+    assert {each.name for each in found.layers} == {"image.0", "extra", "fc"}
+    assert found.int8_metric == 3
+
+
+@pytest.mark.parametrize("metric", [fidelity, "val_fidelity"])
+def test_metric(metric: Any) -> None:
+    network = ruin_output(seeded(Row))
+    found = sensitivity(Judged(network), data(network), metric=metric)
+    assert found.layers[0].name == "third.0"
+    assert found.layers[0].network == "model"
+    assert found.float_metric == pytest.approx(1, abs=1e-5)
+    assert found.int8_metric is not None
+    assert found.int8_metric < 0.8
+    alone = [each.alone_metric for each in found.layers if each.alone_metric is not None]
+    assert alone == sorted(alone)
+    assert len(alone) == 4
+    assert found.layers[0].kept_metric is not None
+    assert found.layers[0].kept_metric > 0.9
+
+
+def test_loss_as_metric() -> None:
+    network = ruin_output(seeded(Row))
+    found = sensitivity(
+        network, data(network), metric=lambda y, batch: 1 - fidelity(y, batch), higher_is_better=False
+    )
+    assert found.layers[0].name == "third.0"
+
+
+def test_table_plot_and_json(tmp_path: Path) -> None:
+    network = ruin_output(seeded(Row))
+    found = sensitivity(network, data(network), metric=fidelity)
+    console = Console(width=140, record=True, quiet=False, file=(tmp_path / "table").open("w"))
+    console.print(found.table())
+    text = console.export_text()
+    assert text.index("third.0") < text.index("first.0")
+    assert "everything int8" in text
+    values = json.loads(found.to_json())
+    assert values["layers"][0]["name"] == "third.0"
+    assert values["int8_sqnr"][""] == pytest.approx(found.int8_sqnr[""])
+    for suffix, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        found.plot(tmp_path / f"plot.{suffix}")
+        assert (tmp_path / f"plot.{suffix}").read_bytes().startswith(start)
+    exact = Sensitivity(found.layers, {"": float("inf")}, {"": float("inf")})
+    assert json.loads(exact.to_json())["int8_sqnr"] == {"": None}
+
+
+@pytest.mark.parametrize("kind", [Row, StubbedRow])
+def test_target_keeps_exactly_the_bad_layer(kind: type[Row], caplog: pytest.LogCaptureFixture) -> None:
+    network = ruin_weight(seeded(kind))
+    before = copy.deepcopy(network.state_dict())
+    with caplog.at_level(logging.INFO):
+        names = keep_for_target(network, data(network), fidelity, target_drop=8)
+    assert names == ("third.0",)
+    assert same_state(network, before) == []
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Target")]
+    assert "with third.0 float it is 0.9" in line
+
+
+def test_target_keeps_the_reader_of_a_bad_output_too() -> None:
+    """The grid of an output that an int8 layer reads is there even if the layer that made it is float."""
+    network = ruin_output(seeded(Row))
+    names = keep_for_target(Judged(network), data(network), "val_fidelity", target_drop=8)
+    assert sorted(names) == ["fourth", "third.0"]
+
+
+def test_good_network_keeps_nothing() -> None:
+    network = seeded(Row)
+    assert keep_for_target(network, data(network), fidelity, target_drop=8) == ()
+
+
+def test_target_that_cannot_be_reached() -> None:
+    network = ruin_weight(seeded(Row))
+    message = r"at most 8 points.* is 1 in float and 0\..*Even with 0 of 4 layers float"
+    with pytest.raises(TargetError, match=message):
+        keep_for_target(network, data(network), fidelity, target_drop=8, max_layers=0)
+    with pytest.raises(TargetError, match="Even with 3 of 4 layers float"):
+        keep_for_target(network, data(network), fidelity, target_drop=0)
+
+
+def test_search() -> None:
+    ranked = list("abcdefghij")
+    for size in range(11):
+        asked = []
+
+        def reaches(names: Any, size: int = size, asked: list[Any] = asked) -> bool:
+            asked.append(list(names))
+            return len(asked[-1]) >= size
+
+        assert fewest(ranked, reaches) == size
+        assert len(asked) <= 9
+    assert fewest(ranked, lambda names: False) is None
+    for wanted in ({"c"}, {"a", "j"}, {"b", "c", "g"}, set()):
+        assert set(needed((), ranked, lambda names, wanted=wanted: wanted <= set(names))) == wanted
+
+
+def test_errors() -> None:
+    network = seeded(Row)
+    batches = data(network)
+    with pytest.raises(ValueError, match="samples must be at least 1, but received 0"):
+        sensitivity(network, batches, samples=0)
+    with pytest.raises(ValueError, match="has no `validation_step`"):
+        sensitivity(network, batches, metric="val_fidelity")
+    with pytest.raises(TypeError, match="metric must be a function"):
+        sensitivity(network, batches, metric=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"logs \['val_fidelity'\]. Nearest: 'val_fidelity'"):
+        sensitivity(Judged(network), batches, metric="val_fidel")
+    with pytest.raises(ValueError, match="none of"):
+        sensitivity(network, [])
+    with pytest.raises(ValueError, match="NaN"):
+        sensitivity(network, [torch.full((8, 3, 12, 12), torch.nan)])
+    with pytest.raises(ValueError, match="at least 0 points"):
+        keep_for_target(network, batches, fidelity, target_drop=-1)
+    with pytest.raises(ValueError, match="is prepared already"):
+        keep_for_target(prepare(seeded(Row).train()), batches, fidelity)
+
+
+def test_mobilenet() -> None:
+    from torchvision.models import mobilenet_v3_small
+
+    network = seeded(lambda: mobilenet_v3_small(num_classes=4))
+    found = sensitivity(network, [torch.randn(4, 3, 64, 64) for _ in range(2)], samples=4)
+    assert len(found.layers) == 54
+    assert all(each.macs > 0 for each in found.layers)
+    assert all(each.alone_sqnr > found.int8_sqnr[""] for each in found.layers)
