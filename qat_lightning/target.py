@@ -22,6 +22,12 @@ from qat_lightning.selection import FloatPattern
 from qat_lightning.sensitivities import Sensitivity
 from qat_lightning.simulation import simulate
 
+_ADVICE = (
+    "Allow a greater target_drop or more max_layers, choose a backend with 8 bits for activations (onednn, "
+    "qnnpack), pass replace_relu6=False where the network has ReLU6, or train without a target: training "
+    "wins back much of the loss."
+)
+
 
 def keep_for_target(
     module: nn.Module,
@@ -149,10 +155,8 @@ class _Search:
         if count is None:
             raise TargetError(
                 f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. "
-                f"Even with {len(candidates)} of {len(ranked)} layers float it is {self.score(candidates):.4g}, "
-                f"{self.drop(candidates):.3g} points worse. Allow a greater target_drop or more max_layers, "
-                "choose a backend with 8 bits for activations (onednn, qnnpack), pass replace_relu6=False where "
-                "the network has ReLU6, or train without a target: training wins back much of the loss."
+                f"Even with {len(candidates)} of {len(ranked)} layers float it is "
+                f"{self.score(candidates):.4g}, {self.drop(candidates):.3g} points worse. {_ADVICE}"
             )
         found = tuple(needed((), candidates[:count], reaches))
         after = f"with {', '.join(found)} float it is {self.score(found):.4g}"
