@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import logging
@@ -13,14 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.ao.quantization import DeQuantStub, QuantStub, get_default_qat_qconfig
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning import Sensitivity, TargetError, keep_for_target, prepare, sensitivity
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes.layer_grids import layer_grids
+from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.recipe import recipe_of
 from qat_lightning.target import fewest, needed
-from tests.networks import Residual, Stubbed, TwoInputs, images, leaves, same_state
+from tests.networks import CASES, Case, Residual, Stubbed, TwoInputs, images, leaves, same_state
 from tests.runs import TinyModule, loader
 
 
@@ -174,6 +177,72 @@ def test_trained_ranges_are_used() -> None:
     wide = sensitivity(network, batches).int8_sqnr[""]
     assert wide > 20
     assert sensitivity(narrow, batches).int8_sqnr[""] < 15
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kind_of_network(case: Case) -> None:
+    network = seeded(case.build)
+    args, kwargs = case.inputs()
+    batch = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    found = sensitivity(network, [batch, batch], mode=case.mode)
+    prepared = prepare(seeded(case.build), mode=case.mode, example_inputs=args)
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    assert {each.name for each in found.layers} == set(recipe.layers)
+    for each in found.layers[:-1]:
+        fewer = recipe_of(prepare(seeded(case.build), mode=case.mode, keep_float=[each.name]))
+        assert fewer is not None
+        assert set(fewer.layers) == set(recipe.layers) - {each.name}
+
+
+def test_own_qconfig() -> None:
+    network = ruin_output(seeded(Row))
+    with quiet_torch_ao():
+        qconfig = get_default_qat_qconfig("x86")
+    found = sensitivity(network, data(network), qconfig=qconfig)
+    assert found.layers[0].name == "third.0"
+    assert all(each.alone_sqnr > 30 for each in found.layers[1:])
+
+
+class OwnLayers(Judged):
+    """A LightningModule with layers of its own, and a network that only it calls."""
+
+    def __init__(self) -> None:
+        super().__init__(Row())
+        self.last = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.model(x)))
+
+
+class TwoNetworks(Judged):
+    """Two networks whose layers have the same names."""
+
+    def __init__(self) -> None:
+        super().__init__(Row())
+        self.other = ruin_output(Row())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + self.other(x)
+
+
+def test_layers_of_the_module_itself() -> None:
+    module = seeded(OwnLayers)
+    found = sensitivity(module, data(module), metric="val_fidelity")
+    assert {each.name for each in found.layers} >= {"last", "model.third.0"}
+    assert {each.network for each in found.layers} == {""}
+    assert type(module) is OwnLayers
+
+
+def test_two_networks() -> None:
+    module = seeded(TwoNetworks)
+    batches = data(module)
+    found = sensitivity(module, batches, metric="val_fidelity")
+    assert (found.layers[0].network, found.layers[0].name) == ("other", "third.0")
+    assert found.int8_sqnr["other"] < 15 < 25 < found.int8_sqnr["model"]
+    assert "other.third.0" in str(found.table().columns[0]._cells)
+    names = keep_for_target(module, batches, "val_fidelity", target_drop=8)
+    assert sorted(names) == ["fourth", "third.0"]  # of both networks, as keep_float has it
 
 
 def test_two_inputs_and_nested_outputs() -> None:
