@@ -110,7 +110,7 @@ def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
         return logged[metric]
     total, count = 0.0, 0
     for outputs, batch in _outputs(module, batches):
-        samples = _samples(batch)
+        samples = count_samples(batch)
         total += float(metric(outputs, batch)) * samples
         count += samples
     if not count:
@@ -159,5 +159,6 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _samples(batch: Any) -> int:
+def count_samples(batch: Any) -> int:
+    """The first dimension of the first tensor in nested values; 1 where there is none."""
     return next((v.shape[0] for v in tree_leaves(batch) if isinstance(v, torch.Tensor) and v.ndim), 1)

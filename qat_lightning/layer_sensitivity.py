@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning import random_state
-from qat_lightning.batches import Batches, Metric, check_metric, score
+from qat_lightning.batches import Batches, Metric, check_metric, count_samples, score
 from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.fidelity import sqnr
 from qat_lightning.inspection.inputs import Inputs, first_samples
@@ -203,13 +203,9 @@ def _limited(calls: Sequence[Inputs], samples: int) -> Iterator[Inputs]:
         if samples <= 0:
             return
         yield _first(call, samples)
-        samples -= _size(call)
+        samples -= count_samples(tuple(call))
 
 
 def _first(call: Inputs, samples: int) -> Inputs:
     device = next((v.device for v in tree_leaves(call) if isinstance(v, Tensor)), torch.device("cpu"))
     return Inputs(*move_data_to_device(first_samples(tuple(call), samples), device))
-
-
-def _size(call: Inputs) -> int:
-    return next((v.shape[0] for v in tree_leaves(tuple(call)) if isinstance(v, Tensor) and v.ndim), 1)

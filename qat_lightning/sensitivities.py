@@ -65,19 +65,19 @@ class Sensitivity:
     int8_metric: float | None = None
 
     def table(self) -> Table:
-        """The layers as a table for `rich`."""
+        """The layers as a table for `rich`; multiply-adds are in millions (MMACs)."""
         scored = self.float_metric is not None
         table = Table(title=self._title())
         table.add_column("layer", overflow="fold")
         table.add_column("kind")
-        columns = ["multiply-adds", "alone int8, dB", "alone float, dB", "gain, dB"]
-        for column in columns + ["alone int8, metric", "alone float, metric"] * scored:
+        columns = ["MMACs", "int8 alone, dB", "float alone, dB", "gain, dB"]
+        for column in columns + ["int8 alone, metric", "float alone, metric"] * scored:
             table.add_column(column, justify="right")
         for each in self.layers:
             ratios = map(figures.decibels, (each.alone_sqnr, each.kept_sqnr))
             metrics = [figures.digits(v, 4) for v in (each.alone_metric, each.kept_metric) if v is not None]
             gain = figures.number(each.gain, "+.1f")
-            table.add_row(_label(each), each.kind, f"{each.macs:,}", *ratios, gain, *metrics)
+            table.add_row(_label(each), each.kind, f"{each.macs / 1e6:,.2f}", *ratios, gain, *metrics)
         return table
 
     def plot(self, path: str | Path) -> None:
@@ -89,8 +89,8 @@ class Sensitivity:
         axes = figure.subplots()
         alone = [min(each.alone_sqnr, _MOST) for each in self.layers]
         kept = [min(each.kept_sqnr, _MOST) for each in self.layers]
-        axes.plot(alone, rows, "o", markersize=4, label="this layer alone int8")
-        axes.plot(kept, rows, "s", markersize=4, label="this layer alone float")
+        axes.plot(alone, rows, "o", markersize=4, label="int8 alone")
+        axes.plot(kept, rows, "s", markersize=4, label="float alone")
         for value in set(self.int8_sqnr.values()):
             axes.axvline(min(value, _MOST), color="gray", linestyle=":", label="everything int8")
         axes.set_yticks(rows, [figures.printable(_label(each)) for each in self.layers], parse_math=False)

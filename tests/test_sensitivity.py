@@ -4,7 +4,6 @@ import copy
 import inspect
 import io
 import json
-import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,86 +13,26 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.ao.quantization import DeQuantStub, QuantStub, get_default_qat_qconfig
-from torch.utils.data import DataLoader, TensorDataset
+from torch.ao.quantization import get_default_qat_qconfig
 
-from qat_lightning import Sensitivity, TargetError, keep_for_target, prepare, sensitivity
+from qat_lightning import Sensitivity, prepare, sensitivity
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes.layer_grids import layer_grids
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import recipe_of
-from qat_lightning.target import fewest, needed
 from tests.networks import CASES, Case, Residual, Stubbed, TwoInputs, images, leaves, same_state
-from tests.runs import TinyModule, loader
-
-
-class Row(nn.Module):
-    """Four layers, of which `third` can be made one that int8 ruins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
-        self.third = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
-        self.fourth = nn.Conv2d(8, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fourth(self.third(self.second(self.first(x))))
-
-
-class StubbedRow(Row):
-    def __init__(self) -> None:
-        super().__init__()
-        self.quant, self.dequant = QuantStub(), DeQuantStub()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dequant(super().forward(self.quant(x)))
-
-
-def conv(network: nn.Module, name: str) -> nn.Conv2d:
-    layer = network.get_submodule(name)
-    assert isinstance(layer, nn.Conv2d)
-    return layer
-
-
-def ruin_weight(network: Row) -> Row:
-    """Gives the third layer's weight a column that takes the whole grid, for a channel that is always 0."""
-    with torch.no_grad():
-        conv(network, "second.0").weight[0] = 0
-        conv(network, "second.0").get_parameter("bias")[0] = -1
-        conv(network, "third.0").weight[:, 0] = 300
-    return network
-
-
-def ruin_output(network: Row) -> Row:
-    """Gives the third layer's output a channel that takes the whole grid, and that nobody reads."""
-    with torch.no_grad():
-        conv(network, "third.0").get_parameter("bias")[0] = 3000
-        conv(network, "fourth").weight[:, 0] = 0
-    return network
-
-
-def seeded(build: Callable[[], Any]) -> Any:
-    torch.manual_seed(0)
-    return build()
-
-
-def data(network: nn.Module, count: int = 32) -> DataLoader[Any]:
-    """Images, and what the float network makes of them."""
-    torch.manual_seed(1)
-    x = images(count)
-    with torch.no_grad():
-        return DataLoader(TensorDataset(x, network(x)), batch_size=8)
-
-
-def fidelity(outputs: Tensor, batch: Any) -> float:
-    """1 where the outputs are the float ones."""
-    return 1 - float((outputs - batch[1]).norm() / batch[1].norm())
-
-
-class Judged(TinyModule):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_fidelity", fidelity(self(batch[0]), batch))
+from tests.ruined import (
+    Judged,
+    Row,
+    StubbedRow,
+    TwoNetworks,
+    data,
+    fidelity,
+    ruin_output,
+    ruin_weight,
+    seeded,
+)
+from tests.runs import loader
 
 
 @pytest.mark.parametrize("ruin", [ruin_weight, ruin_output])
@@ -215,17 +154,6 @@ class OwnLayers(Judged):
         return self.last(torch.relu(self.model(x)))
 
 
-class TwoNetworks(Judged):
-    """Two networks whose layers have the same names."""
-
-    def __init__(self) -> None:
-        super().__init__(Row())
-        self.other = ruin_output(Row())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) + self.other(x)
-
-
 def test_layers_of_the_module_itself() -> None:
     module = seeded(OwnLayers)
     found = sensitivity(module, data(module), metric="val_fidelity")
@@ -241,8 +169,6 @@ def test_two_networks() -> None:
     assert (found.layers[0].network, found.layers[0].name) == ("other", "third.0")
     assert found.int8_sqnr["other"] < 15 < 25 < found.int8_sqnr["model"]
     assert "other.third.0" in str(found.table().columns[0]._cells)
-    names = keep_for_target(module, batches, "val_fidelity", target_drop=8)
-    assert sorted(names) == ["fourth", "third.0"]  # of both networks, as keep_float has it
 
 
 def test_two_inputs_and_nested_outputs() -> None:
@@ -295,55 +221,6 @@ def test_table_plot_and_json(tmp_path: Path) -> None:
     assert json.loads(exact.to_json())["int8_sqnr"] == {"": None}
 
 
-@pytest.mark.parametrize("kind", [Row, StubbedRow])
-def test_target_keeps_exactly_the_bad_layer(kind: type[Row], caplog: pytest.LogCaptureFixture) -> None:
-    network = ruin_weight(seeded(kind))
-    before = copy.deepcopy(network.state_dict())
-    with caplog.at_level(logging.INFO):
-        names = keep_for_target(network, data(network), fidelity, target_drop=8)
-    assert names == ("third.0",)
-    assert same_state(network, before) == []
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Target")]
-    assert "with third.0 float it is 0.9" in line
-
-
-def test_target_keeps_the_reader_of_a_bad_output_too() -> None:
-    """The grid of an output that an int8 layer reads is there even if the layer that made it is float."""
-    network = ruin_output(seeded(Row))
-    names = keep_for_target(Judged(network), data(network), "val_fidelity", target_drop=8)
-    assert sorted(names) == ["fourth", "third.0"]
-
-
-def test_good_network_keeps_nothing() -> None:
-    network = seeded(Row)
-    assert keep_for_target(network, data(network), fidelity, target_drop=8) == ()
-
-
-def test_target_that_cannot_be_reached() -> None:
-    network = ruin_weight(seeded(Row))
-    message = r"at most 8 points.* is 1 in float and 0\..*Even with 0 of 4 layers float"
-    with pytest.raises(TargetError, match=message):
-        keep_for_target(network, data(network), fidelity, target_drop=8, max_layers=0)
-    with pytest.raises(TargetError, match="Even with 3 of 4 layers float"):
-        keep_for_target(network, data(network), fidelity, target_drop=0)
-
-
-def test_search() -> None:
-    ranked = list("abcdefghij")
-    for size in range(11):
-        asked: list[Any] = []
-
-        def reaches(names: Any, size: int = size, asked: list[Any] = asked) -> bool:
-            asked.append(list(names))
-            return len(asked[-1]) >= size
-
-        assert fewest(ranked, reaches) == size
-        assert len(asked) <= 9
-    assert fewest(ranked, lambda names: False) is None
-    for wanted in ("c", "aj", "bcg", ""):
-        assert needed((), ranked, set(wanted).issubset) == tuple(wanted)
-
-
 def test_errors() -> None:
     network = seeded(Row)
     batches = data(network)
@@ -359,10 +236,6 @@ def test_errors() -> None:
         sensitivity(network, [])
     with pytest.raises(ValueError, match="NaN"):
         sensitivity(network, [torch.full((8, 3, 12, 12), torch.nan)])
-    with pytest.raises(ValueError, match="at least 0 points"):
-        keep_for_target(network, batches, fidelity, target_drop=-1)
-    with pytest.raises(ValueError, match="is prepared already"):
-        keep_for_target(prepare(seeded(Row).train()), batches, fidelity)
 
 
 def test_mobilenet() -> None:
