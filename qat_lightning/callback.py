@@ -14,11 +14,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
 from qat_lightning.conversion import convert_on_all_ranks
+from qat_lightning.distillation import Distillation
 from qat_lightning.exports import Exports
 from qat_lightning.files import load_int8
 from qat_lightning.finiteness import Watch
@@ -40,6 +41,7 @@ from qat_lightning.report.run import RunReport
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
+from qat_lightning.teachers import TeacherLike
 from qat_lightning.together import fail_together
 
 _FINITE_EVERY = 50
@@ -100,6 +102,15 @@ class QuantizationAwareTraining(pl.Callback):
             weights settle on a grid that no longer moves, and in short and long runs alike the
             observers have seen half of it.
         fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
+        teacher: Whose logits the network learns beside its labels: `"self"`, the float network with the
+            weights that it has when `fit` is called; another float network; or, where there are several
+            networks, a mapping of their names to these. It is copied, frozen and in no checkpoint.
+            `training_step` stays as it is: the term is added to the gradient of its loss, and logged as
+            `train/distillation`.
+        teacher_weight: What the divergence from the teacher is multiplied by. 1 by default: as much as a
+            cross entropy in the mean over the batch.
+        teacher_temperature: What both networks' logits are divided by before the softmax. 1 by default: what
+            the network is to reproduce is the float network's own answer, and no softer one.
         convert: Weights to convert at the end: `"best"`, the best-ranked checkpoint of the
             ModelCheckpoint among those with fake-quantization on, else the last; `"last"`; or None
             for no conversion.
@@ -145,6 +156,9 @@ class QuantizationAwareTraining(pl.Callback):
         freeze_bn_at: int | float | None = None,
         freeze_observers_at: int | float | None = 0.5,
         fake_quant_from: int = 0,
+        teacher: TeacherLike = None,
+        teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
         convert: str | None = "best",
         output_dir: str | Path | None = None,
         preflight: bool = True,
@@ -156,6 +170,7 @@ class QuantizationAwareTraining(pl.Callback):
             backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
         )
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
+        self._distillation = Distillation(teacher, teacher_weight, teacher_temperature)
         if convert not in ("best", "last", None):
             raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")
         self.convert = convert
@@ -207,7 +222,9 @@ class QuantizationAwareTraining(pl.Callback):
         self._run_report.begin(pl_module, keep=self.report and trainer.is_global_zero)
         with fail_together("preparing the networks"):
             surroundings.check_output(trainer, self.output_dir)
+            self._distillation.take(pl_module, network_names(pl_module, self.settings))
             self._prepared = prepare_module(pl_module, self.settings)
+            self._distillation.pair(self._networks)
         keep_out_of_ddp_broadcast(pl_module)
         self._watch = Watch(self._networks)
         self._watch.clear()
@@ -237,6 +254,7 @@ class QuantizationAwareTraining(pl.Callback):
         messages.warn_of_unreached(trainer, self.schedule, self._resolved, self._warned)
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
+        self._distillation.start(trainer, pl_module)
         self._random_states.restore_before_validation(trainer)
         if self.preflight or self.exports.need_inputs or self.report:
             self._first_batch.watch(pl_module, self._networks)
@@ -253,11 +271,21 @@ class QuantizationAwareTraining(pl.Callback):
         self._random_states.restore(trainer, epoch_start=False)
         if self.phase_at(trainer) != self._phase:
             self._enter_phase(trainer, pl_module)
+        self._distillation.begin_batch()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Lets the teacher's term into the gradient of this loss."""
+        self._distillation.begin_backward(trainer, pl_module)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps it out of any other gradient."""
+        self._distillation.end_backward()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tries the networks out with what the first batch gave them."""
+        """Logs the teacher's term, and tries the networks out with what the first batch gave them."""
+        self._distillation.end_batch(trainer, pl_module)
         self._first_batch.try_out(trainer, rehearse=self.preflight)
         self.exports.inputs |= self._first_batch.inputs
 
@@ -315,9 +343,11 @@ class QuantizationAwareTraining(pl.Callback):
         """Switches observers back to what they were, if a validation was interrupted."""
         self._observers_off.leave()
         self._first_batch.stop()
+        self._distillation.end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merges the ranks' ranges a last time, while the processes can still talk."""
+        self._distillation.end()
         merge_ranges(pl_module)
         averaging.settle(trainer, pl_module)
 
@@ -349,6 +379,7 @@ class QuantizationAwareTraining(pl.Callback):
             "asked": asdict(self.schedule),
             "phase": None if self._phase is None else self._phase._asdict(),
             "inputs": self.exports.state_dict(),
+            "teacher": self._distillation.state_dict(),
             "curves": self._run_report.curves.state_dict(),
         }
 
@@ -357,6 +388,7 @@ class QuantizationAwareTraining(pl.Callback):
         if state_dict["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
         self.exports.load_state_dict(state_dict.get("inputs", {}))
+        self._distillation.load_state_dict(state_dict.get("teacher"))
         self._run_report.resume(state_dict.get("curves"))
         asked = state_dict.get("asked", asdict(self.schedule))
         if asked != asdict(self.schedule):

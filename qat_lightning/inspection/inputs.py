@@ -48,11 +48,11 @@ class Catcher:
             handle.remove()
 
     def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if network not in self.caught and not _is_redirected(network):
+        if network not in self.caught and not is_redirected(network):
             self.caught[network] = Inputs(*first_samples((args, kwargs), self.samples))
 
 
-def _is_redirected(network: nn.Module) -> bool:
+def is_redirected(network: nn.Module) -> bool:
     """Whether the call is not of the network's `forward`: under DDP, Lightning puts `training_step` there."""
     forward = vars(network).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not network
