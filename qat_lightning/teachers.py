@@ -73,7 +73,7 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
     for name in teacher:
         if name not in known:
             raise ValueError(
-                f"teacher names {name!r}, which is no network to prepare. {nearest(name, known)}"
+                f"teacher names {name!r}, but the networks to prepare have other names. {nearest(name, known)}"
             )
     return dict(teacher)
 
@@ -103,8 +103,8 @@ def take(
             taken[name] = frozen_copy(network)
         else:
             raise ValueError(
-                f'teacher="self" is the float network as it is before it is prepared, but {name!r} is prepared '
-                "already. Start from the float network, or pass it: teacher=network."
+                f'teacher="self" is the float network as it is before it is prepared, but {name!r} is '
+                "prepared already. Start from the float network, or pass it: teacher=network."
             )
     return taken
 
@@ -133,5 +133,7 @@ def fingerprint(teachers: Mapping[str, nn.Module]) -> str:
         for key, tensor in teacher.state_dict().items():
             if isinstance(tensor, torch.Tensor):
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+                digest.update(
+                    tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+                )
     return digest.hexdigest()
