@@ -170,9 +170,9 @@ class Distillation:
             names = ", ".join(map(self._name, self._teachers))
             raise MisconfigurationException(
                 f"The optimizer has made a step, and the teacher of {names} had no part in its gradient. "
-                "`training_step` has to call the network in training mode and with gradients, and its loss to "
-                "depend on the output; with manual optimization, call self.manual_backward(loss) instead of "
-                "loss.backward()."
+                "`training_step` has to call the network in training mode and with gradients, and its loss "
+                "to depend on the output; with manual optimization, call self.manual_backward(loss) instead "
+                "of loss.backward()."
             )
 
     def stop(self) -> None:
@@ -239,7 +239,7 @@ class Distillation:
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`temperature`² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature)), in float32.
 
-    Hinton et al., https://arxiv.org/abs/1503.02531; squared, since the gradient of soft targets shrinks by it.
+    Hinton et al., https://arxiv.org/abs/1503.02531; squared, since the gradient shrinks by it.
 
     Args:
         logits: Batch x classes, or batch x classes x height x width.
@@ -264,8 +264,8 @@ def _logits(output: Any, whose: str) -> Tensor:
         first = next(iter(output), None)
     if not isinstance(first, Tensor):
         raise ValueError(
-            "Distillation compares logits, which a network returns as a tensor, or as the first of a tuple or "
-            f"a dict, but {whose} returns a {type(output).__name__} that begins with none."
+            "Distillation compares logits, which a network returns as a tensor, or as the first of a tuple "
+            f"or a dict, but {whose} returns a {type(output).__name__} that begins with none."
         )
     if first.ndim not in (2, 4) or first.shape[1] < 2 or not first.is_floating_point():
         raise ValueError(

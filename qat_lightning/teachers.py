@@ -73,7 +73,7 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
     for name in teacher:
         if name not in known:
             raise ValueError(
-                f"teacher names {name!r}, but the networks to prepare have other names. {nearest(name, known)}"
+                f"teacher names {name!r}, but no network to prepare has that name. {nearest(name, known)}"
             )
     return dict(teacher)
 
