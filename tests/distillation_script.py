@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-from tests.test_distillation import Shared, first_gradients, networks
+from tests.test_distillation import first_gradients, networks
+from tests.test_teachers import Shared
 
 STRATEGIES = {"plain": {}, "unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
 
