@@ -154,6 +154,12 @@ def test_each_finding_names_what_to_do() -> None:
     assert "keep_float=['noisy']" in found[2]
 
 
+def test_speeds_that_were_disturbed_are_told() -> None:
+    speeds = (Speed("float", "PyTorch", 1, 2, 1.1), Speed("int8", "PyTorch", 1, 1, 0.1, 2.0))
+    (found,) = findings(report(layer(), speeds=speeds), {})
+    assert found.startswith("1 of 2 speeds moved by more than 25% between calls")
+
+
 def test_a_cpu_without_dot_products_is_the_reason_before_all_others() -> None:
     speeds = (Speed("float", "PyTorch", 1, 1, 0.1), Speed("int8", "PyTorch", 1, 1, 0.1, 1.0))
     old = report(speeds=speeds, machine=Machine("old", ("avx2",), 2, 2))

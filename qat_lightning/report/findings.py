@@ -19,6 +19,8 @@ _LOW = 20.0
 _POINTS = 0.5
 _SLOW = 1.05
 _SHOWN = 3
+_NOISE = 0.25
+"""Spread, as a share of the median, from which a speed says little."""
 
 
 def findings(report: Report, float_operations: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
@@ -67,20 +69,26 @@ def _speed(report: Report, operations: Mapping[str, Mapping[str, int]]) -> Itera
         batches = ", ".join(str(speed.batch) for speed in found)
         ratios = ", ".join(f"{speed.speedup:.2f}" for speed in found)
         yield (
-            f"In {runtime} int8 is no faster than float (batch {batches}: {ratios} times), because "
+            f"In {runtime} int8 is no faster than float (batch {batches}: {ratios} times), "
             f"{_why_slow(report, operations.get(runtime, {}))}."
+        )
+    noisy = [speed for speed in report.speeds if speed.spread > _NOISE * speed.milliseconds]
+    if noisy:
+        yield (
+            f"{len(noisy)} of {len(report.speeds)} speeds moved by more than {_NOISE:.0%} between calls: "
+            "something else used the CPU. Measure them when it is idle."
         )
 
 
 def _why_slow(report: Report, operations: Mapping[str, int]) -> str:
     if not has_vnni(report.machine):
-        return "this CPU has no int8 dot products (VNNI)"
+        return "because this CPU has no int8 dot products (VNNI)"
     if operations:
-        return f"{in_words(Counter(operations))}, and each has to convert there and back"
+        return f"because {in_words(Counter(operations))}, and each has to convert there and back"
     floats = sum(len(network.floats) for network in report.networks)
     if floats:
-        return f"{floats} layers or operations stay float, and each has to convert there and back"
-    return "the network is so small that starting each operation takes longer than computing it"
+        return f"because {floats} layers or operations stay float, and each has to convert there and back"
+    return "probably because starting each operation takes longer than computing so little"
 
 
 def _layers(network: Network) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""How accurate int8 networks are after each method, on one budget."""

@@ -1,0 +1,122 @@
+"""Ways from a float network to an int8 one, each with the same budget of epochs."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import (
+    disable_observer,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+)
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.training import accuracy, outputs, train
+from qat_lightning import convert, export_onnx, load_runtime, prepare
+from qat_lightning.phases import freeze_bn_statistics, set_enabled
+
+BACKEND = "onednn"
+"""The engine of this machine: 8 bits, and no saturation where there is VNNI."""
+CALIBRATION = 8
+"""Training batches that post-training quantization sees."""
+Scores = dict[str, float]
+
+
+def tuned_float(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """The float network, trained for as many epochs as every other method has."""
+    return {"float": _score(task, network.eval())}
+
+
+def post_training(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """Post-training quantization by torch's FX flow, of the float network that was trained as long."""
+    mapping = get_default_qconfig_mapping(BACKEND)
+    prepared = prepare_fx(network.eval(), mapping, (task.test[0][:1],))
+    for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False):
+        prepared(images)
+    return {"int8": _score(task, convert_fx(prepared))}
+
+
+def ours(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """This package, as it is by default: observers frozen after half of the run, batch-norm never."""
+    prepared = prepare(network, backend=BACKEND)
+    half = task.tuning // 2
+
+    def begin(position: int) -> None:
+        set_enabled(prepared, observer=position < half, fake_quant=True)
+
+    train(task, prepared, seed, _epochs(task), lr, begin=begin)
+    return {
+        "fake-quant": _score(task, prepared),
+        "int8": _score(task, convert(prepared)),
+        "int8 in ONNX Runtime": _score(task, _in_onnx_runtime(task, prepared)),
+    }
+
+
+def torch_fx(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """Torch's FX flow with its default qconfig."""
+    mapping = get_default_qat_qconfig_mapping(BACKEND)
+    prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
+    train(task, prepared, seed, _epochs(task), lr)
+    return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
+
+
+def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """Torch's FX flow with the points of torchvision's reference script, and its learning rate of 1e-4.
+
+    There batch-norm statistics are frozen after three epochs, observers after four.
+    """
+    mapping = get_default_qat_qconfig_mapping(BACKEND)
+    prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
+
+    def begin(position: int) -> None:
+        if position >= 4:
+            prepared.apply(disable_observer)
+        if position >= 3:
+            freeze_bn_statistics(prepared, frozen=True)
+
+    train(task, prepared, seed, _epochs(task), 1e-4, begin=begin, schedule=False)
+    return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
+
+
+def nncf(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """NNCF's post-training quantization of the PyTorch network, then training; scored in simulated int8."""
+    import nncf as package
+
+    batches = [images for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False)]
+    quantized = package.quantize(network.eval(), package.Dataset(batches), subset_size=CALIBRATION)
+    train(task, quantized, seed, _epochs(task), lr)
+    return {"fake-quant": _score(task, quantized)}
+
+
+METHODS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
+    "float": tuned_float,
+    "post-training": post_training,
+    "ours": ours,
+    "torch fx": torch_fx,
+    "torchvision": torchvision_loop,
+    "nncf": nncf,
+}
+
+
+def _epochs(task: Task) -> range:
+    """The numbers of the epochs after those of the float training."""
+    return range(task.epochs, task.epochs + task.tuning)
+
+
+def _score(task: Task, network: Callable[[Tensor], Tensor]) -> float:
+    images, labels = task.test
+    return accuracy(outputs(network, images), labels)
+
+
+def _in_onnx_runtime(task: Task, prepared: nn.Module) -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = export_onnx(prepared, Path(folder) / "int8.onnx", (task.test[0][:8],))
+        return load_runtime(path, threads=torch.get_num_threads())

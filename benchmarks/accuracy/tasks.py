@@ -1,0 +1,107 @@
+"""The tasks that accuracies are compared on: a network, images, and how its float form is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from benchmarks.resnet20 import ResNet20
+from qat_lightning.data.digits import load_digits
+from qat_lightning.models import DigitsCNN
+
+
+class Task(NamedTuple):
+    """What to train and to test.
+
+    Attributes:
+        name: Its name in tables and in the cache.
+        build: Makes the network with fresh weights.
+        train: Images and labels.
+        test: Likewise.
+        epochs: Epochs of float training before the comparison begins.
+        tuning: Epochs that every method has after them, float among them.
+        lr: Learning rate that the float training begins with.
+        batch: Images in a step.
+        augmented: Whether images are shifted and mirrored.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    epochs: int
+    tuning: int
+    lr: float
+    batch: int
+    augmented: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.train[1]) // self.batch
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, the same for every method."""
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        images, labels = self.train
+        order = torch.randperm(len(labels), generator=generator)
+        for chosen in order[: self.steps * self.batch].split(self.batch):
+            batch = images[chosen]
+            yield (augment(batch, generator) if self.augmented else batch), labels[chosen]
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts each image by up to four pixels each way, and mirrors half of them."""
+    count, _, height, width = images.shape
+    padded = nn.functional.pad(images, (4, 4, 4, 4))
+    dy, dx = torch.randint(0, 9, (2, count), generator=generator)
+    rows = (dy[:, None] + torch.arange(height))[:, None, :, None]
+    columns = dx[:, None] + torch.arange(width)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)[:, None, None, :]
+    channels = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+
+
+def mobilenet_v2() -> nn.Module:
+    """MobileNetV2 for images of 32x32: its first two halvings of the image are left out."""
+    network = models.mobilenet_v2(num_classes=10)
+    network.features[0][0].stride = (1, 1)
+    network.features[2].conv[1][0].stride = (1, 1)
+    return network
+
+
+def tasks(images: Path | None, names: list[str]) -> Iterator[Task]:
+    """The tasks of these names.
+
+    Args:
+        images: Folder with train/<class>/ and test/<class>/ of images of 32x32, for those on photographs.
+        names: Of `digits`, `resnet20` and `mobilenet_v2`.
+    """
+    if "digits" in names:
+        pixels, labels = load_digits()
+        train, test = (pixels[:1200], labels[:1200]), (pixels[1200:], labels[1200:])
+        yield Task("digits", DigitsCNN, train, test, 30, 5, 0.05, 64, False)
+    photographs = [name for name in names if name != "digits"]
+    if photographs and images is not None:
+        train, test = (read(images / split) for split in ("train", "test"))
+        if "resnet20" in names:
+            yield Task("resnet20", ResNet20, train, test, 30, 5, 0.1, 128, True)
+        if "mobilenet_v2" in names:
+            yield Task("mobilenet_v2", mobilenet_v2, train, test, 8, 2, 0.1, 128, True)
+
+
+def read(folder: Path) -> tuple[Tensor, Tensor]:
+    """All images of a folder, normalized, and their labels."""
+    data = ImageFolder(str(folder), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
+    pairs = [data[i] for i in track(range(len(data)), f"reading {folder.name}", transient=True)]
+    images = torch.stack([image for image, _ in pairs])
+    return (images - 0.47) / 0.25, torch.tensor([label for _, label in pairs])
