@@ -25,7 +25,7 @@ from qat_lightning.checkpoints import checkpoints_in, newest_usable
 CONFIG, METRICS = "config.yaml", "metrics.json"
 
 # What may differ between two starts of one run.
-_START = ("output_dir", "resume", "ckpt_path", "report", "post_training")
+_START = ("output_dir", "resume", "ckpt_path", "report", "post_training", "float_first")
 _TIME = "any-time"
 
 

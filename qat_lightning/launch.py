@@ -54,6 +54,15 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def started_together() -> str | None:
+    """`"torchrun"` or `"srun"`, where it has started this process and others of one job together."""
+    if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1:
+        return "torchrun"
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return "srun"
+    return None
+
+
 def _describe_job() -> None:
     """Makes command line and run folder, which further processes get, those of this very job."""
     hydra = HydraConfig.get()
@@ -71,12 +80,11 @@ def _describe_job() -> None:
 
 def _check_sweep() -> None:
     """Raises where processes that were started together could form a group for the first job alone."""
-    under_torchrun = TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1
-    under_srun = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    if not under_torchrun and (not under_srun or "SUBMITIT_EXECUTOR" in os.environ):
+    launcher = started_together()
+    if launcher is None or (launcher == "srun" and "SUBMITIT_EXECUTOR" in os.environ):
         return
     raise ValueError(
-        f"A sweep (-m) takes new processes for each job, but {'torchrun' if under_torchrun else 'srun'} has "
+        f"A sweep (-m) takes new processes for each job, but {launcher} has "
         "started these once. Start qat-train -m by itself, which starts processes as it needs them, or send "
         "each job to SLURM with hydra/launcher=slurm."
     )

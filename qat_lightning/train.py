@@ -23,6 +23,7 @@ from qat_lightning.atomic import replacing
 from qat_lightning.auto_resume import METRICS, SameStart, Start, find_start, record
 from qat_lightning.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.exports import size_of
+from qat_lightning.float_first import weights_of_float_run
 from qat_lightning.inspection.preflight import preflight_with
 from qat_lightning.launch import leave_process_group, one_job, pass_on
 from qat_lightning.lock import sole_writer
@@ -82,9 +83,12 @@ def train(cfg: DictConfig) -> Metrics:
     Raises:
         ValueError: If `num_classes` is not the data's, there is no int8 to try with `preflight=only`, or
             `resume` is wrong.
-        RuntimeError: If another process is writing to the output folder.
+        RuntimeError: If another process is writing to the output folder, or the float run before this one
+            fails.
         Exception: What the constructors named in `cfg` raise.
     """
+    if cfg.float_first is not None and cfg.weights is None and cfg.preflight != "only":
+        cfg.weights = weights_of_float_run(cfg)
     start = find_start(cfg)
     if start.metrics is not None:
         return start.metrics if getattr(rank_zero_only, "rank", 0) == 0 else {}
