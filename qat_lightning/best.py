@@ -17,11 +17,13 @@ class Choice(NamedTuple):
         path: A checkpoint, or None for the weights that the run ended with.
         why: The reason, in words.
         checkpoint: Its content; None where there is no path.
+        metrics: What is known of these weights, by the names that the module logs.
     """
 
     path: str | None
     why: str
     checkpoint: dict[str, Any] | None
+    metrics: dict[str, float]
 
 
 def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
@@ -30,18 +32,20 @@ def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
     A float metric can peak before fake-quantization starts. Such a checkpoint was never quantized,
     so best means the best-ranked among those whose fake-quantization is on.
     """
+    last = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     if convert == "last":
-        return Choice(None, "the last weights, as asked", None)
+        return Choice(None, "the last weights, as asked", None, last)
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
-        return Choice(None, "the last weights, since no ModelCheckpoint monitors a metric", None)
+        return Choice(None, "the last weights, since no ModelCheckpoint monitors a metric", None, last)
     sign = -1 if callback.mode == "max" else 1
     ranked = sorted(callback.best_k_models.items(), key=lambda item: sign * float(item[1]))
     for path, score in ranked:
         checkpoint = _read(trainer, path)
         if fake_quant_is_on(checkpoint["state_dict"]):
-            return Choice(path, f"the best weights by {callback.monitor} ({float(score):.4g})", checkpoint)
-    return Choice(None, "the last weights, since no ranked checkpoint was quantized", None)
+            why = f"the best weights by {callback.monitor} ({float(score):.4g})"
+            return Choice(path, why, checkpoint, {callback.monitor: float(score)})
+    return Choice(None, "the last weights, since no ranked checkpoint was quantized", None, last)
 
 
 def fake_quant_is_on(state_dict: dict[str, Any]) -> bool:

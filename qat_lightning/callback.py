@@ -448,10 +448,16 @@ class QuantizationAwareTraining(pl.Callback):
     def _networks(self) -> dict[str, nn.Module]:
         return {prepared.name: prepared.network for prepared in self._prepared}
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, int8: pl.LightningModule) -> list[Path]:
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        int8: pl.LightningModule,
+        metrics: dict[str, float],
+    ) -> list[Path]:
         if vars(trainer).get("fast_dev_run"):
             return []
-        return self.exports.write(module, int8, [*self._networks], self._folder(trainer))
+        return self.exports.write(module, int8, [*self._networks], self._folder(trainer), metrics)
 
     def _record(self, trainer: pl.Trainer) -> None:
         rate = trainer_facts.highest_learning_rate(trainer)

@@ -17,7 +17,7 @@ from qat_lightning.quantize import convert, convert_in_place, copy_of
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.together import fail_together
 
-Write = Callable[[pl.LightningModule, pl.LightningModule], Sequence[Path]]
+Write = Callable[[pl.LightningModule, pl.LightningModule, dict[str, float]], Sequence[Path]]
 
 
 class Outcome(NamedTuple):
@@ -59,7 +59,8 @@ def convert_on_all_ranks(
         trainer: The Trainer at the end of fit.
         module: The trained LightningModule; it is not changed.
         which: `"best"` or `"last"`.
-        write: Writes the files, given the module with the chosen weights and its int8 copy; returns them.
+        write: Writes the files, given the module with the chosen weights, its int8 copy and what is known of
+            these weights; returns them.
 
     Raises:
         ConversionError: On every rank, if it failed on rank 0.
@@ -87,7 +88,9 @@ def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write:
     choice = choose_weights(trainer, which)
     chosen = _with_weights(module, choice)
     int8 = convert(chosen)
-    return Outcome(int8, tuple(write(chosen, int8)), choice.path or "last", choice.why, chosen)
+    return Outcome(
+        int8, tuple(write(chosen, int8, choice.metrics)), choice.path or "last", choice.why, chosen
+    )
 
 
 def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:

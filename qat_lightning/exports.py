@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from qat_lightning.quantize import replace_submodule
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 FORMATS = ("torch", "onnx", "openvino")
+METRICS_KEY = "qat_lightning.metrics"
 
 
 class Exports:
@@ -61,7 +63,14 @@ class Exports:
         if "openvino" in self.formats:
             require("openvino", purpose="Exporting to OpenVINO")
 
-    def write(self, module: nn.Module, int8: nn.Module, names: Sequence[str], folder: Path) -> list[Path]:
+    def write(
+        self,
+        module: nn.Module,
+        int8: nn.Module,
+        names: Sequence[str],
+        folder: Path,
+        metrics: Mapping[str, float],
+    ) -> list[Path]:
         """Writes them all.
 
         Args:
@@ -69,6 +78,7 @@ class Exports:
             int8: The same, converted.
             names: Names of the networks in it. Where there are several, a graph's file has its network's.
             folder: Where to write.
+            metrics: What graphs are to say of themselves, beside the recipe.
 
         Returns:
             The files, `int8.pt` first.
@@ -77,13 +87,14 @@ class Exports:
             ConversionError: A graph does not compute what was trained, or there are no inputs to trace it
                 with.
         """
+        metadata = {METRICS_KEY: json.dumps(dict(metrics))}
         written = [save_int8(int8, folder / "int8.pt")] if "torch" in self.formats else []
         for each, export, suffix in (("onnx", export_onnx, "onnx"), ("openvino", export_openvino, "xml")):
             for name in names if each in self.formats else ():
                 part = f".{name}" if len(names) > 1 else ""
                 arguments = self._arguments(module, name)
                 path = folder / f"int8{part}.{suffix}"
-                written.append(export(module.get_submodule(name), path, arguments))
+                written.append(export(module.get_submodule(name), path, arguments, metadata=metadata))
         return written
 
     def shipped(self, module: ModuleT, path: Path, names: Sequence[str]) -> ModuleT:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -37,6 +39,23 @@ def test_every_format_has_a_file_of_the_weights_that_were_converted(tmp_path: Pa
             assert sqnr(expected, shipped(x())) > 30
             (scores,) = trainer(tmp_path).test(shipped, verbose=False)
             assert 0 <= scores["test_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("convert", ["best", "last"])
+def test_a_graph_says_what_is_known_of_its_weights(tmp_path: Path, convert: str) -> None:
+    qat = QuantizationAwareTraining(
+        export=["onnx", "openvino"], preflight=False, output_dir=tmp_path, convert=convert
+    )
+    saving = ModelCheckpoint(tmp_path, monitor="val_loss")
+    run = trainer(tmp_path, qat, saving, max_epochs=2)
+    run.fit(TinyModule())
+    assert saving.best_model_score is not None
+    best, last = float(saving.best_model_score), float(run.callback_metrics["val_loss"])
+    said = {entry.key: entry.value for entry in onnx.load(tmp_path / "int8.onnx").metadata_props}
+    metrics = json.loads(said["qat_lightning.metrics"])
+    assert metrics["val_loss"] == pytest.approx(best if convert == "best" else last)
+    assert "qat_lightning.recipe" in said
+    assert "val_loss" in (tmp_path / "int8.xml").read_text()
 
 
 class Pair(TinyModule):
