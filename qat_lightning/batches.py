@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import nearest
 from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.scoring import lone_trainer
+from qat_lightning.scoring import lone_trainer, validate
 
 Metric = str | Callable[[Any, Any], float]
 
@@ -149,10 +149,9 @@ def _outputs(module: nn.Module, batches: Batches) -> Iterator[tuple[Any, Any]]:
 
 def _validate(module: Any, batches: Batches) -> dict[str, float]:
     device = device_of(module)
-    alone = lone_trainer(device, inference_mode=False)
-    results = alone.validate(module, dataloaders=batches, verbose=False)
+    logged = validate(lone_trainer(device, inference_mode=False), module, batches)
     module.to(device)  # Lightning leaves it on the CPU
-    return {name: float(value) for result in results for name, value in result.items()}
+    return logged
 
 
 def _copied(value: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 
 from qat_lightning import random_state
 from qat_lightning.quantize import convert
-from qat_lightning.scoring import lone_trainer
+from qat_lightning.scoring import lone_trainer, validate
 
 _PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
 
@@ -31,9 +31,9 @@ def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, 
         alone = lone_trainer(
             limit_val_batches=trainer.limit_val_batches, default_root_dir=trainer.default_root_dir
         )
-        results = alone.validate(convert(module), dataloaders=trainer.val_dataloaders, verbose=False)
+        logged = validate(alone, convert(module), trainer.val_dataloaders)
     scores: dict[str, float] = {}
-    for name, value in ((name, value) for result in results for name, value in result.items()):
+    for name, value in logged.items():
         short = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
         scores[f"val_int8/{short}"] = value
         if name in expected:

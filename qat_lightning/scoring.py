@@ -33,6 +33,12 @@ def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Tra
         )
 
 
+def validate(alone: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
+    """What `module` logs when `alone`, a :func:`lone_trainer`, validates it on the loaders `data`."""
+    results = alone.validate(module, dataloaders=data, verbose=False)
+    return {name: float(value) for result in results for name, value in result.items()}
+
+
 def evaluate(
     module: pl.LightningModule,
     data: pl.LightningDataModule,

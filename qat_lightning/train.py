@@ -185,8 +185,7 @@ def _without_training(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> float:
     """The accuracy of int8 by calibration alone, on the first batches of the validation data."""
-    options = {name: value for name, value in vars(qat.settings).items() if name != "qconfig"}
-    ptq = PostTrainingQuantization(qconfig=qat.settings.qconfig, **options)
+    ptq = PostTrainingQuantization(**vars(qat.settings))
     limit = trainer.limit_val_batches
     batches = min(limit, _CALIBRATION) if isinstance(limit, int) else _CALIBRATION
     with random_state.kept():

@@ -12,7 +12,7 @@ from qat_lightning.backends import engine
 def pack_linears(network: nn.Module, backend: str) -> None:
     """Packs the weights of an int8 network's linear layers for kernels that are fast.
 
-    Where an input has a zero point, oneDNN has nothing but its reference code, fifty times slower. fbgemm,
+    Where an input has a zero point, oneDNN has nothing but its reference code, many times slower. fbgemm,
     which the x86 engine takes for linear layers, adds up the same integers; on CPUs with VNNI it cannot
     saturate either.
     """

@@ -16,14 +16,13 @@ from qat_lightning.inspection.inputs import Catcher, Inputs
 from qat_lightning.modes.reference import floating
 from qat_lightning.quantize import copy_of
 from qat_lightning.report.content import Score
-from qat_lightning.scoring import lone_trainer
+from qat_lightning.scoring import lone_trainer, validate
 
 SAMPLES = 8
 """Inputs that layers are compared on: enough for a histogram, few enough to keep every layer's output."""
 RUNTIMES: Mapping[str, str] = {".pt": "PyTorch", ".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 
 Shipped = Callable[[pl.LightningModule, Path], pl.LightningModule]
-Validate = Callable[..., dict[str, float]]
 
 
 def score_all(
@@ -84,5 +83,4 @@ def _validate(
         limit_val_batches=trainer.limit_val_batches,
         default_root_dir=trainer.default_root_dir,
     )
-    results = alone.validate(module, dataloaders=data, verbose=False)
-    return {name: float(value) for result in results for name, value in result.items()}
+    return validate(alone, module, data)
