@@ -16,6 +16,20 @@ def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
         child.enable_fake_quant(fake_quant)
 
 
+def only_observe(module: nn.Module) -> None:
+    """Makes the fake-quantizes of a module in eval mode observe, without rounding: for a calibration."""
+    set_enabled(module, observer=True, fake_quant=False)
+    for _, child in fake_quantizes(module):
+        child.train()
+
+
+def evaluate(module: nn.Module) -> None:
+    """`eval`, of fake-quantizes too: fused modules with frozen statistics do not pass it on."""
+    module.eval()
+    for _, child in fake_quantizes(module):
+        child.eval()
+
+
 def keep_inputs(module: nn.Module) -> None:
     """Makes the fake-quantizes inside `module` overwrite nothing.
 

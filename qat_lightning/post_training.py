@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from qat_lightning import random_state, surroundings
-from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, default_qconfig
-from qat_lightning.phases import set_enabled
+from qat_lightning.phases import only_observe, set_enabled
 from qat_lightning.preparation import Settings, prepare_module
 from qat_lightning.quantize import convert, copy_of
 from qat_lightning.ranks import merge_ranges
@@ -91,7 +90,7 @@ class PostTrainingQuantization(pl.Callback):
         self.int8_module, self._twin = None, copy_of(pl_module)
         with random_state.kept():
             names = [prepared.name for prepared in prepare_module(self._twin, self.settings)]
-        _only_observe(self._twin)
+        only_observe(self._twin.eval())
         self._handles = [
             pl_module.get_submodule(name).register_forward_pre_hook(
                 _Follower(self._twin.get_submodule(name)), with_kwargs=True
@@ -137,11 +136,3 @@ class _Follower:
         # What observers keep must be no inference tensor, which nothing could change later.
         with torch.inference_mode(False), torch.no_grad():
             self.network(*args, **kwargs)
-
-
-def _only_observe(module: nn.Module) -> None:
-    """Makes the fake-quantizes of a module in eval mode observe, without rounding."""
-    module.eval()
-    set_enabled(module, observer=True, fake_quant=False)
-    for _, child in fake_quantizes(module):
-        child.train()

@@ -21,6 +21,7 @@ from qat_lightning.modes.linear_kernels import pack_linears
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
 from qat_lightning.modes.zero_scale import replace_zero_scales
+from qat_lightning.phases import evaluate
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.ranges import check_observed
 from qat_lightning.recipe import Recipe, attach, quantized_networks, recipe_of
@@ -150,8 +151,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
     module = module.cpu().eval()
     make_local(module)
     use_divided(module)
-    for _, child in fake_quantizes(module):
-        child.eval()  # fused modules with frozen statistics do not pass `eval` on to their children
+    evaluate(module)
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:
             continue

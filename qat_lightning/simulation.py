@@ -13,7 +13,7 @@ from torch import nn
 from qat_lightning.batches import Batches, collect_inputs, inputs_of
 from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.phases import set_enabled
+from qat_lightning.phases import evaluate, only_observe, set_enabled
 from qat_lightning.preparation import Settings, prepare_module
 from qat_lightning.quantize import copy_of, prepare
 from qat_lightning.ranges import has_range, has_seen_data, is_moving_average
@@ -64,7 +64,7 @@ def simulate(
     """
     copied = _prepared(copy_of(module), settings, batches)
     networks = {name: network for name, network, _ in quantized_networks(copied)}
-    _evaluate(copied)
+    evaluate(copied)
     if inputs is None:
         set_enabled(copied, observer=False, fake_quant=False)
         inputs = collect_inputs(copied, networks, batches)
@@ -91,23 +91,14 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
         seen[grid] += 1
         grid.activation_post_process.averaging_constant = 1 / seen[grid]
 
-    set_enabled(network, observer=True, fake_quant=False)
     averaged = [g for g in grids if has_range(g) and is_moving_average(g)]
     handles = [grid.register_forward_pre_hook(average) for grid in averaged]
-    for grid in grids:
-        grid.train()
+    only_observe(network)
     for call in calls:
         network(*call.args, **call.kwargs)
     for handle in handles:
         handle.remove()
-    _evaluate(network)
-
-
-def _evaluate(module: nn.Module) -> None:
-    """`eval`, of fake-quantizes too: fused modules with frozen statistics do not pass it on."""
-    module.eval()
-    for _, grid in fake_quantizes(module):
-        grid.eval()
+    evaluate(network)
 
 
 def _prepared(module: nn.Module, settings: Settings, batches: Batches) -> nn.Module:
