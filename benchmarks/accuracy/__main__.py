@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks.accuracy.methods import METHODS, Scores
 from benchmarks.accuracy.tasks import Task, tasks
 from benchmarks.accuracy.training import accuracy, outputs, train
+from benchmarks.accuracy.variants import VARIANTS
 from qat_lightning.quiet import quiet_torch_ao
 
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--tasks", nargs="+", default=["digits"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS | VARIANTS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate that every method begins with")
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"))
@@ -63,7 +64,7 @@ def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
     tuned = args.lr if name in ("float", "post-training") else None
     network.load_state_dict(float_weights(task, seed, args.cache, tuned))
     with quiet_torch_ao():
-        scores = METHODS[name](task, network, seed, args.lr)
+        scores = (METHODS | VARIANTS)[name](task, network, seed, args.lr)
     path.write_text(json.dumps(scores))
     return scores
 

@@ -6,6 +6,8 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -18,9 +20,9 @@ from torch.ao.quantization import (
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 from benchmarks.accuracy.tasks import Task
-from benchmarks.accuracy.training import accuracy, outputs, train
-from qat_lightning import convert, export_onnx, load_runtime, prepare
-from qat_lightning.phases import freeze_bn_statistics, set_enabled
+from benchmarks.accuracy.training import At, accuracy, outputs, train
+from qat_lightning import QuantizationAwareTraining, convert, export_onnx, load_runtime
+from qat_lightning.phases import freeze_bn_statistics
 
 BACKEND = "onednn"
 """The engine of this machine: 8 bits, and no saturation where there is VNNI."""
@@ -44,44 +46,34 @@ def post_training(task: Task, network: nn.Module, seed: int, lr: float) -> Score
 
 
 def ours(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """This package, as it is by default: observers frozen after half of the run, batch-norm never."""
-    prepared = prepare(network, backend=BACKEND)
-    half = task.tuning // 2
-
-    def begin(position: int) -> None:
-        set_enabled(prepared, observer=position < half, fake_quant=True)
-
-    train(task, prepared, seed, _epochs(task), lr, begin=begin)
-    return {
-        "fake-quant": _score(task, prepared),
-        "int8": _score(task, convert(prepared)),
-        "int8 in ONNX Runtime": _score(task, _in_onnx_runtime(task, prepared)),
-    }
+    """This package, as it is by default."""
+    callback = QuantizationAwareTraining(backend=BACKEND, convert=None, preflight=False)
+    return forms(task, train(task, network, seed, epochs(task), lr, callback=callback))
 
 
 def torch_fx(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
     """Torch's FX flow with its default qconfig."""
     mapping = get_default_qat_qconfig_mapping(BACKEND)
     prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
-    train(task, prepared, seed, _epochs(task), lr)
+    train(task, prepared, seed, epochs(task), lr)
     return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
 
 
 def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
     """Torch's FX flow with the points of torchvision's reference script, and its learning rate of 1e-4.
 
-    There batch-norm statistics are frozen after three epochs, observers after four.
+    There batch-norm statistics are frozen after three epochs, observers after four; here after three and four
+    fifths of the training.
     """
     mapping = get_default_qat_qconfig_mapping(BACKEND)
     prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
-
-    def begin(position: int) -> None:
-        if position >= 4:
-            prepared.apply(disable_observer)
-        if position >= 3:
-            freeze_bn_statistics(prepared, frozen=True)
-
-    train(task, prepared, seed, _epochs(task), 1e-4, begin=begin, schedule=False)
+    points = At(
+        {
+            task.tuning * 3 // 5: partial(freeze_bn_statistics, frozen=True),
+            task.tuning * 4 // 5: methodcaller("apply", disable_observer),
+        }
+    )
+    train(task, prepared, seed, epochs(task), 1e-4, callback=points, schedule=False)
     return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
 
 
@@ -91,7 +83,7 @@ def nncf(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
 
     batches = [images for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False)]
     quantized = package.quantize(network.eval(), package.Dataset(batches), subset_size=CALIBRATION)
-    train(task, quantized, seed, _epochs(task), lr)
+    train(task, quantized, seed, epochs(task), lr)
     return {"fake-quant": _score(task, quantized)}
 
 
@@ -105,14 +97,23 @@ METHODS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
 }
 
 
-def _epochs(task: Task) -> range:
+def _score(task: Task, network: Callable[[Tensor], Tensor]) -> float:
+    images, labels = task.test
+    return accuracy(outputs(network, images), labels)
+
+
+def epochs(task: Task) -> range:
     """The numbers of the epochs after those of the float training."""
     return range(task.epochs, task.epochs + task.tuning)
 
 
-def _score(task: Task, network: Callable[[Tensor], Tensor]) -> float:
-    images, labels = task.test
-    return accuracy(outputs(network, images), labels)
+def forms(task: Task, prepared: nn.Module) -> Scores:
+    """The accuracy of a trained network of this package as it is trained, and as it runs."""
+    return {
+        "fake-quant": _score(task, prepared),
+        "int8": _score(task, convert(prepared)),
+        "int8 in ONNX Runtime": _score(task, _in_onnx_runtime(task, prepared)),
+    }
 
 
 def _in_onnx_runtime(task: Task, prepared: nn.Module) -> nn.Module:

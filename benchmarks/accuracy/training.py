@@ -1,14 +1,66 @@
-"""The training loop that every method has, and the accuracy that every one is judged by."""
+"""The training that every method has, and the accuracy that every one is judged by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.accuracy.tasks import Task
+
+
+class Epoch(IterableDataset[tuple[Tensor, Tensor]]):
+    """The batches of one epoch, of known number."""
+
+    def __init__(self, task: Task, seed: int, epoch: int) -> None:
+        self.task, self.seed, self.epoch = task, seed, epoch
+
+    def __len__(self) -> int:
+        return self.task.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.task.batches(self.seed, self.epoch)
+
+
+class Classifier(LightningModule):
+    """A network trained by SGD with a cosine schedule that ends at 0 after the last step.
+
+    Args:
+        task: The data.
+        network: What to train.
+        seed: Of the order of the images and their augmentation.
+        epochs: Numbers of the epochs, which with `seed` name their batches.
+        lr: Learning rate at the start.
+        schedule: Whether the rate falls; else it stays.
+    """
+
+    def __init__(
+        self, task: Task, network: nn.Module, seed: int, epochs: list[int], lr: float, schedule: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.task, self.seed, self.epochs, self.lr, self.schedule = task, seed, epochs, lr, schedule
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(Epoch(self.task, self.seed, self.epochs[self.current_epoch]), batch_size=None)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        images = images.contiguous(memory_format=torch.channels_last)
+        return nn.functional.cross_entropy(self.network(images), labels)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4)
+        if not self.schedule:
+            return optimizer
+        falling = CosineAnnealingLR(optimizer, self.task.steps * len(self.epochs))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
 
 def train(
@@ -18,35 +70,53 @@ def train(
     epochs: Iterable[int],
     lr: float,
     *,
-    begin: Callable[[int], None] = lambda epoch: None,
+    callback: Callback | None = None,
     schedule: bool = True,
-) -> None:
-    """Trains with SGD and a cosine schedule that ends at 0 after the last step.
+) -> nn.Module:
+    """Trains a network, in channels-last: on CPUs a quarter faster, for every method.
 
     Args:
-        task: The data.
-        network: What to train, in place.
-        seed: Of the order of the images and their augmentation.
-        epochs: Numbers of the epochs, which with `seed` name their batches.
-        lr: Learning rate at the start.
-        begin: Called at the start of each epoch with its position among these.
-        schedule: Whether the rate falls; else it stays.
+        task: As in :class:`Classifier`, like the other arguments.
+        network: Likewise.
+        seed: Likewise.
+        epochs: Likewise.
+        lr: Likewise.
+        callback: What is to happen on the way.
+        schedule: As in :class:`Classifier`.
+
+    Returns:
+        The network in eval mode, which the callback may have put in the place of the one given.
     """
-    numbers = list(epochs)
-    network.to(memory_format=torch.channels_last)  # a quarter to a third faster on CPUs, for every method
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
-    falling = CosineAnnealingLR(optimizer, task.steps * len(numbers)) if schedule else None
-    for position, epoch in enumerate(numbers):
-        network.train()
-        begin(position)
-        for images, labels in task.batches(seed, epoch):
-            images = images.contiguous(memory_format=torch.channels_last)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-            if falling is not None:
-                falling.step()
-    network.eval()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    module = Classifier(task, network.to(memory_format=torch.channels_last), seed, list(epochs), lr, schedule)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=len(module.epochs),
+        callbacks=callback,
+        reload_dataloaders_every_n_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module.network.eval()
+
+
+class At(Callback):
+    """Does something to the network from an epoch on, at the start of each.
+
+    Args:
+        points: The numbers of the epochs of this training, from 0, and what to do.
+    """
+
+    def __init__(self, points: dict[int, Callable[[nn.Module], object]]) -> None:
+        self.points = points
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for epoch, do in self.points.items():
+            if trainer.current_epoch >= epoch:
+                do(pl_module.get_submodule("network"))
 
 
 @torch.no_grad()

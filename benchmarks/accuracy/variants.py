@@ -1,0 +1,93 @@
+"""Other choices of the recipe than the defaults, one at a time, on the budget that every method has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.ao.quantization import QConfig
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+from torch.ao.quantization.observer import MovingAverageMinMaxObserver
+
+from benchmarks.accuracy.methods import BACKEND, CALIBRATION, Scores, epochs, forms
+from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.training import train
+from qat_lightning import QuantizationAwareTraining
+from qat_lightning.inspection.inputs import Inputs
+from qat_lightning.modes.qconfig import default_qconfig
+from qat_lightning.simulation import calibrate
+
+RE_ESTIMATED_ON = 50
+"""Training batches that batch-norm statistics are computed anew on."""
+
+
+class Calibrated(QuantizationAwareTraining):
+    """Ranges are the mean over a few batches before fake-quantization begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        network = pl_module.get_submodule("network")
+        batches = islice(iter(pl_module.train_dataloader()), CALIBRATION)
+        calibrate(network.eval(), [Inputs((images,), {}) for images, _ in batches])
+        network.train()
+
+
+class Learned(Calibrated):
+    """The steps of the activations' grids are parameters (LSQ, Esser et al. 2020) after a calibration."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for module in pl_module.modules():
+            if isinstance(module, _LearnableFakeQuantize):
+                module.enable_param_learning()
+
+
+def choice(kind: type[QuantizationAwareTraining] = QuantizationAwareTraining, **arguments: Any) -> Any:
+    """A method with other arguments of the callback."""
+
+    def method(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+        callback = kind(backend=BACKEND, convert=None, preflight=False, **arguments)
+        return forms(task, train(task, network, seed, epochs(task), lr, callback=callback))
+
+    return method
+
+
+def re_estimated(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
+    """The defaults, with the batch-norm statistics of the last weights (Wu & Johnson 2021, section 3)."""
+    callback = QuantizationAwareTraining(backend=BACKEND, convert=None, preflight=False)
+    prepared = train(task, network, seed, epochs(task), lr, callback=callback).train()
+    norms = [m for m in prepared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for images, _ in islice(task.batches(seed, epochs(task)[-1]), RE_ESTIMATED_ON):
+            prepared(images)
+    return forms(task, prepared.eval())
+
+
+def learned() -> QConfig:
+    """Activations with PyTorch's learnable fake-quantize, weights as by default."""
+    activation = _LearnableFakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver,
+        quant_min=0,
+        quant_max=255,
+        dtype=torch.quint8,
+        use_grad_scaling=True,
+    )
+    return QConfig(activation=activation, weight=default_qconfig(BACKEND).weight)
+
+
+VARIANTS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
+    "calibrated": choice(Calibrated),
+    "observers frozen at once": choice(Calibrated, freeze_observers_at=0),
+    "observers never frozen": choice(freeze_observers_at=None),
+    "batch-norm frozen at 0.6": choice(freeze_bn_at=0.6),
+    "batch-norm re-estimated": re_estimated,
+    "learned steps": choice(Learned, qconfig=learned(), freeze_observers_at=0),
+    "distilled": choice(teacher="self"),
+}
