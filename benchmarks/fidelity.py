@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks.resnet20 import ResNet20
+from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.data.digits import load_digits
 from qat_lightning.fidelity import sqnr

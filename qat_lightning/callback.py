@@ -356,7 +356,9 @@ class QuantizationAwareTraining(pl.Callback):
         averaging.finish(trainer, pl_module)
         if self.convert is None:
             return
-        outcome = convert_on_all_ranks(trainer, pl_module, self.convert, partial(self._write, trainer))
+        outcome = convert_on_all_ranks(
+            trainer, pl_module, self.convert, partial(self._write, trainer), self._folder(trainer)
+        )
         self.int8_module, self.converted_from, self.exported = (
             outcome.module,
             outcome.source,

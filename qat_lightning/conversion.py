@@ -10,6 +10,7 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import torch
 
+from qat_lightning.atomic import replacing
 from qat_lightning.best import Choice, choose_weights
 from qat_lightning.errors import ConversionError
 from qat_lightning.files import load_packed
@@ -49,7 +50,7 @@ class _Message(NamedTuple):
 
 
 def convert_on_all_ranks(
-    trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write
+    trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write, folder: Path
 ) -> Outcome:
     """Converts on rank 0, and gives every rank the same int8 module, or the same error.
 
@@ -61,6 +62,7 @@ def convert_on_all_ranks(
         which: `"best"` or `"last"`.
         write: Writes the files, given the module with the chosen weights, its int8 copy and what is known of
             these weights; returns them.
+        folder: Where the trained weights go if this fails and the run has written no checkpoint.
 
     Raises:
         ConversionError: On every rank, if it failed on rank 0.
@@ -72,7 +74,7 @@ def convert_on_all_ranks(
             outcome = _convert(trainer, module, which, write)
             message = _tell(outcome) if trainer.world_size > 1 else None
         except Exception as error:  # whatever it is, the other ranks wait for word of it
-            failure, message = error, _Message(_explain(error))
+            failure, message = error, _Message(_explain(error, _rescue(trainer, module, folder)))
     if trainer.world_size > 1:
         message = trainer.strategy.broadcast(message)
     if message is not None and message.failure is not None:
@@ -129,9 +131,26 @@ def _identify(file: Path) -> tuple[str, int, int]:
     return str(file), status.st_size, status.st_mtime_ns
 
 
-def _explain(failure: Exception) -> str:
+def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> str:
+    """Sees to it that the trained weights are in a file, and says in which."""
+    written = [getattr(each, "best_model_path", "") for each in trainer.checkpoint_callbacks]
+    if any(written):
+        return "The trained weights are safe in the run's checkpoints"
+    path = folder / "trained.ckpt"
+    try:
+        with replacing(path) as partial:
+            torch.save({"state_dict": module.state_dict()}, partial)
+    except OSError as error:
+        return (
+            f"The run has written no checkpoint, and {path} could not be written either ({error}): the "
+            "trained weights are in the module that fit was given alone. Save them with torch.save"
+        )
+    return f"The run has written no checkpoint, so the trained weights were written to {path}"
+
+
+def _explain(failure: Exception, weights: str) -> str:
     return (
         f"The trained network could not be converted to int8 and written: {failure} "
-        f"({type(failure).__name__}). The trained weights are safe in the run's checkpoints, and "
-        "`load_qat_checkpoint` reads them back for another conversion."
+        f"({type(failure).__name__}). {weights}; `load_qat_checkpoint` reads them back for another "
+        "conversion."
     )

@@ -13,7 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_lightning import ConversionError, MissingExtraError, QuantizationAwareTraining, load_runtime
+from qat_lightning import (
+    ConversionError,
+    MissingExtraError,
+    QuantizationAwareTraining,
+    load_qat_checkpoint,
+    load_runtime,
+)
 from qat_lightning.fidelity import sqnr
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, dataset, trainer
@@ -130,9 +136,23 @@ def test_a_failing_export_costs_no_weights(tmp_path: Path, monkeypatch: pytest.M
     qat = QuantizationAwareTraining(export=["torch", "onnx"], output_dir=tmp_path)
     with pytest.raises(ConversionError, match=r"No space left.*The trained weights are safe"):
         trainer(tmp_path, qat, max_epochs=1).fit(TinyModule())
-    assert list(tmp_path.rglob("*.ckpt"))
+    assert list((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert not (tmp_path / "trained.ckpt").exists()
     assert (tmp_path / "int8.pt").is_file()
     assert not list(tmp_path.rglob("*.onnx"))
+
+    module = TinyModule()
+    with pytest.raises(
+        ConversionError, match=r"no checkpoint, so the trained weights were written to .*ckpt"
+    ):
+        trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(module)
+    rescued = load_qat_checkpoint(tmp_path / "trained.ckpt", TinyModule())
+    assert torch.equal(rescued(x()), module.eval()(x()))
+
+    (tmp_path / "trained.ckpt").unlink()
+    monkeypatch.setattr("qat_lightning.conversion.replacing", fail)
+    with pytest.raises(ConversionError, match=r"could not be written either .*No space left.*torch.save"):
+        trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(TinyModule())
 
 
 def test_formats_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks.resnet20 import ResNet20
+from examples.cifar10.networks import ResNet20, mobilenet_v2
 from qat_lightning.data.digits import load_digits
 from qat_lightning.models import DigitsCNN
 
@@ -69,13 +68,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)[:, None, None, :]
     channels = torch.arange(images.shape[1])[None, :, None, None]
     return padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
-
-
-def mobilenet_v2() -> nn.Module:
-    """MobileNetV2 for images of 32x32: its first halving of the image is left out."""
-    network = models.mobilenet_v2(num_classes=10)
-    network.features[0][0].stride = (1, 1)
-    return network
 
 
 def tasks(images: Path | None, names: list[str]) -> Iterator[Task]:

@@ -42,7 +42,7 @@ def export_onnx(
         min_sqnr: Least agreement with the fake-quant outputs, in dB. Both round to one grid, so that they
             differ only where the order of additions tips a rounding over: trained networks reach 40 and
             more, a graph that computes something else stays near 0. An untrained one amplifies each
-            difference and lies between.
+            difference and lies between; it may also be within a step of the outputs' grid in the mean.
         metadata: What else the file shall say of itself, such as metrics. The recipe is in it anyway.
 
     Returns:

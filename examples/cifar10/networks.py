@@ -1,4 +1,4 @@
-"""ResNet-20 for images of 32x32 (He et al. 2016, section 4.2), in plain float code."""
+"""Networks for images of 32x32, in plain float code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 
 class Block(nn.Module):
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Three stages of three blocks, 16, 32 and 64 channels."""
+    """Three stages of three blocks, 16, 32 and 64 channels (He et al. 2016, section 4.2)."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -39,3 +40,10 @@ class ResNet20(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def mobilenet_v2(num_classes: int = 10) -> nn.Module:
+    """Torchvision's MobileNetV2 without its first halving of the image."""
+    network = models.mobilenet_v2(num_classes=num_classes)
+    network.features[0][0].stride = (1, 1)
+    return network

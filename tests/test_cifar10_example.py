@@ -1,0 +1,57 @@
+"""The example on photographs runs on a small folder of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+from examples.cifar10.data import Photographs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, told apart by their brightness."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 142), ("test", 20)):
+        for label, brightness in (("dark", 0), ("light", 128)):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(0, 128, (3, 32, 32), generator=generator) + brightness
+                to_pil_image(image.byte()).save(tmp_path / "images" / split / label / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_validation_images_are_not_trained_on(folder: Path) -> None:
+    data = Photographs(folder, workers=0)
+    train, val = set(data.train.indices), set(data.val.indices)
+    assert not train & val
+    assert len(train | val) == 284
+    targets = data.train.dataset.targets  # type: ignore[attr-defined]
+    assert [sum(targets[i] == label for i in val) for label in (0, 1)] == [15, 14]
+
+
+def test_the_script_prints_every_form(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--epochs", "6", "--qat-epochs", "3", "--lr", "0.02", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.cifar10.train", str(folder), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr
+    assert (tmp_path / "resnet20" / "int8.onnx").is_file()
+    for name in ("float", "int8 without training", "int8", "int8.onnx"):
+        score = re.search(rf"^│ {re.escape(name)} +│ ([0-9.]+)", done.stdout, flags=re.MULTILINE)
+        assert score, done.stdout
+        assert float(score[1]) > 90
