@@ -27,7 +27,7 @@ from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.int8_validation import validate_int8
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.phases import ObserversOff, freeze_bn_statistics, keep_inputs, set_enabled
+from qat_lightning.phases import ObserversOff, average_over, freeze_bn_statistics, keep_inputs, set_enabled
 from qat_lightning.preparation import (
     Prepared,
     Settings,
@@ -102,6 +102,9 @@ class QuantizationAwareTraining(pl.Callback):
             weights settle on a grid that no longer moves, and in short and long runs alike the
             observers have seen half of it.
         fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
+        calibration_steps: Steps at the start of the run that train in float while observers watch:
+            fake-quantization starts with the mean of their ranges, not with those of one batch. 8 by default,
+            in short runs at most a twentieth of all.
         teacher: Whose logits the network learns beside its labels: `"self"`, the float network with the
             weights that it has when `fit` is called; another float network; or, where there are several
             networks, a mapping of their names to these. It is copied, frozen and in no checkpoint.
@@ -156,6 +159,7 @@ class QuantizationAwareTraining(pl.Callback):
         freeze_bn_at: int | float | None = None,
         freeze_observers_at: int | float | None = 0.5,
         fake_quant_from: int = 0,
+        calibration_steps: int = 8,
         teacher: TeacherLike = None,
         teacher_weight: float = 1.0,
         teacher_temperature: float = 1.0,
@@ -169,7 +173,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.settings = Settings(
             backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
         )
-        self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from)
+        self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from, calibration_steps)
         self._distillation = Distillation(teacher, teacher_weight, teacher_temperature)
         if convert not in ("best", "last", None):
             raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")
@@ -249,8 +253,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Resolves the schedule, unless a checkpoint brought it."""
         if self._resolved is None:
-            length = trainer_facts.steps(trainer) if self.schedule.has_fraction else math.inf
-            self._resolved = self.schedule.resolve(length)
+            self._resolved = self.schedule.resolve(trainer_facts.steps(trainer))
         messages.warn_of_unreached(trainer, self.schedule, self._resolved, self._warned)
         if trainer_facts.is_compiled(pl_module):
             keep_inputs(pl_module)
@@ -271,6 +274,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._random_states.restore(trainer, epoch_start=False)
         if self.phase_at(trainer) != self._phase:
             self._enter_phase(trainer, pl_module)
+        self._calibrate(trainer)
         self._distillation.begin_batch()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -392,7 +396,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.exports.load_state_dict(state_dict.get("inputs", {}))
         self._distillation.load_state_dict(state_dict.get("teacher"))
         self._run_report.resume(state_dict.get("curves"))
-        asked = state_dict.get("asked", asdict(self.schedule))
+        asked = asdict(self.schedule) | state_dict.get("asked", {})
         if asked != asdict(self.schedule):
             rank_zero_warn(
                 f"The run was started with the schedule {asked} and keeps it; the one asked for now, "
@@ -470,7 +474,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _enter_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, phase = self._phase, self.phase_at(trainer)
-        if before is not None and before.observe and not phase.observe:
+        if before is not None and (before.observe > phase.observe or before.fake_quant < phase.fake_quant):
             merge_ranges(pl_module)
         for prepared in self._prepared:
             set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
@@ -478,3 +482,11 @@ class QuantizationAwareTraining(pl.Callback):
         self._phase = phase
         for what in messages.report(trainer, before, phase):
             self._run_report.curves.mark(trainer.current_epoch, what)
+
+    def _calibrate(self, trainer: pl.Trainer) -> None:
+        """Makes ranges means over the steps of the calibration, and moving averages after it."""
+        assert self._resolved is not None
+        done, calibrated = trainer_facts.steps_done(trainer), self._resolved.calibrated.step
+        if calibrated and done <= calibrated:
+            for prepared in self._prepared:
+                average_over(prepared.network, done + 1 if done < calibrated else None)

@@ -58,10 +58,13 @@ class FakeQuantize(ao.FakeQuantize):
         scale: float32, one element or one for each channel.
         zero_point: int32, likewise.
         nonfinite: One bool, true once a NaN or an infinity was observed.
+        averaging: What share of a moving average the next batch is: the observer's constant, but for
+            :meth:`average_over`.
         in_place: Whether training may overwrite the input with the result.
     """
 
     nonfinite: torch.Tensor
+    averaging: torch.Tensor
 
     def __init__(
         self,
@@ -72,6 +75,8 @@ class FakeQuantize(ao.FakeQuantize):
     ) -> None:
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
+        averaging = getattr(self.activation_post_process, "averaging_constant", 1.0)
+        self.register_buffer("averaging", torch.tensor(float(averaging)), persistent=False)
         self.observing = self.rounding = True
         self.seen = self.in_place = False
         self.eps = float(getattr(self.activation_post_process, "eps", EPS))
@@ -159,6 +164,11 @@ class FakeQuantize(ao.FakeQuantize):
         self.observing = bool(enabled)
         self.observer_enabled.fill_(int(enabled))
 
+    def average_over(self, batches: int | None) -> None:
+        """Makes a moving average the mean over batches: the next is the last of so many; None ends that."""
+        constant = getattr(self.activation_post_process, "averaging_constant", 1.0)
+        self.averaging.fill_(constant if batches is None else 1 / batches)
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switches the rounding; `torch.ao.quantization.disable_fake_quant` calls this."""
         self.rounding = bool(enabled)
@@ -177,7 +187,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.nonfinite.logical_or_(~finite.all())
         if self.axis is None:
             old_low, old_high = observer.min_val.reshape(1), observer.max_val.reshape(1)
-            low, high = _averaged(observer, old_low, old_high, low, high)
+            low, high = _averaged(observer, self.averaging, old_low, old_high, low, high)
         else:
             fits = observer.min_val.shape == low.shape
             old_low = observer.min_val if fits else torch.full_like(low, torch.inf)
@@ -202,12 +212,11 @@ class FakeQuantize(ao.FakeQuantize):
         self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
 
 
-def _averaged(observer: Any, *ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _averaged(observer: Any, c: torch.Tensor, *ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What an observer's range becomes: an average over batches, or the extremes of all."""
     old_low, old_high, low, high = ranges
     if isinstance(observer, MovingAverageMinMaxObserver):
         seen = torch.isfinite(old_low) & torch.isfinite(old_high)
-        c = observer.averaging_constant
         return (
             torch.where(seen, old_low + c * (low - old_low), low),
             torch.where(seen, old_high + c * (high - old_high), high),

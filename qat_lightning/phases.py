@@ -23,6 +23,13 @@ def only_observe(module: nn.Module) -> None:
         child.train()
 
 
+def average_over(module: nn.Module, batches: int | None) -> None:
+    """Makes the ranges inside `module` means over so many batches with the next one; None ends that."""
+    for _, child in fake_quantizes(module):
+        if isinstance(child, FakeQuantize):
+            child.average_over(batches)
+
+
 def evaluate(module: nn.Module) -> None:
     """`eval`, of fake-quantizes too: fused modules with frozen statistics do not pass it on."""
     module.eval()

@@ -36,6 +36,9 @@ class Moment(NamedTuple):
         return self.step is not None and step >= self.step
 
 
+_AT_ONCE = Moment(step=0)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When observers and batch-norm statistics freeze, and when fake-quantization starts.
@@ -44,6 +47,8 @@ class Schedule:
         freeze_bn_at: Epoch (int), fraction of the run (float in [0, 1)), or None for never.
         freeze_observers_at: The same for observers.
         fake_quant_from: Epoch at which fake-quantization starts.
+        calibration_steps: Steps at the start of the run in which observers only watch; at most a twentieth
+            of a run of known length.
 
     Raises:
         TypeError: A value is no number.
@@ -53,6 +58,7 @@ class Schedule:
     freeze_bn_at: Point
     freeze_observers_at: Point
     fake_quant_from: int
+    calibration_steps: int = 0
 
     def __post_init__(self) -> None:
         _check("freeze_bn_at", self.freeze_bn_at)
@@ -63,6 +69,12 @@ class Schedule:
                 f"{self.fake_quant_from!r}. Use 0 to start at once."
             )
         _check("fake_quant_from", self.fake_quant_from)
+        steps = self.calibration_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"calibration_steps is a number of steps, an int from 0, but received {steps!r}. Use 0 to "
+                "start fake-quantization with the range of the first batch."
+            )
 
     @property
     def has_fraction(self) -> bool:
@@ -90,6 +102,7 @@ class Schedule:
             freeze_bn=_resolve(self.freeze_bn_at, total_steps),
             freeze_observers=_resolve(self.freeze_observers_at, total_steps),
             fake_quant=Moment(epoch=self.fake_quant_from),
+            calibrated=Moment(step=int(min(self.calibration_steps, total_steps / 20))),
         )
 
 
@@ -100,16 +113,18 @@ class ResolvedSchedule:
     freeze_bn: Moment
     freeze_observers: Moment
     fake_quant: Moment
+    calibrated: Moment = _AT_ONCE  # in checkpoints from before there was a calibration
 
     def phase(self, epoch: int, step: int) -> Phase:
         """The phase of a run that is about to do the global step `step` in `epoch`, both from 0.
 
-        Observers always see the first step, whatever the schedule says: without one observed batch
-        there is no range to freeze.
+        Observers always see the calibration and the first step, whatever the schedule says: without one
+        observed batch there is no range to freeze.
         """
+        calibrated = self.calibrated.reached(epoch, step)
         return Phase(
-            fake_quant=self.fake_quant.reached(epoch, step),
-            observe=step < 1 or not self.freeze_observers.reached(epoch, step),
+            fake_quant=calibrated and self.fake_quant.reached(epoch, step),
+            observe=step < 1 or not calibrated or not self.freeze_observers.reached(epoch, step),
             freeze_bn=self.freeze_bn.reached(epoch, step),
         )
 
@@ -136,7 +151,7 @@ class ResolvedSchedule:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ResolvedSchedule:
         """The schedule that `state_dict` gave."""
-        return cls(**{name: Moment(*state[name]) for name in cls.__dataclass_fields__})
+        return cls(**{name: Moment(*state[name]) for name in cls.__dataclass_fields__ if name in state})
 
 
 def _check(name: str, value: Any) -> None:

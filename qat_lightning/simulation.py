@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from qat_lightning.batches import Batches, collect_inputs, inputs_of
-from qat_lightning.fake_quantize import FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
 from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.phases import evaluate, only_observe, set_enabled
+from qat_lightning.phases import average_over, evaluate, only_observe, set_enabled
 from qat_lightning.preparation import Settings, prepare_module
 from qat_lightning.quantize import copy_of, prepare
 from qat_lightning.ranges import has_range, has_seen_data, is_moving_average
@@ -89,7 +89,10 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
 
     def average(grid: Any, args: Any) -> None:
         seen[grid] += 1
-        grid.activation_post_process.averaging_constant = 1 / seen[grid]
+        if isinstance(grid, FakeQuantize):
+            grid.average_over(seen[grid])
+        else:
+            grid.activation_post_process.averaging_constant = 1 / seen[grid]
 
     averaged = [g for g in grids if has_range(g) and is_moving_average(g)]
     handles = [grid.register_forward_pre_hook(average) for grid in averaged]
@@ -98,6 +101,7 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
         network(*call.args, **call.kwargs)
     for handle in handles:
         handle.remove()
+    average_over(network, None)
     evaluate(network)
 
 

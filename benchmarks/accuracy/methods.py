@@ -69,8 +69,8 @@ def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Sc
     prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
     points = At(
         {
-            task.tuning * 3 // 5: partial(freeze_bn_statistics, frozen=True),
-            task.tuning * 4 // 5: methodcaller("apply", disable_observer),
+            3 / 5: partial(freeze_bn_statistics, frozen=True),
+            4 / 5: methodcaller("apply", disable_observer),
         }
     )
     train(task, prepared, seed, epochs(task), 1e-4, callback=points, schedule=False)

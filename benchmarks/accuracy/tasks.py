@@ -87,7 +87,7 @@ def tasks(images: Path | None, names: list[str]) -> Iterator[Task]:
         if "resnet20" in names:
             yield Task("resnet20", ResNet20, train, test, 30, 5, 0.1, 128, True)
         if "mobilenet_v2" in names:
-            yield Task("mobilenet_v2", mobilenet_v2, train, test, 6, 2, 0.1, 128, True)
+            yield Task("mobilenet_v2", mobilenet_v2, train, test, 5, 1, 0.1, 128, True)
 
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:

@@ -104,18 +104,18 @@ def train(
 
 
 class At(Callback):
-    """Does something to the network from an epoch on, at the start of each.
+    """Does something to the network once a share of the training is done, and keeps to it.
 
     Args:
-        points: The numbers of the epochs of this training, from 0, and what to do.
+        points: Shares from 0 to 1, and what to do.
     """
 
-    def __init__(self, points: dict[int, Callable[[nn.Module], object]]) -> None:
+    def __init__(self, points: dict[float, Callable[[nn.Module], object]]) -> None:
         self.points = points
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for epoch, do in self.points.items():
-            if trainer.current_epoch >= epoch:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        for share, do in self.points.items():
+            if trainer.global_step >= share * trainer.estimated_stepping_batches:
                 do(pl_module.get_submodule("network"))
 
 

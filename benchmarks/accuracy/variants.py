@@ -13,36 +13,24 @@ from torch.ao.quantization import QConfig
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 
-from benchmarks.accuracy.methods import BACKEND, CALIBRATION, Scores, epochs, forms
+from benchmarks.accuracy.methods import BACKEND, Scores, epochs, forms
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import train
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.inspection.inputs import Inputs
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.simulation import calibrate
 
 RE_ESTIMATED_ON = 50
 """Training batches that batch-norm statistics are computed anew on."""
 
 
-class Calibrated(QuantizationAwareTraining):
-    """Ranges are the mean over a few batches before fake-quantization begins."""
+class Learned(QuantizationAwareTraining):
+    """The steps of the activations' grids are parameters (LSQ, Esser et al. 2020) after the calibration."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        network = pl_module.get_submodule("network")
-        batches = islice(iter(pl_module.train_dataloader()), CALIBRATION)
-        calibrate(network.eval(), [Inputs((images,), {}) for images, _ in batches])
-        network.train()
-
-
-class Learned(Calibrated):
-    """The steps of the activations' grids are parameters (LSQ, Esser et al. 2020) after a calibration."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        calibrating = self.phase_at(trainer).observe
+        super().on_train_batch_start(trainer, pl_module, *batch)
         for module in pl_module.modules():
-            if isinstance(module, _LearnableFakeQuantize):
+            if isinstance(module, _LearnableFakeQuantize) and not calibrating:
                 module.enable_param_learning()
 
 
@@ -83,8 +71,8 @@ def learned() -> QConfig:
 
 
 VARIANTS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
-    "calibrated": choice(Calibrated),
-    "observers frozen at once": choice(Calibrated, freeze_observers_at=0),
+    "not calibrated": choice(calibration_steps=0),
+    "observers frozen after calibration": choice(freeze_observers_at=0),
     "observers never frozen": choice(freeze_observers_at=None),
     "batch-norm frozen at 0.6": choice(freeze_bn_at=0.6),
     "batch-norm re-estimated": re_estimated,

@@ -46,6 +46,7 @@ trainer:
         freeze_bn_at: {freeze_bn_at}
         freeze_observers_at: {freeze_observers_at}
         fake_quant_from: 0
+        calibration_steps: 8
         convert: last
         output_dir: {folder}/int8
         preflight: true
