@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     args.cache.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=120)
     for task in tasks(args.images, args.tasks):
         rows: dict[str, list[Scores]] = {}
         for seed in args.seeds:
@@ -89,7 +90,8 @@ def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None
 
 
 def table(task: Task, rows: dict[str, list[Scores]]) -> Table:
-    result = Table(title=f"{task.name}: test accuracy in percent, {task.epochs} + {task.tuning} epochs")
+    title = f"{task.name}: test accuracy in percent, {task.epochs} + {task.tuning} epochs"
+    result = Table(title=title, box=box.MARKDOWN)
     for column in ("method", "form", "mean", "spread", "to float", "95 % interval"):
         result.add_column(column, justify="left" if column in ("method", "form") else "right")
     start = [scores["float"] for scores in rows.get("float", [])]
