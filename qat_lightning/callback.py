@@ -41,6 +41,7 @@ from qat_lightning.report.run import RunReport
 from qat_lightning.resume import RandomStates
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.selection import FloatPattern
+from qat_lightning.target_run import Target
 from qat_lightning.teachers import TeacherLike
 from qat_lightning.together import fail_together
 
@@ -114,6 +115,14 @@ class QuantizationAwareTraining(pl.Callback):
             cross entropy in the mean over the batch.
         teacher_temperature: What both networks' logits are divided by before the softmax. 1 by default: what
             the network is to reproduce is the float network's own answer, and no softer one.
+        target_drop: How many points of a metric int8 may lose before training, of which there are 100 between
+            0 and 1: the few layers that this takes stay float, beside `keep_float`. They are searched for at
+            the start of fit, on the validation data: see :func:`qat_lightning.keep_for_target`. The module
+            has to hold trained weights. A resumed run keeps the layers that it began with.
+        target_metric: The metric's name, as `validation_step` logs it; by default what the first
+            ModelCheckpoint monitors.
+        target_mode: Whether more of it is better, `"max"`, or less, `"min"`; by default as the callback has
+            it that monitors it.
         convert: Weights to convert at the end: `"best"`, the best-ranked checkpoint of the
             ModelCheckpoint among those with fake-quantization on, else the last; `"last"`; or None
             for no conversion.
@@ -163,6 +172,9 @@ class QuantizationAwareTraining(pl.Callback):
         teacher: TeacherLike = None,
         teacher_weight: float = 1.0,
         teacher_temperature: float = 1.0,
+        target_drop: float | None = None,
+        target_metric: str | None = None,
+        target_mode: str | None = None,
         convert: str | None = "best",
         output_dir: str | Path | None = None,
         preflight: bool = True,
@@ -175,6 +187,7 @@ class QuantizationAwareTraining(pl.Callback):
         )
         self.schedule = Schedule(freeze_bn_at, freeze_observers_at, fake_quant_from, calibration_steps)
         self._distillation = Distillation(teacher, teacher_weight, teacher_temperature)
+        self._target = Target(target_drop, target_metric, target_mode)
         if convert not in ("best", "last", None):
             raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")
         self.convert = convert
@@ -211,7 +224,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Prepares the networks; in stages other than fit only if weights of a QAT run are loaded."""
         surroundings.check_package(trainer, pl_module)
         if stage != "fit":
-            prepare_when_loaded(pl_module, self.settings)
+            prepare_when_loaded(pl_module, self.settings, keep_as_loaded=self._target.is_set)
             return
         self._resolved = self._phase = None
         self._random_states.clear()
@@ -227,16 +240,13 @@ class QuantizationAwareTraining(pl.Callback):
         with fail_together("preparing the networks"):
             surroundings.check_output(trainer, self.output_dir)
             self._distillation.take(pl_module, network_names(pl_module, self.settings))
-            self._prepared = prepare_module(pl_module, self.settings)
-            self._distillation.pair(self._networks)
-        keep_out_of_ddp_broadcast(pl_module)
-        self._watch = Watch(self._networks)
-        self._watch.clear()
-        for prepared in self._prepared:
-            rank_zero_info(f"Prepared {prepared}")
+        settings = self._target.choose(trainer, pl_module, self.settings, self._networks.values())
+        with fail_together("preparing the networks"):
+            self._adopt(pl_module, prepare_module(pl_module, settings))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that the prepared networks are the ones that will be trained."""
+        self._settle(pl_module)
         present = set(pl_module.modules())
         for prepared in self._prepared:
             if prepared.network not in present:
@@ -386,6 +396,7 @@ class QuantizationAwareTraining(pl.Callback):
             "phase": None if self._phase is None else self._phase._asdict(),
             "inputs": self.exports.state_dict(),
             "teacher": self._distillation.state_dict(),
+            "target": self._target.state_dict(),
             "curves": self._run_report.curves.state_dict(),
         }
 
@@ -395,6 +406,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._resolved = ResolvedSchedule.from_state_dict(state_dict["schedule"])
         self.exports.load_state_dict(state_dict.get("inputs", {}))
         self._distillation.load_state_dict(state_dict.get("teacher"))
+        self._target.load_state_dict(state_dict.get("target"))
         self._run_report.resume(state_dict.get("curves"))
         asked = asdict(self.schedule) | state_dict.get("asked", {})
         if asked != asdict(self.schedule):
@@ -407,6 +419,7 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Merges the ranks' ranges, and stores every rank's random state; a NaN gets no checkpoint."""
+        self._settle(pl_module)  # a finder of learning rates may save before `on_fit_start`
         with fail_together("looking for a NaN before a checkpoint"):
             self._watch.check(trainer.global_step)
             self._watch.check_weights(trainer.global_step)
@@ -453,6 +466,19 @@ class QuantizationAwareTraining(pl.Callback):
     @property
     def _networks(self) -> dict[str, nn.Module]:
         return {prepared.name: prepared.network for prepared in self._prepared}
+
+    def _adopt(self, pl_module: pl.LightningModule, prepared: list[Prepared]) -> None:
+        self._prepared = prepared
+        self._distillation.pair(self._networks)
+        keep_out_of_ddp_broadcast(pl_module)
+        self._watch = Watch(self._networks)
+        self._watch.clear()
+        for each in prepared:
+            rank_zero_info(f"Prepared {each}")
+
+    def _settle(self, pl_module: pl.LightningModule) -> None:
+        if self._target.settle(pl_module):
+            self._adopt(pl_module, prepare_module(pl_module, self.settings))
 
     def _write(
         self,

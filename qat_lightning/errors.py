@@ -57,7 +57,7 @@ class Int8FileError(ValueError):
 
 
 class TargetError(ValueError):
-    """Int8 cannot be as good as was asked for, whatever stays float."""
+    """Int8 cannot be as good as was asked for, whatever stays float; or what it has to equal is untrained."""
 
 
 class MissingExtraError(ImportError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -110,15 +110,30 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
     ]
 
 
-def prepare_when_loaded(module: nn.Module, settings: Settings) -> None:
-    """Prepares a float `module` as soon as the weights of a QAT run are loaded into it, and not before."""
+def prepare_when_loaded(module: nn.Module, settings: Settings, *, keep_as_loaded: bool = False) -> None:
+    """Prepares a float `module` as soon as the weights of a QAT run are loaded into it, and not before.
+
+    Args:
+        module: The module.
+        settings: How to prepare it.
+        keep_as_loaded: Whether what that run kept float stays float, too.
+    """
     hooks = module._load_state_dict_pre_hooks.values()
     if not any(getattr(getattr(hook, "hook", None), "func", None) is _prepare_for for hook in hooks):
-        module.register_load_state_dict_pre_hook(partial(_prepare_for, settings))
+        module.register_load_state_dict_pre_hook(partial(_prepare_for, settings, keep_as_loaded))
 
 
-def _prepare_for(settings: Settings, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    if not recipes_in(state_dict) or next(quantized_networks(module), None) is not None:
+def keeping_as(settings: Settings, recipes: Mapping[str, Recipe]) -> Settings:
+    """`settings` that keep float what these recipes do, too."""
+    names = dict.fromkeys(name for recipe in recipes.values() for name in recipe.keep_float)
+    return replace(settings, keep_float=(*settings.keep_float, *names))
+
+
+def _prepare_for(
+    settings: Settings, keep_as_loaded: bool, module: nn.Module, state_dict: dict[str, Any], *_: Any
+) -> None:
+    recipes = recipes_in(state_dict)
+    if not recipes or next(quantized_networks(module), None) is not None:
         return
     if "" in network_names(module, settings):  # its own keys are being loaded already
         kind = type(module).__name__
@@ -127,7 +142,7 @@ def _prepare_for(settings: Settings, module: nn.Module, state_dict: dict[str, An
             f"them with qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to "
             "the Trainer, without ckpt_path."
         )
-    prepare_module(module, settings)
+    prepare_module(module, keeping_as(settings, recipes) if keep_as_loaded else settings)
 
 
 def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:

@@ -109,7 +109,8 @@ def train(cfg: DictConfig) -> Metrics:
         if trainer.is_global_zero:
             record(cfg, start)
         metrics = _start(cfg, qat, classifier, data, trainer)
-        trainer.fit(classifier, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        trainer.ckpt_path = cfg.ckpt_path  # and not as an argument of fit, or `setup` would not know of it
+        trainer.fit(classifier, datamodule=data, weights_only=True)
         leave_process_group()
         if not trainer.is_global_zero:
             return {}

@@ -1,0 +1,386 @@
+"""The accuracy target of a run: what stays float, and that it does in every run that goes on from it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
+
+from qat_lightning import QuantizationAwareTraining, RecipeMismatchError, TargetError, convert, target_run
+from qat_lightning.export.onnx import sqnr
+from qat_lightning.inspection.inventory import parts
+from qat_lightning.recipe import recipe_of
+from tests.networks import CLASSES, same_state
+from tests.processes import run_all
+from tests.ruined import StubbedRow, conv, ruin_weight, seeded
+from tests.runs import TinyModule, dataset, trainer
+from tests.target_runs import DROP, METRIC, STEPS, Faithful, bad, callback, fit, fresh, good, kept
+from tests.test_lightning_modules import Loose
+from tests.test_resume import Crash, CrashAt
+
+# A resumed run writes beside the first one's checkpoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+
+
+def targets(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Target")]
+
+
+class NoSteps(pl.Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("no training was expected")
+
+
+# What stays float
+
+
+def test_the_bad_layer_stays_float(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = bad()
+    with caplog.at_level(logging.INFO):
+        qat = fit(tmp_path, module, qat=callback(convert="last"))
+    assert kept(module) == ("third.0",)
+    (line,) = targets(caplog)
+    assert "in float and 0." in line
+    assert "with third.0 float it is 0.9" in line
+    int8: Any = qat.int8_module
+    assert type(int8.model.third[0]) is nn.Conv2d
+    assert type(int8.model.second[0]).__name__ == "ConvReLU2d"
+    x, expected = next(iter(module.own))
+    module.eval()
+    with torch.no_grad():
+        assert sqnr(module(x), int8(x)) > 30
+        assert sqnr(expected, int8(x)) > 25
+
+
+def test_names_are_added_to_keep_float_in_eager_mode(tmp_path: Path) -> None:
+    module = Faithful(ruin_weight(seeded(StubbedRow)))
+    fit(tmp_path, module, qat=callback(keep_float=["first"]), max_epochs=1)
+    assert kept(module) == ("first", "third.0")
+
+
+def test_without_need_the_run_is_the_one_without_target(tmp_path: Path) -> None:
+    modules = []
+    for drop in (None, DROP):
+        module = good()
+        torch.manual_seed(3)
+        fit(tmp_path / str(drop), module, qat=callback(target_drop=drop))
+        modules.append((module, torch.rand(1).item()))
+    assert kept(modules[1][0]) == ()
+    assert same_state(modules[0][0], modules[1][0]) == []
+    assert modules[0][1] == modules[1][1]
+
+
+def test_a_second_fit_goes_on_and_another_module_is_searched(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qat, module = callback(), bad()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            fit(tmp_path, module, qat=qat, max_epochs=1)
+    assert len(targets(caplog)) == 1
+    assert kept(module) == ("third.0",)
+    other = good()
+    fit(tmp_path, other, qat=qat, max_epochs=1)
+    assert kept(other) == ()
+    with pytest.raises(ValueError, match="is prepared already"):
+        fit(tmp_path, module, qat=qat, max_epochs=1)
+
+
+def test_a_loss_that_a_checkpoint_monitors(tmp_path: Path) -> None:
+    """Less of it is better, and the limit of the validation is the search's."""
+
+    class Lossy(Faithful):
+        seen = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert batch_idx < 2
+            self.log("val_loss", F.mse_loss(self(batch[0]), batch[1]) / batch[1].var())
+
+    module = Lossy(bad().model)
+    monitor = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer(tmp_path, callback(target_drop=1), monitor, max_epochs=1, limit_val_batches=2).fit(module)
+    assert kept(module) == ("third.0",)
+
+
+class Images(TinyModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(*larger()), batch_size=8)
+
+    val_dataloader = train_dataloader
+
+
+def larger() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = dataset(16).tensors
+    return F.interpolate(x, 32), y
+
+
+def test_mobilenet_v3(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Images(models.mobilenet_v3_small(num_classes=CLASSES), lr=0.01)
+    trainer(tmp_path, max_epochs=6, enable_checkpointing=False, limit_val_batches=0).fit(module)
+    # A squeezed channel that is always 0, and whose weights take the whole grid.
+    name = "features.1.block.1.fc2"
+    squeeze, excite = conv(module.model, "features.1.block.1.fc1"), conv(module.model, name)
+    with torch.no_grad():
+        squeeze.weight[0] = 0
+        squeeze.get_parameter("bias")[0] = -1
+        excite.weight[:, 0] = 3e4
+    with torch.no_grad():
+        labels = module.eval()(larger()[0]).argmax(1)
+
+    class Agreeing(Images):
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(larger()[0], labels), batch_size=8)
+
+    module = Agreeing(module.model, lr=0.001)
+    options = {"target_drop": 0, "target_metric": "val_accuracy", "target_mode": "max"}
+    qat = callback(convert="last", backend="onednn", **options)
+    trainer(tmp_path, qat, max_epochs=1).fit(module)
+    assert name in kept(module)
+    assert len(kept(module)) < 10
+    int8: Any = qat.int8_module
+    assert isinstance(int8.model.get_submodule(name), nn.Conv2d)
+    module.eval()
+    with torch.no_grad():
+        assert sqnr(module(larger()[0]), int8(larger()[0])) > 15
+
+
+# Runs that go on
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_resumed_run_has_the_layers_of_the_first_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: bool
+) -> None:
+    """Whatever weights it is built with: a search on them would find nothing to keep."""
+    whole, resumed = bad(), fresh()
+    torch.manual_seed(1)
+    fit(tmp_path / "whole", whole)
+    torch.manual_seed(1)
+    with pytest.raises(Crash):
+        fit(tmp_path, bad(), CrashAt(STEPS + 2))
+    torch.manual_seed(7)
+    resumed.own = whole.own
+    path = tmp_path / "epoch=0.ckpt"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        qat = fit(tmp_path, resumed, **{"announced" if announced else "ckpt_path": path})
+    assert len(targets(caplog)) == (0 if announced else 1)
+    assert "Kept float by the run that is resumed: third.0" in caplog.messages
+    assert kept(resumed) == ("third.0",)
+    assert same_state(whole, resumed) == []
+    assert qat.state_dict()["target"] == {"drop": DROP, "kept": ["third.0"]}
+    assert not resumed._load_state_dict_pre_hooks
+
+
+def test_a_resumed_run_does_not_fail_where_its_fresh_weights_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, bad(), max_epochs=1)
+
+    def fail(*_: Any) -> tuple[str, ...]:
+        raise TargetError("not on these weights")
+
+    monkeypatch.setattr(target_run, "search", fail)
+    resumed = fresh()
+    fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kept(resumed) == ("third.0",)
+
+
+def test_parameters_stay_those_of_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are prepared anew have them still, whoever else holds them."""
+    fit(tmp_path, bad(), max_epochs=1)
+    monkeypatch.setattr(target_run, "search", lambda *_: ("first", "second"))
+    resumed = bad()
+    parameters = set(resumed.parameters())
+    fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kept(resumed) == ("third.0",)
+    assert set(resumed.parameters()) == parameters
+
+
+def test_averaged_weights_are_resumed(tmp_path: Path) -> None:
+    def averaging() -> EMAWeightAveraging:
+        return EMAWeightAveraging(decay=0.9)
+
+    fit(tmp_path, bad(), averaging(), max_epochs=1)
+    resumed = fresh()
+    resumed.own = bad().own
+    fit(tmp_path, resumed, averaging(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kept(resumed) == ("third.0",)
+    with torch.no_grad():
+        x, expected = next(iter(resumed.own))
+        assert sqnr(expected, convert(resumed)(x)) > 25
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, 1.0), (DROP, 1.0)])
+def test_another_target_has_no_effect_on_a_resumed_run(
+    tmp_path: Path, first: float | None, second: float
+) -> None:
+    fit(tmp_path, bad(), qat=callback(target_drop=first), max_epochs=1)
+    resumed = bad()
+    with pytest.warns(UserWarning, match=f"started with target_drop={first} and keeps its layers"):
+        fit(tmp_path, resumed, qat=callback(target_drop=second), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kept(resumed) == (() if first is None else ("third.0",))
+
+
+def test_without_a_target_the_layers_have_to_be_named(tmp_path: Path) -> None:
+    fit(tmp_path, bad(), max_epochs=1)
+    path = tmp_path / "epoch=0.ckpt"
+    with pytest.raises(RecipeMismatchError, match=r"only there \['third\.0'\].*target_drop"):
+        fit(tmp_path, bad(), qat=callback(target_drop=None), ckpt_path=path)
+    named = callback(target_drop=None, keep_float=["third.0"])
+    fit(tmp_path, bad(), qat=named, ckpt_path=path)
+
+
+def test_a_module_with_layers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be prepared anew, so that it goes on only where the search finds the same again."""
+
+    def run(found: tuple[str, ...], ckpt_path: Path | None = None, **options: Any) -> Loose:
+        monkeypatch.setattr(target_run, "search", lambda *_: found)
+        saved = ModelCheckpoint(tmp_path, monitor="accuracy", mode="max", filename="{epoch}")
+        module = Loose()
+        runner = trainer(tmp_path, callback(**options), saved, max_epochs=1 if ckpt_path is None else 2)
+        runner.fit(module, ckpt_path=ckpt_path)
+        return module
+
+    first = run(("body.0",))
+    recipe = recipe_of(first)
+    assert recipe is not None
+    assert recipe.keep_float == ("body.0",)
+    path = tmp_path / "epoch=0.ckpt"
+    run(("body.0",), path)
+    with pytest.raises(RecipeMismatchError, match=r"Pass keep_float=\['body\.0'\] instead of target_drop"):
+        run((), path)
+    run((), path, keep_float=["body.0"], target_drop=None)
+
+
+def test_a_checkpoint_is_tested_with_a_fresh_module(tmp_path: Path) -> None:
+    fit(tmp_path, bad(), max_epochs=1)
+    module = fresh()
+    trainer(tmp_path, callback()).validate(module, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert kept(module) == ("third.0",)
+
+
+# Errors, all of them before training
+
+
+def test_a_target_that_cannot_be_reached(tmp_path: Path) -> None:
+    module = bad()
+    before = copy.deepcopy(module.state_dict())
+    qat = callback(target_drop=0)
+    for _ in range(2):
+        with pytest.raises(TargetError, match="Int8 must lose at most 0 points"):
+            fit(tmp_path, module, NoSteps(), qat=qat)
+    assert same_state(module.state_dict(), before) == []  # float again
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_finder_of_learning_rates_does_not_hide_it(tmp_path: Path, first: bool) -> None:
+    finder, qat = LearningRateFinder(num_training_steps=3), callback(target_drop=0)
+    options = {"target_metric": METRIC, "target_mode": "max"}
+    qat = callback(target_drop=0, **options)
+    runner = trainer(tmp_path, *([finder, qat] if first else [qat, finder]), max_epochs=1)
+    with pytest.raises(TargetError):
+        runner.fit(bad())
+
+
+def test_an_untrained_network(tmp_path: Path) -> None:
+    qat = callback(target_metric="val_loss", target_mode="min")
+    with pytest.raises(TargetError, match="not trained: no batch-norm in it has seen data"):
+        trainer(tmp_path, qat, NoSteps(), max_epochs=1).fit(TinyModule())
+
+
+def test_a_ckpt_path_that_is_left_over(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, callback(target_metric=METRIC, target_mode="max"), max_epochs=1)
+    runner.ckpt_path = "left.ckpt"
+    runner._checkpoint_connector._user_managed = False  # as after a fit that was given it
+    with pytest.raises(MisconfigurationException, match=r"left\.ckpt, so that .* none were loaded"):
+        runner.fit(bad())
+
+
+class LateData(Faithful):
+    def setup(self, stage: str) -> None:
+        self.late = self.own
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.late
+
+
+class TwoLoaders(Faithful):
+    def val_dataloader(self) -> Any:
+        return [self.own, self.own]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
+class Unvalidated(Faithful):
+    val_dataloader = pl.LightningModule.val_dataloader  # type: ignore[assignment]
+
+
+ASKED = {"target_metric": METRIC, "target_mode": "max"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "trainer_options", "message"),
+    [
+        (Faithful, {}, {}, "no ModelCheckpoint monitors one"),
+        (Faithful, {"target_metric": METRIC}, {}, f"more or less of '{METRIC}' is better"),
+        (Faithful, {**ASKED, "target_metric": "val_fidelty"}, {}, "Nearest: 'val_fidelity'"),
+        (Faithful, ASKED, {"limit_val_batches": 0}, "this run has none"),
+        (Unvalidated, ASKED, {}, "this run has none"),
+        (LateData, ASKED, {}, r"before LightningModule\.setup runs"),
+        (TwoLoaders, ASKED, {}, "one validation loader, but this run has 2"),
+    ],
+)
+def test_what_cannot_be_measured(
+    tmp_path: Path, kind: type[Faithful], options: Any, trainer_options: Any, message: str
+) -> None:
+    runner = trainer(tmp_path, callback(**options), NoSteps(), max_epochs=1, **trainer_options)
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        runner.fit(kind(bad().model))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_drop": -1}, ValueError, "at least 0 points and finite, but received -1"),
+        ({"target_drop": float("nan")}, ValueError, "at least 0 points and finite"),
+        ({"target_drop": "0.5"}, TypeError, "a number of points or None, but received '0.5'"),
+        ({"target_drop": True}, TypeError, "a number of points"),
+        ({"target_metric": len}, TypeError, "keep_for_target takes functions"),
+        ({"target_mode": "maximum"}, ValueError, "must be 'max', 'min' or None, but received 'maximum'"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        QuantizationAwareTraining(**options)
+
+
+# Several processes
+
+
+def test_two_processes_keep_what_the_first_finds(tmp_path: Path) -> None:
+    run_all([(["-m", "tests.target_script", str(tmp_path)], {})], tmp_path)
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert [each["kept"] for each in results] == [("third.0",)] * 2
+    assert [each["resumed"] for each in results] == [("third.0",)] * 2
+    assert same_state(results[0]["state"], results[1]["state"]) == []
+    assert results[0]["failure"].startswith("TargetError: Int8 must lose at most 0 points")
+    assert results[1]["failure"] == results[0]["failure"]
+    assert results[0]["error"].startswith("MisconfigurationException: target_drop takes one")
+    assert results[1]["error"].startswith("RankError: Rank 0 failed while searching for the layers")
