@@ -23,9 +23,9 @@ from qat_lightning.sensitivities import Sensitivity
 from qat_lightning.simulation import simulate
 
 _ADVICE = (
-    "Allow a greater target_drop or more max_layers, choose a backend with 8 bits for activations (onednn, "
-    "qnnpack), pass replace_relu6=False where the network has ReLU6, or train without a target: training "
-    "wins back much of the loss."
+    "Allow a greater target_drop, choose a backend with 8 bits for activations (onednn, qnnpack), pass "
+    "replace_relu6=False where the network has ReLU6, or train without a target: training wins back much of "
+    "the loss."
 )
 
 
@@ -156,7 +156,8 @@ class _Search:
             raise TargetError(
                 f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. "
                 f"Even with {len(candidates)} of {len(ranked)} layers float it is "
-                f"{self.score(candidates):.4g}, {self.drop(candidates):.3g} points worse. {_ADVICE}"
+                f"{self.score(candidates):.4g}, {self.drop(candidates):.3g} points worse. "
+                f"{_ADVICE if most is None else _ADVICE.replace('target_drop', 'target_drop or max_layers')}"
             )
         found = tuple(needed((), candidates[:count], reaches))
         after = f"with {', '.join(found)} float it is {self.score(found):.4g}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -27,7 +26,7 @@ STEPS = 4
 class Faithful(TinyModule):
     """Learns to be what its network was before training, and logs how near to that it is."""
 
-    def __init__(self, network: Row) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__(network, lr=1e-6)
         self.own = data(network)
         self.mean = MeanMetric()
@@ -89,6 +88,3 @@ def kept(module: Any) -> tuple[str, ...]:
     recipe = recipe_of(module.model)
     assert recipe is not None
     return recipe.keep_float
-
-
-Build = Callable[[], Faithful]
