@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,25 @@ class Sensitivity:
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Writes the decibels of the layers as a plot, of the format that the path's suffix tells."""
+        """Writes the layers, the most sensitive on top, as a plot of the format that the path's suffix tells.
+
+        Beside the decibels stands the metric, where there is one.
+        """
         from matplotlib.figure import Figure
 
-        rows = range(len(self.layers))
-        figure = Figure(figsize=(7, 1.5 + 0.22 * len(self.layers)), layout="constrained")
-        axes = figure.subplots()
-        alone = [min(each.alone_sqnr, _MOST) for each in self.layers]
-        kept = [min(each.kept_sqnr, _MOST) for each in self.layers]
-        axes.plot(alone, rows, "o", markersize=4, label="int8 alone")
-        axes.plot(kept, rows, "s", markersize=4, label="float alone")
-        for value in set(self.int8_sqnr.values()):
-            axes.axvline(min(value, _MOST), color="gray", linestyle=":", label="everything int8")
-        axes.set_yticks(rows, [figures.printable(_label(each)) for each in self.layers], parse_math=False)
-        axes.set_ylim(len(self.layers) - 0.5, -0.5)
-        axes.set_xlabel("outputs against float, dB")
-        axes.grid(axis="x", linewidth=0.5)
-        axes.legend()
+        scored = self.float_metric is not None
+        figure = Figure(figsize=(7 + 3 * scored, 1.5 + 0.22 * len(self.layers)), layout="constrained")
+        axes = figure.subplots(1, 1 + scored, sharey=True, squeeze=False)[0]
+        names = [figures.printable(_label(each)) for each in self.layers]
+        axes[0].set_yticks(range(len(names)), names, parse_math=False)
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+        ratios = [[min(r, _MOST) for r in (each.alone_sqnr, each.kept_sqnr)] for each in self.layers]
+        _draw(axes[0], ratios, {min(ratio, _MOST) for ratio in self.int8_sqnr.values()})
+        axes[0].set_xlabel("outputs against float, dB")
+        axes[0].legend()
+        if scored:
+            _draw(axes[1], [[e.alone_metric, e.kept_metric] for e in self.layers], {self.int8_metric})
+            axes[1].set_xlabel("metric")
         figure.savefig(path)
 
     def to_json(self) -> str:
@@ -119,6 +122,16 @@ class Sensitivity:
 def gained(ratio: float, base: float) -> float:
     """By how many decibels `ratio` is more than `base`."""
     return min(ratio, _MOST) - min(base, _MOST)
+
+
+def _draw(axes: Any, pairs: Sequence[Sequence[float | None]], everything: Collection[float | None]) -> None:
+    """A row for each layer, with its value in int8 alone and in float alone, and lines for the whole."""
+    rows = range(len(pairs))
+    axes.plot([alone for alone, _ in pairs], rows, "o", markersize=4, label="int8 alone")
+    axes.plot([kept for _, kept in pairs], rows, "s", markersize=4, label="float alone")
+    for value in everything:
+        axes.axvline(value, color="gray", linestyle=":", label="everything int8")
+    axes.grid(axis="x", linewidth=0.5)
 
 
 def _label(layer: LayerSensitivity) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,9 @@ def test_table_plot_and_json(tmp_path: Path) -> None:
     for suffix, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
         found.plot(tmp_path / f"plot.{suffix}")
         assert (tmp_path / f"plot.{suffix}").read_bytes().startswith(start)
+    assert b"<!-- metric -->" in (tmp_path / "plot.svg").read_bytes()
+    replace(found, float_metric=None).plot(tmp_path / "plot.svg")
+    assert b"<!-- metric -->" not in (tmp_path / "plot.svg").read_bytes()
     exact = Sensitivity(found.layers, {"": float("inf")}, {"": float("inf")})
     assert json.loads(exact.to_json())["int8_sqnr"] == {"": None}
 

@@ -66,5 +66,5 @@ def test_the_command_keeps_what_the_target_takes(
 
 
 def test_without_weights_there_is_nothing_to_lose(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="not trained.*weights=…"):
+    with pytest.raises(TargetError, match=r"not trained.*weights=…"):
         run(tmp_path, "experiment=digits_demo", "quantization.target_drop=2")

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
-from qat_lightning import QuantizationAwareTraining, RecipeMismatchError, TargetError, convert, target_run
+from qat_lightning import RecipeMismatchError, TargetError, convert, target_run
 from qat_lightning.fidelity import sqnr
 from qat_lightning.quantize import is_int8
 from qat_lightning.recipe import recipe_of
 from tests.networks import CLASSES, same_state
 from tests.processes import run_all
 from tests.ruined import StubbedRow, ruin_weight, seeded
-from tests.runs import TinyModule, dataset, trainer
-from tests.target_runs import DROP, METRIC, STEPS, Faithful, bad, callback, fit, fresh, good, kept
+from tests.runs import dataset, trainer
+from tests.target_runs import DROP, STEPS, Faithful, bad, callback, fit, fresh, good, kept
 from tests.test_lightning_modules import Loose
 from tests.test_resume import Crash, CrashAt
 
 # A resumed run writes beside the first one's checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 
-ASKED: dict[str, Any] = {"target_metric": METRIC, "target_mode": "max"}
-
 
 def targets(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Target")]
-
-
-class NoSteps(pl.Callback):
-    def on_train_batch_start(self, *_: Any) -> None:
-        raise AssertionError("no training was expected")
 
 
 # What stays float
@@ -163,7 +153,8 @@ def test_a_resumed_run_has_the_layers_of_the_first_start(
     path = tmp_path / "epoch=0.ckpt"
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        qat = fit(tmp_path, resumed, **{"announced" if announced else "ckpt_path": path})
+        where: dict[str, Any] = {"announced" if announced else "ckpt_path": path}
+        qat = fit(tmp_path, resumed, **where)
     assert len(targets(caplog)) == (0 if announced else 1)
     assert "Kept float by the run that is resumed: third.0" in caplog.messages
     assert kept(resumed) == ("third.0",)
@@ -259,98 +250,6 @@ def test_a_checkpoint_is_tested_with_a_fresh_module(tmp_path: Path) -> None:
     module = fresh()
     trainer(tmp_path, callback()).validate(module, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     assert kept(module) == ("third.0",)
-
-
-# Errors, all of them before training
-
-
-def test_a_target_that_cannot_be_reached(tmp_path: Path) -> None:
-    module = bad()
-    before = copy.deepcopy(module.state_dict())
-    qat = callback(target_drop=0)
-    for _ in range(2):
-        with pytest.raises(TargetError, match="Int8 must lose at most 0 points"):
-            fit(tmp_path, module, NoSteps(), qat=qat)
-    assert same_state(module.state_dict(), before) == []  # float again
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_finder_of_learning_rates_does_not_hide_it(tmp_path: Path, first: bool) -> None:
-    finder, qat = LearningRateFinder(num_training_steps=3), callback(target_drop=0, **ASKED)
-    runner = trainer(tmp_path, *([finder, qat] if first else [qat, finder]), max_epochs=1)
-    with pytest.raises(TargetError):
-        runner.fit(bad())
-
-
-def test_an_untrained_network(tmp_path: Path) -> None:
-    qat = callback(target_metric="val_loss", target_mode="min")
-    with pytest.raises(TargetError, match="not trained: no batch-norm in it has seen data"):
-        trainer(tmp_path, qat, NoSteps(), max_epochs=1).fit(TinyModule())
-
-
-def test_a_ckpt_path_that_is_left_over(tmp_path: Path) -> None:
-    runner = trainer(tmp_path, callback(**ASKED), max_epochs=1)
-    runner.ckpt_path = "left.ckpt"
-    runner._checkpoint_connector._user_managed = False  # as after a fit that was given it
-    with pytest.raises(MisconfigurationException, match=r"left\.ckpt, so that .* none were loaded"):
-        runner.fit(bad())
-
-
-class LateData(Faithful):
-    def setup(self, stage: str) -> None:
-        self.late = self.own
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.late
-
-
-class TwoLoaders(Faithful):
-    def val_dataloader(self) -> Any:
-        return [self.own, self.own]
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        super().validation_step(batch, batch_idx)
-
-
-class Unvalidated(Faithful):
-    val_dataloader = pl.LightningModule.val_dataloader  # type: ignore[assignment]
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-@pytest.mark.parametrize(
-    ("kind", "options", "trainer_options", "message"),
-    [
-        (Faithful, {}, {}, "no ModelCheckpoint monitors one"),
-        (Faithful, {"target_metric": METRIC}, {}, f"more or less of '{METRIC}' is better"),
-        (Faithful, {**ASKED, "target_metric": "val_fidelty"}, {}, "Nearest: 'val_fidelity'"),
-        (Faithful, ASKED, {"limit_val_batches": 0}, "this run has none"),
-        (Unvalidated, ASKED, {}, "this run has none"),
-        (LateData, ASKED, {}, r"before LightningModule\.setup runs"),
-        (TwoLoaders, ASKED, {}, "one validation loader, but this run has 2"),
-    ],
-)
-def test_what_cannot_be_measured(
-    tmp_path: Path, kind: type[Faithful], options: Any, trainer_options: Any, message: str
-) -> None:
-    runner = trainer(tmp_path, callback(**options), NoSteps(), max_epochs=1, **trainer_options)
-    with pytest.raises((MisconfigurationException, ValueError), match=message):
-        runner.fit(kind(bad().model))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"target_drop": -1}, ValueError, "at least 0 points and finite, but received -1"),
-        ({"target_drop": float("nan")}, ValueError, "at least 0 points and finite"),
-        ({"target_drop": "0.5"}, TypeError, "a number of points or None, but received '0.5'"),
-        ({"target_drop": True}, TypeError, "a number of points"),
-        ({"target_metric": len}, TypeError, "keep_for_target takes functions"),
-        ({"target_mode": "maximum"}, ValueError, "must be 'max', 'min' or None, but received 'maximum'"),
-    ],
-)
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        QuantizationAwareTraining(**options)
 
 
 # Several processes
