@@ -188,6 +188,20 @@ def test_parameters_stay_those_of_the_module(tmp_path: Path, monkeypatch: pytest
     assert set(resumed.parameters()) == parameters
 
 
+def test_teacher_schedule_and_int8_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them go on with networks that are prepared anew."""
+    others = {"teacher": "self", "fake_quant_from": 1, "int8_val_every_n_epochs": 1, "convert": "last"}
+    with pytest.raises(Crash):
+        fit(tmp_path, bad(), CrashAt(STEPS + 2), qat=callback(**others))
+    monkeypatch.setattr(target_run, "search", lambda *_: ("first", "second"))
+    resumed = bad()
+    qat = fit(tmp_path, resumed, qat=callback(**others), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kept(resumed) == ("third.0",)
+    last = qat.curves.epochs[-1].metrics
+    assert last["val_int8/fidelity"] > 0.9
+    assert last["train/distillation"] > 0
+
+
 def test_averaged_weights_are_resumed(tmp_path: Path) -> None:
     def averaging() -> EMAWeightAveraging:
         return EMAWeightAveraging(decay=0.9)
