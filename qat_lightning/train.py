@@ -109,8 +109,7 @@ def train(cfg: DictConfig) -> Metrics:
         if trainer.is_global_zero:
             record(cfg, start)
         metrics = _start(cfg, qat, classifier, data, trainer)
-        trainer.ckpt_path = cfg.ckpt_path  # and not as an argument of fit, or `setup` would not know of it
-        trainer.fit(classifier, datamodule=data, weights_only=True)
+        _fit(trainer, classifier, data, cfg.ckpt_path)
         leave_process_group()
         if not trainer.is_global_zero:
             return {}
@@ -180,6 +179,13 @@ def _start(
             if cfg.post_training and qat is not None:
                 metrics["post_training_accuracy"] = _without_training(qat, classifier, data, trainer)
     return metrics
+
+
+def _fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, path: str | None) -> None:
+    """Trains; callbacks know in their `setup` of a checkpoint that is a file, as they do of no argument."""
+    if path is not None and Path(path).is_file():
+        trainer.ckpt_path, path = path, None
+    trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
 
 
 def _without_training(
