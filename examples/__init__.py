@@ -1,1 +1,1 @@
-"""Examples of qat-lightning."""
+"""Scripts to start one's own from; each says in its docstring how to run it."""

@@ -1,0 +1,1 @@
+"""Text recognition and text detection on handwritten digits, in float and in int8."""
