@@ -11,13 +11,13 @@ import logging
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from examples.ocr.comparison import TASKS, Budget, Scores, compare
+from qat_lightning.console import ignore_advice
 
 LARGEST_LOSS = 0.01
 """Of any metric, from float to a file that is shipped."""
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/ocr"))
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    ignore_advice()
 
     budget = Budget(args.epochs, args.tuning, args.images, args.tested)
     console, results = Console(soft_wrap=True), dict[str, list[Scores]]()

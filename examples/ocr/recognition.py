@@ -72,7 +72,7 @@ class Recognition(LightningModule):
     def test_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> None:
         images, texts = batch
         read = decode(self.model(images))
-        self.strings.update([float(a == b) for a, b in zip(read, texts, strict=True)])
+        self.strings.update(torch.tensor([float(a == b) for a, b in zip(read, texts, strict=True)]))
         self.errors.update(read, texts)
 
     def on_test_epoch_end(self) -> None:
