@@ -19,8 +19,8 @@ from rich.table import Table
 from examples.ocr.comparison import TASKS, Budget, Scores, compare
 from qat_lightning.console import ignore_advice
 
-LARGEST_LOSS = 0.01
-"""Of any metric, from float to a file that is shipped."""
+LARGEST_LOSS = 1.0
+"""Points of any metric, from float to what was trained for int8, in the mean over the seeds."""
 
 
 def main() -> None:
@@ -28,29 +28,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of float training")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs of float training")
     parser.add_argument(
-        "--tuning", type=int, default=3, help="epochs of training for int8, and of float more"
+        "--tuning", type=int, default=4, help="epochs of training for int8, and of float more"
     )
-    parser.add_argument("--images", type=int, default=4096, help="new images in each epoch")
     parser.add_argument("--tested", type=int, default=2000, help="images to test with")
+    parser.add_argument(
+        "--images", type=int, help="new images in each epoch; by default 4096 lines, 2048 pages"
+    )
     parser.add_argument("--folder", type=Path, default=Path("outputs/ocr"))
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     ignore_advice()
 
-    budget = Budget(args.epochs, args.tuning, args.images, args.tested)
+    budget = Budget(args.epochs, args.tuning, args.tested, args.images)
     console, results = Console(soft_wrap=True), dict[str, list[Scores]]()
     for name in args.tasks:
         for seed in args.seeds:
             begin = time.monotonic()
             scores = compare(TASKS[name], budget, seed, args.folder / f"{name}-{seed}")
-            console.print(f"{name}, seed {seed}: {time.monotonic() - begin:.0f} s", highlight=False)
+            reached = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores["float"].items())
+            console.print(
+                f"{name}, seed {seed}, {time.monotonic() - begin:.0f} s: float {reached}", highlight=False
+            )
             results.setdefault(name, []).append(scores)
     for name, runs in results.items():
         console.print(table(name, runs))
-    losses = [loss for runs in results.values() for loss in losses_of(runs)]
-    sys.exit(f"int8 lost {100 * max(losses):.2f} points." if max(losses) > LARGEST_LOSS else None)
+    lost = 100 * max(loss(runs) for runs in results.values())
+    worst = 100 * max(loss([run]) for runs in results.values() for run in runs)
+    said = f"int8 lost {lost:.2f} points of a metric in the mean, and {worst:.2f} in one run."
+    console.print(said, highlight=False)
+    sys.exit("This is too much." if lost > LARGEST_LOSS else None)
 
 
 def table(name: str, runs: list[Scores]) -> Table:
@@ -71,14 +79,11 @@ def mean_of(runs: list[Scores], form: str, metric: str) -> float:
     return statistics.mean(scores[form][metric] for scores in runs)
 
 
-def losses_of(runs: list[Scores]) -> list[float]:
-    """What each metric of the trained int8 forms has lost against float, in the mean over the seeds."""
+def loss(runs: list[Scores]) -> float:
+    """The largest that any metric lost in any form that was trained for int8."""
     forms = [form for form in runs[0] if form not in ("float", "int8, not trained")]
-    return [
-        mean_of(runs, "float", metric) - mean_of(runs, form, metric)
-        for form in forms
-        for metric in runs[0]["float"]
-    ]
+    metrics = runs[0]["float"]
+    return max(mean_of(runs, "float", m) - mean_of(runs, form, m) for form in forms for m in metrics)
 
 
 if __name__ == "__main__":

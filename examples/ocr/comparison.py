@@ -23,16 +23,17 @@ FILES = {".pt": "int8", ".onnx": "int8 in ONNX Runtime"}
 
 
 class Task(NamedTuple):
-    """What to train, on what, and what of it stays float."""
+    """What to train, on what, what of it stays float, and how many new images each epoch has."""
 
     module: type[Recognition] | type[Detection]
     data: type[Drawn]
     keep_float: Sequence[str]
+    images: int
 
 
 TASKS = {
-    "recognition": Task(Recognition, Lines, ["head"]),  # recurrent: it would feed its rounding to itself
-    "detection": Task(Detection, Pages, []),
+    "recognition": Task(Recognition, Lines, ["head"], 4096),
+    "detection": Task(Detection, Pages, [], 2048),
 }
 
 
@@ -43,14 +44,14 @@ class Budget:
     Attributes:
         epochs: Epochs of float training.
         tuning: Epochs of what follows: training for int8, or more float training.
-        images: New images in each epoch.
         tested: Images to test with.
+        images: New images in each epoch; by default what the task says.
     """
 
     epochs: int
     tuning: int
-    images: int
     tested: int
+    images: int | None = None
 
 
 def compare(task: Task, budget: Budget, seed: int, folder: Path) -> Scores:
@@ -59,7 +60,7 @@ def compare(task: Task, budget: Budget, seed: int, folder: Path) -> Scores:
     val, test = (fixed_data(task.data(split), n) for split, n in (("val", 256), ("test", budget.tested)))
 
     def fit(module: LightningModule, epochs: int, seed: int, *callbacks: Callback) -> LightningModule:
-        train = training_data(task.data("train"), budget.images, seed)
+        train = training_data(task.data("train"), budget.images or task.images, seed)
         trainer(*callbacks, max_epochs=epochs).fit(module, train, val)
         return module
 

@@ -42,7 +42,7 @@ class Lines(Drawn):
 
     def draw(self, dice: Dice) -> tuple[Tensor, str]:
         height, width = LINE
-        ink, text = self.pen.write(dice, dice.uniform(14, 25), width - 4)
+        ink, text = self.pen.write(dice, dice.uniform(16, 25), width - 4)
         page = torch.zeros(LINE)
         put(ink, page, dice.randint(0, height - len(ink)), dice.randint(0, width - ink.shape[1]))
         return (paper(dice, *LINE) + tone(dice) * page)[None], text

@@ -23,12 +23,13 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(0.2)
         self.lstm = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(2 * hidden, CLASSES)
 
     def forward(self, features: Tensor) -> Tensor:
-        columns = features.mean(2).transpose(1, 2)
-        return self.linear(self.lstm(columns)[0])
+        columns = features.flatten(1, 2).transpose(1, 2)
+        return self.linear(self.lstm(self.dropout(columns))[0])
 
 
 class Reader(nn.Module):
@@ -38,9 +39,9 @@ class Reader(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(
             conv(1, 16, stride=2), conv(16, 24), conv(24, 32, stride=2), conv(32, 32),
-            conv(32, 64, stride=(2, 1)), conv(64, 64),
+            conv(32, 48, stride=(2, 1)), conv(48, 48),
         )  # fmt: skip
-        self.head = Head(64, 48)
+        self.head = Head(4 * 48, 64)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
 from qat_lightning.data.digits import load_digits
+from qat_lightning.data.split import stratified_split
 
-SPLITS = {"train": slice(0, 1050), "val": slice(1050, 1200), "test": slice(1200, None)}
-"""Which of scikit-learn's 1,797 digits the strings of each split are written with."""
-LENGTHS = (3, 7)
+SPLITS = {"train": 0.75, "val": 0.05, "test": 0.2}
+"""The share of scikit-learn's 1,797 digits that the strings of each split are written with."""
+LENGTHS = (3, 6)
 
 
 class Dice(random.Random):
@@ -34,7 +35,9 @@ class Pen:
 
     def __init__(self, split: str) -> None:
         images, labels = load_digits()
-        self.images, self.labels = images[SPLITS[split]], labels[SPLITS[split]].tolist()
+        parts = stratified_split(labels.tolist(), [*SPLITS.values()])
+        own = parts[[*SPLITS].index(split)]
+        self.images, self.labels = images[own], labels[own].tolist()
 
     def write(self, dice: Dice, height: float, widest: int) -> tuple[Tensor, str]:
         """Returns the ink of a string, between 0 and 1 and cropped to it, and what it says.
@@ -45,7 +48,7 @@ class Pen:
             widest: Largest width of the string.
         """
         chosen = dice.choices(range(len(self.labels)), k=dice.randint(*LENGTHS))
-        widths, spacing = [dice.uniform(0.6, 0.9) for _ in chosen], dice.uniform(0, 0.3)
+        widths, spacing = [dice.uniform(0.6, 0.9) for _ in chosen], dice.uniform(0.05, 0.35)
         height = min(height, widest / (sum(widths) + spacing * len(widths) + 0.1))
         ink, left = torch.zeros(math.ceil(1.25 * height), widest), 0.0
         for index, width in zip(chosen, widths, strict=True):
@@ -84,10 +87,10 @@ def paper(dice: Dice, height: int, width: int) -> Tensor:
         "stripes": lambda: torch.sin(along * dice.uniform(5, 30)),
         "blobs": lambda: F.interpolate(dice.normal(1, 1, 4, 8), (height, width), mode="bicubic")[0, 0],
     }[dice.choice(["plain", "gradient", "stripes", "blobs"])]()
-    noise = dice.uniform(0, 0.1) * dice.normal(height, width)
-    return dice.uniform(0.3, 0.7) + dice.uniform(0, 0.15) * pattern + noise
+    noise = dice.uniform(0, 0.06) * dice.normal(height, width)
+    return dice.uniform(0.3, 0.7) + dice.uniform(0, 0.12) * pattern + noise
 
 
 def tone(dice: Dice) -> float:
     """How much brighter than its background a string is; negative if it is darker."""
-    return dice.choice([-1, 1]) * dice.uniform(0.3, 0.7)
+    return dice.choice([-1, 1]) * dice.uniform(0.4, 0.7)
