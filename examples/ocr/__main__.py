@@ -7,6 +7,7 @@ python -m examples.ocr --seeds 0 1 2
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import sys
@@ -46,7 +47,9 @@ def main() -> None:
     for name in args.tasks:
         for seed in args.seeds:
             begin = time.monotonic()
-            scores = compare(TASKS[name], budget, seed, args.folder / f"{name}-{seed}")
+            folder = args.folder / f"{name}-{seed}"
+            scores = compare(TASKS[name], budget, seed, folder)
+            (folder / "scores.json").write_text(json.dumps(scores))
             reached = ", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores["float"].items())
             console.print(
                 f"{name}, seed {seed}, {time.monotonic() - begin:.0f} s: float {reached}", highlight=False
