@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--tested", type=int, default=2000, help="images to test with")
     parser.add_argument(
-        "--images", type=int, help="new images in each epoch; by default 4096 lines, 2048 pages"
+        "--images", type=int, help="new images in each epoch; by default 4096 lines, 1536 pages"
     )
     parser.add_argument("--folder", type=Path, default=Path("outputs/ocr"))
     args = parser.parse_args()

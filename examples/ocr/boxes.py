@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, nms
 
 STRIDE = 4
 """Pixels from one cell of a score map to the next."""
-CENTRE = 0.4
+CENTRE = 0.5
 """Share of a box, in width and in height, in which cells are to say that there is a string."""
 
 

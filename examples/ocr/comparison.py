@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "recognition": Task(Recognition, Lines, ["head"], 4096),
-    "detection": Task(Detection, Pages, [], 2048),
+    "detection": Task(Detection, Pages, [], 1536),
 }
 
 

@@ -57,10 +57,10 @@ class Detection(LightningModule):
         images, boxes = batch
         scores, distances = self.model(images)
         positive, wanted = targets(scores, boxes)
-        where = positive.bool()
-        found = to_boxes(scores, distances)[where]
-        where_loss = sigmoid_focal_loss(scores, positive, reduction="sum") / where.sum()
-        return where_loss + generalized_box_iou_loss(found, wanted[where], reduction="mean")
+        inside = positive.bool()
+        found = to_boxes(scores, distances)[inside]
+        presence = sigmoid_focal_loss(scores, positive, reduction="sum") / inside.sum().clamp(min=1)
+        return presence + generalized_box_iou_loss(found, wanted[inside], reduction="mean")
 
     def validation_step(self, batch: tuple[Tensor, list[Tensor]], batch_idx: int) -> None:
         self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch[0]))
