@@ -176,7 +176,7 @@ def test_files_of_a_mixed_network_compute_what_was_trained(name: str, tmp_path: 
 
 def test_a_torchvision_trunk_in_int8_reads_into_a_float_recurrent_head(tmp_path: Path) -> None:
     trunk = torchvision.models.mobilenet_v2(width_mult=0.25).features[:4]
-    network = nn.Sequential(trunk, recognition.Head(8, 16))
+    network = nn.Sequential(trunk, recognition.Head(8 * 8, 16))  # 8 channels in 8 rows
     images = torch.randn(8, 3, 32, 64)
     prepared = prepare(network, backend="onednn", keep_float=[recognition.Head])
     train_steps(prepared, ((images,), {}))
