@@ -15,14 +15,15 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 class Photographs(LightningDataModule):
-    """Batches of 128; every tenth image of train/ is left for validation.
+    """Batches of photographs; every tenth of train/ is left for validation.
 
     Args:
         folder: Holds train/ and test/.
+        batch: Images in each.
         workers: Loader processes.
     """
 
-    def __init__(self, folder: Path, workers: int = 2) -> None:
+    def __init__(self, folder: Path, batch: int = 128, workers: int = 2) -> None:
         super().__init__()
         plain = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.47] * 3, [0.25] * 3)]
         shifted = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
@@ -32,7 +33,7 @@ class Photographs(LightningDataModule):
         held_out = range(0, len(train), 10)  # the folder is sorted by class, so this takes as many of each
         self.train = Subset(train, sorted({*range(len(train))} - {*held_out}))
         self.val = Subset(ImageFolder(folder / "train", v2.Compose(plain)), held_out)
-        self.workers = workers
+        self.batch, self.workers = batch, workers
 
     def train_dataloader(self) -> Loader:
         return self._loader(self.train, shuffle=True)
@@ -46,7 +47,7 @@ class Photographs(LightningDataModule):
     def _loader(self, data: Subset[tuple[Tensor, Tensor]] | ImageFolder, *, shuffle: bool = False) -> Loader:
         return DataLoader(
             data,
-            batch_size=128,
+            batch_size=self.batch,
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self.workers,
