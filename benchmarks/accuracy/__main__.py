@@ -5,8 +5,9 @@
 
 FOLDER holds train/<class>/ and test/<class>/ with images of 32x32. Each network is trained in float, and
 every method then goes on from the same weights for the same epochs, on the same batches with the same
-augmentation; float too. Every result is kept in the cache by task, method and seed, so that an interrupted
-run goes on where it was. Differences to float are paired by seed; the interval is Student's t at 95 %.
+augmentation; float too. `--methods` takes other choices of the recipe, too. Every result is kept in the
+cache by task, method, seed and learning rate, so that an interrupted run goes on where it was. Differences
+to float are paired by seed; the interval is Student's t at 95 %.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["digits"])
     parser.add_argument("--methods", nargs="+", choices=METHODS | VARIANTS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate that every method begins with")
+    parser.add_argument("--lr", type=float, default=0.002, help="learning rate that every method begins with")
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
