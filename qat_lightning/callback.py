@@ -99,9 +99,9 @@ class QuantizationAwareTraining(pl.Callback):
             (float below 1), or None for never. Never by default: with statistics frozen, a learning
             rate that is still high costs points of accuracy, in float training just the same;
             torchvision's recipe pairs the freeze with a learning rate of 1e-4.
-        freeze_observers_at: When observers freeze, given likewise. Half of the run by default: the
-            weights settle on a grid that no longer moves, and in short and long runs alike the
-            observers have seen half of it.
+        freeze_observers_at: When the ranges of the activations freeze, given likewise. Half of the run by
+            default: the weights settle in ranges that no longer move, and in short and long runs alike the
+            observers have seen half of it. A weight's own range is that of the weight, always.
         fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
         calibration_steps: Steps at the start of the run that train in float while observers watch:
             fake-quantization starts with the mean of their ranges, not with those of one batch. 8 by default,

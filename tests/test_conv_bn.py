@@ -150,3 +150,28 @@ def test_bf16_autocast_trains() -> None:
     loss.backward()
     assert torch.isfinite(fused(prepared).weight.grad).all()
     assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 25
+
+
+@pytest.mark.parametrize("build", [lambda: pair(bias=False), lambda: models.resnet18(num_classes=10)])
+def test_a_weight_that_grows_after_the_observers_froze_is_not_clipped(build: Any) -> None:
+    """A grid that stayed would clip a channel, which lessens its variance, so that more of it is clipped."""
+    torch.manual_seed(0)
+    prepared: Any = prepare(build(), backend="onednn")
+    batches = [torch.randn(8, 3, 16, 16) for _ in range(4)]
+    for x in batches:
+        prepared(x)
+    set_enabled(prepared, observer=False, fake_quant=True)
+    layers: list[Any] = [m for m in prepared.modules() if isinstance(m, ConvBn2d | ConvBnReLU2d)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight *= 1.3
+        for _ in range(20):
+            for x in batches:
+                prepared(x)
+    for layer in layers:
+        grid = layer.weight_fake_quant
+        needed = grid.magnitude(layer.weight) * layer._factor().abs()
+        torch.testing.assert_close(grid.scale * grid.quant_max, needed, rtol=1e-3, atol=1e-5)
+    layer, x = layers[0], batches[0]
+    spread = layer._conv_forward(prepared.activation_post_process_0(x), layer.weight, None).var((0, 2, 3))
+    torch.testing.assert_close(layer.bn.running_var, spread, rtol=0.3, atol=0.02)
