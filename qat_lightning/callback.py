@@ -27,7 +27,7 @@ from qat_lightning.first_batch import FirstBatch
 from qat_lightning.inspection.report import NetworkReport
 from qat_lightning.int8_validation import validate_int8
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.phases import ObserversOff, average_over, freeze_bn_statistics, keep_inputs, set_enabled
+from qat_lightning.phases import ObserversOff, average_over, enter, keep_inputs
 from qat_lightning.preparation import (
     Prepared,
     Settings,
@@ -503,8 +503,7 @@ class QuantizationAwareTraining(pl.Callback):
         if before is not None and (before.observe > phase.observe or before.fake_quant < phase.fake_quant):
             merge_ranges(pl_module)
         for prepared in self._prepared:
-            set_enabled(prepared.network, observer=phase.observe, fake_quant=phase.fake_quant)
-            freeze_bn_statistics(prepared.network, frozen=phase.freeze_bn)
+            enter(prepared.network, phase)
         self._phase = phase
         for what in messages.report(trainer, before, phase):
             self._run_report.curves.mark(trainer.current_epoch, what)

@@ -43,8 +43,7 @@ _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 class FakeQuantize(ao.FakeQuantize):
     """Observes the range of a tensor and rounds the tensor to the int8 grid of that range.
 
-    Weights (per-channel grids) take their range anew from each tensor in training, even with the observer
-    off, since all of a weight is there to be seen. Activations follow their observer.
+    Weights (per-channel grids) take their range anew from each tensor, activations follow their observer.
 
     Args:
         observer: One of torch's observers; moving average by default.
@@ -86,8 +85,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.symmetric = self.qscheme in _SYMMETRIC
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
-        weight = self.axis is not None
-        observed = (self.training and (self.observing or weight)) or (weight and not self.seen)
+        observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
         extremes = self.observe(X.detach()) if observed else None
         if not self.rounding or X.numel() == 0:
             return X

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
+from qat_lightning.schedule import Phase
 
 
 def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
@@ -14,6 +15,20 @@ def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
     for _, child in fake_quantizes(module):
         child.enable_observer(observer)
         child.enable_fake_quant(fake_quant)
+
+
+def enter(module: nn.Module, phase: Phase) -> None:
+    """Switches every fake-quantize and batch-norm inside a `module` in training to a phase of a run.
+
+    The grids of weights go on following them when the observers freeze. A folded weight's grid that stayed
+    would run away while batch-norm's statistics still move: a channel that it clips has less variance, so
+    that its factor grows, and more of it is clipped.
+    """
+    for _, child in fake_quantizes(module):
+        weight = isinstance(child, FakeQuantize) and child.axis is not None
+        child.enable_observer(phase.observe or weight)
+        child.enable_fake_quant(phase.fake_quant)
+    freeze_bn_statistics(module, frozen=phase.freeze_bn)
 
 
 def only_observe(module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torchvision import models
 
 from qat_lightning import FakeQuantize, convert, prepare
 from qat_lightning.modes.conv_bn import ConvBn2d, ConvBnReLU2d
-from qat_lightning.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.phases import enter, freeze_bn_statistics, set_enabled
+from qat_lightning.schedule import Phase
 from tests.networks import sqnr, train_steps
 
 
@@ -160,7 +161,7 @@ def test_a_weight_that_grows_after_the_observers_froze_is_not_clipped(build: Any
     batches = [torch.randn(8, 3, 16, 16) for _ in range(4)]
     for x in batches:
         prepared(x)
-    set_enabled(prepared, observer=False, fake_quant=True)
+    enter(prepared, Phase(fake_quant=True, observe=False, freeze_bn=False))
     layers: list[Any] = [m for m in prepared.modules() if isinstance(m, ConvBn2d | ConvBnReLU2d)]
     with torch.no_grad():
         for layer in layers:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.ao.nn.intrinsic import qat as nniqat
 
-from qat_lightning.fake_quantize import FakeQuantize
+from qat_lightning.fake_quantize import EPS, FakeQuantize
 from qat_lightning.numerics import rectify, round_weight
 
 
@@ -40,7 +40,7 @@ class Undivided:
             y = self.bn(self._conv_forward(x, self._rounded(magnitude), self.bias))
             self._observe(magnitude)  # after batch-norm has moved its statistics: for what follows this step
             return y
-        if self.training or not self.weight_fake_quant.seen:
+        if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
             self._observe(self.weight_fake_quant.magnitude(self.weight))
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
@@ -64,8 +64,10 @@ class Undivided:
     @torch.no_grad()
     def _observe(self, magnitude: torch.Tensor) -> None:
         """Makes the grid of the folded weight, from the greatest magnitudes of the plain one."""
-        magnitude = magnitude * self._factor().abs()
-        self.weight_fake_quant.observe_range(-magnitude, magnitude)
+        grid = self.weight_fake_quant
+        if (self.training and grid.observing) or not grid.seen:
+            magnitude = magnitude * self._factor().abs()
+            grid.observe_range(-magnitude, magnitude)
 
     def _folded(self, factor: torch.Tensor) -> torch.Tensor:
         """The folded weight, rounded to its grid."""
@@ -75,16 +77,21 @@ class Undivided:
         return round_weight(self.weight, grid.scale, grid.bounds, factor)
 
     def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """The plain weight, rounded to its own grid: that of the folded one, divided by the factor.
+        """The plain weight, rounded to the grid of the folded one divided by the factor.
 
-        A grid of the folded weight that no longer followed it would run away: a channel that it clips has
-        less variance, so that its factor grows, and more of it is clipped.
+        While the grid follows the weight, that is the grid of the plain weight. It also serves for a channel
+        that batch-norm switches off, whose folded grid is nothing.
         """
         grid = self.weight_fake_quant
         if not grid.rounding:
             return self.weight
-        scale = (magnitude / grid.quant_max).clamp(min=torch.finfo(torch.float32).tiny)
-        return round_weight(self.weight, scale, grid.bounds, inside=True)
+        with torch.no_grad():
+            scale = magnitude / grid.quant_max
+            if not grid.observing:
+                off = grid.scale <= EPS
+                scale = torch.where(off, scale, grid.scale / self._factor().abs())
+            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return round_weight(self.weight, scale, grid.bounds, inside=grid.observing)
 
 
 class ConvBn1d(Undivided, nniqat.ConvBn1d):
