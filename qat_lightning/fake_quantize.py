@@ -58,8 +58,8 @@ class FakeQuantize(ao.FakeQuantize):
         scale: float32, one element or one for each channel.
         zero_point: int32, likewise.
         nonfinite: One bool, true once a NaN or an infinity was observed.
-        averaging: What share of a moving average the next batch is: the observer's constant, but for
-            :meth:`average_over`.
+        averaging: What share of a moving average the next batch is, if that is more than the observer's
+            constant: see :meth:`average_over`.
         in_place: Whether training may overwrite the input with the result.
     """
 
@@ -75,8 +75,7 @@ class FakeQuantize(ao.FakeQuantize):
     ) -> None:
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
-        averaging = getattr(self.activation_post_process, "averaging_constant", 1.0)
-        self.register_buffer("averaging", torch.tensor(float(averaging)), persistent=False)
+        self.register_buffer("averaging", torch.zeros(()), persistent=False)
         self.observing = self.rounding = True
         self.seen = self.in_place = False
         self.eps = float(getattr(self.activation_post_process, "eps", EPS))
@@ -166,8 +165,7 @@ class FakeQuantize(ao.FakeQuantize):
 
     def average_over(self, batches: int | None) -> None:
         """Makes a moving average the mean over batches: the next is the last of so many; None ends that."""
-        constant = getattr(self.activation_post_process, "averaging_constant", 1.0)
-        self.averaging.fill_(constant if batches is None else 1 / batches)
+        self.averaging.fill_(0 if batches is None else 1 / batches)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switches the rounding; `torch.ao.quantization.disable_fake_quant` calls this."""
@@ -212,11 +210,12 @@ class FakeQuantize(ao.FakeQuantize):
         self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
 
 
-def _averaged(observer: Any, c: torch.Tensor, *ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _averaged(observer: Any, share: torch.Tensor, *ranges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What an observer's range becomes: an average over batches, or the extremes of all."""
     old_low, old_high, low, high = ranges
     if isinstance(observer, MovingAverageMinMaxObserver):
         seen = torch.isfinite(old_low) & torch.isfinite(old_high)
+        c = share.clamp(min=observer.averaging_constant)
         return (
             torch.where(seen, old_low + c * (low - old_low), low),
             torch.where(seen, old_high + c * (high - old_high), high),

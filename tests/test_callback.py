@@ -29,7 +29,8 @@ class Spy(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         children = [child for _, child in fake_quantizes(pl_module)]
-        observe = {bool(child.observer_enabled.item()) for child in children}
+        activations = [child for name, child in fake_quantizes(pl_module) if "weight" not in name]
+        observe = {bool(child.observer_enabled.item()) for child in activations}
         fake_quant = {bool(child.fake_quant_enabled.item()) for child in children}
         frozen = {not m.training for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)}
         assert len(observe) == len(fake_quant) == len(frozen) == 1

@@ -71,15 +71,25 @@ def test_no_checkpoint_is_written_with_it(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class NaNLoss(TinyModule):
-    """Its loss is a NaN after the first epoch, when observers are frozen and see nothing."""
+    """Its loss is a NaN from a step on, after which observers of activations are frozen."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        return loss * torch.nan if self.current_epoch else loss
+        return loss * torch.nan if self.global_step >= self.step else loss
+
+
+def test_a_weight_without_a_number_is_found_a_step_later(tmp_path: Path) -> None:
+    qat = QuantizationAwareTraining(freeze_observers_at=1)
+    with pytest.raises(FloatingPointError, match=r"appeared in the weight of 'stem.*at or before step 7"):
+        trainer(tmp_path, qat, max_epochs=2, limit_val_batches=0).fit(NaNLoss(6))
 
 
 def test_weights_without_a_number_get_no_checkpoint_and_no_int8(tmp_path: Path) -> None:
-    module, qat = NaNLoss(), QuantizationAwareTraining(freeze_observers_at=1)
+    module, qat = NaNLoss(11), QuantizationAwareTraining(freeze_observers_at=1)  # the last step
     with pytest.raises(FloatingPointError, match=r"holds a NaN or an infinity at step 12, so no checkpoint"):
         trainer(tmp_path, qat, max_epochs=2, limit_val_batches=0).fit(module)
     assert qat.int8_module is None

@@ -116,7 +116,7 @@ class Phases(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         children: list[Any] = [child for _, child in fake_quantizes(pl_module)]
-        observe = {child.observing for child in children}
+        observe = {child.observing for child in children if child.axis is None}  # weights' always do
         fake_quant = {child.rounding for child in children}
         frozen = {not m.training for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)}
         assert len(observe) == len(fake_quant) == len(frozen) == 1
