@@ -46,7 +46,8 @@ def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]
         when = "since before this start, as in the checkpoint"
     if phase.fake_quant and before is not None and not before.fake_quant:
         rank_zero_info(f"Fake-quantization is on {when}")
-        began.append("fake-quantization on")
+        if trainer.current_epoch > 0:  # else it is the end of the calibration, which every run has
+            began.append("fake-quantization on")
     if not phase.observe and (before is None or before.observe):
         rank_zero_info(f"Observers are frozen {when}")
         began.append("observers frozen")

@@ -101,6 +101,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def test_the_int8_module_is_scored_by_the_users_own_test_step(tmp_path: Path) -> None:
+    torch.manual_seed(1)  # from some initial weights one of the four classes is not learned, in float either
     qat = QuantizationAwareTraining(backend="onednn")
     module = TinyModule()
     runner = trainer(tmp_path, qat, max_epochs=8)

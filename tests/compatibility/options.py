@@ -68,7 +68,7 @@ def gradient_clip_by_norm(folder: Path) -> None:
     run = fit(folder, clipped, gradient_clip_val=0.1)
     assert max(free.norms) > 0.2
     assert max(clipped.norms) <= 0.1001
-    check(run)
+    check(run, decibels=36)  # hardly trained: a step of its outputs is a twentieth of their spread
 
 
 @row("gradient_clip_val", 'Trainer(gradient_clip_val=0.5, gradient_clip_algorithm="value")', "works")
