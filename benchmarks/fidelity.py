@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.accuracy.tasks import read
 from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.data.digits import load_digits
@@ -83,16 +83,9 @@ def digits() -> Task:
 
 
 def photographs(folder: Path, epochs: int) -> Task:
-    splits = []
-    for name in ("train", "test"):
-        data = ImageFolder(
-            str(folder / name), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-        )
-        pairs = [data[i] for i in track(range(len(data)), f"reading {name}")]
-        images = torch.stack([image for image, _ in pairs])
-        splits.append(((images - 0.47) / 0.25, torch.tensor([label for _, label in pairs])))
+    train, test = (read(folder / name) for name in ("train", "test"))
     flip = v2.RandomHorizontalFlip()
-    return Task("ResNet-20", ResNet20, splits[0], splits[1], epochs, flip)
+    return Task("ResNet-20", ResNet20, train, test, epochs, flip)
 
 
 def measure(task: Task, qconfigs: list[str]) -> Iterator[dict[str, Any]]:

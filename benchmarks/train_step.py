@@ -39,8 +39,9 @@ from torchvision import models
 from torchvision.models import quantization as quantizable
 
 from qat_lightning import prepare
-from qat_lightning.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.phases import enter
 from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.schedule import Phase
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
 PEERS = ("torch fx", "torch eager", "NNCF", "Brevitas")
@@ -50,8 +51,7 @@ def ours(network: nn.Module, *, observe: bool, freeze_bn: bool) -> nn.Module:
     prepared = prepare(network, backend="x86").train()
     with torch.no_grad():
         prepared(torch.randn(2, 3, 64, 64))
-    set_enabled(prepared, observer=observe, fake_quant=True)
-    freeze_bn_statistics(prepared, frozen=freeze_bn)
+    enter(prepared, Phase(fake_quant=True, observe=observe, freeze_bn=freeze_bn))
     return prepared
 
 

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hydra import initialize_config_module
 from hypothesis import settings
 
 pytest.register_assert_rewrite("tests.compatibility")
@@ -24,3 +25,10 @@ def seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     assert torch.backends.quantized.engine == engine
+
+
+@pytest.fixture(scope="module")
+def hydra() -> Iterator[None]:
+    """Lets a module compose the configurations of the command."""
+    with initialize_config_module("qat_lightning.conf", version_base="1.3"):
+        yield

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from examples.cifar10.data import Photographs
-
-ROOT = Path(__file__).parent.parent
+from tests.processes import run_all
 
 
 @pytest.fixture
@@ -40,21 +37,14 @@ def test_validation_images_are_not_trained_on(folder: Path) -> None:
 
 def test_the_script_prints_every_form(folder: Path, tmp_path: Path) -> None:
     arguments = ["--epochs", "1", "--qat-epochs", "1", "--lr", "0.05", "--batch", "16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.cifar10.train", str(folder), *arguments, "--output", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Warning" not in done.stderr
+    command = ["-m", "examples.cifar10.train", str(folder), *arguments, "--output", str(tmp_path)]
+    (said,) = run_all([(command, {})], tmp_path)
+    assert "Warning" not in said
     assert (tmp_path / "resnet20" / "int8.onnx").is_file()
     scores = {}
     for name in ("float", "int8 without training", "int8", "int8.pt", "int8.onnx"):
-        score = re.search(rf"^│ {re.escape(name)} +│ +([0-9.]+)", done.stdout, flags=re.MULTILINE)
-        assert score, done.stdout
+        score = re.search(rf"^│ {re.escape(name)} +│ +([0-9.]+)", said, flags=re.MULTILINE)
+        assert score, said
         scores[name] = float(score[1])
     assert scores["int8"] == scores["int8.pt"] == pytest.approx(scores["int8.onnx"], abs=5)  # of 40 images
     assert scores["int8"] >= 50

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -33,17 +33,12 @@ SHORT = [
 ]
 
 pytestmark = [
+    pytest.mark.usefixtures("hydra"),
     # Going on in another folder.
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     # The reference recipe freezes later than a shortened run ends, of which the user is told.
     pytest.mark.filterwarnings("ignore:.*freeze.*:UserWarning"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    with initialize_config_module("qat_lightning.conf", version_base="1.3"):
-        yield
 
 
 def configure(folder: Path, *overrides: str) -> DictConfig:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
 from omegaconf import OmegaConf
 
 from qat_lightning.train import train
 from tests.processes import run_all
+
+pytestmark = pytest.mark.usefixtures("hydra")
 
 SHORT = [
     "experiment=float_then_qat",
@@ -22,12 +23,6 @@ SHORT = [
     "quantization.freeze_observers_at=null",
     "report=false",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    with initialize_config_module("qat_lightning.conf", version_base="1.3"):
-        yield
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose
 
 from qat_lightning.report import command
 from qat_lightning.report.content import Report
 from qat_lightning.train import train
 
+pytestmark = pytest.mark.usefixtures("hydra")
+
 SHORT = ["trainer.max_epochs=2", "trainer.enable_progress_bar=false", "quantization.freeze_observers_at=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    with initialize_config_module("qat_lightning.conf", version_base="1.3"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(hydra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run."""
     folder = tmp_path_factory.mktemp("run")
     train(compose("train", overrides=[f"output_dir={folder}", "export=all", *SHORT]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 from torch import Tensor
 
 from qat_lightning import TargetError
@@ -18,13 +17,10 @@ from qat_lightning.train import train
 
 SHORT = ["trainer.max_epochs=1", "report=false", "resume=auto"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra() -> Iterator[None]:
-    with initialize_config_module("qat_lightning.conf", version_base="1.3"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("hydra"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+]
 
 
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -32,7 +28,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(hydra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a trained network in which int8 ruins `grow.0`."""
     folder = tmp_path_factory.mktemp("float")
     run(folder, "experiment=digits_float", "trainer.max_epochs=3")
