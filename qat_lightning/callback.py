@@ -475,6 +475,9 @@ class QuantizationAwareTraining(pl.Callback):
         self._watch.clear()
         for each in prepared:
             rank_zero_info(f"Prepared {each}")
+        overflow = messages.overflow(each.recipe for each in prepared)
+        if overflow is not None:
+            rank_zero_info(overflow)
 
     def _settle(self, pl_module: pl.LightningModule) -> None:
         if self._target.settle(pl_module):

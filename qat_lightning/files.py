@@ -15,7 +15,7 @@ from qat_lightning import manifest
 from qat_lightning.atomic import replacing
 from qat_lightning.backends import engine
 from qat_lightning.errors import Int8FileError, RecipeMismatchError
-from qat_lightning.modes.linear_kernels import pack_linears
+from qat_lightning.modes.kernels import pack_weights
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
 from qat_lightning.quantize import convert_in_place, prepare, replace_submodule
 from qat_lightning.quiet import quiet_torch_ao
@@ -110,7 +110,7 @@ def load_packed(int8: nn.Module, state_dict: dict[str, Any]) -> None:
     for name, network, recipe in quantized_networks(int8):
         with engine(recipe.backend):
             network.load_state_dict(_inside(state_dict, name))
-        pack_linears(network, recipe.backend)
+        pack_weights(network, recipe.backend)
 
 
 def load_qat_checkpoint(

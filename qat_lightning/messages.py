@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from qat_lightning import trainer_facts
+from qat_lightning import cpu, trainer_facts
+from qat_lightning.recipe import Recipe
 from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
 
 _HIGH_LEARNING_RATE = 1e-3
@@ -21,6 +24,17 @@ def replaced(name: str) -> str:
         f"        if self.{name or 'model'} is not None:\n"
         "            return\n"
         f"        self.{name or 'model'} = build()"
+    )
+
+
+def overflow(recipes: Iterable[Recipe]) -> str | None:
+    """What is said where int8 kernels overflow on this CPU with activations of 8 bits."""
+    if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
+        return None
+    return (
+        "This CPU has no VNNI, so that sums of activations of 8 bits overflow: PyTorch's int8 network runs here "
+        "on slower kernels that do not, ONNX Runtime needs session.x64quantprecision=1, and OpenVINO has no "
+        "such option. For CPUs like this use backend='x86'"
     )
 
 

@@ -17,7 +17,7 @@ from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.finiteness import first_nonfinite_weight
 from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.conv_bn import use_divided
-from qat_lightning.modes.linear_kernels import pack_linears
+from qat_lightning.modes.kernels import pack_weights
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
 from qat_lightning.modes.zero_scale import replace_zero_scales
@@ -158,7 +158,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
         restore_batch_norms(network)
         with quiet_torch_ao(), engine(recipe.backend):
             converted = MODES[recipe.mode].convert(network)
-        pack_linears(converted, recipe.backend)
+        pack_weights(converted, recipe.backend)
         attach(converted, dataclasses.replace(recipe, int8=True))
         run_on_engine(converted, recipe.backend)
         module = replace_submodule(module, name, converted.eval())

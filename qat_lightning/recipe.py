@@ -19,6 +19,8 @@ from qat_lightning import behaviour
 from qat_lightning.errors import RecipeMismatchError
 
 STATE_KEY = "_qat_recipe"
+FULL_BYTES = "quint8 [0, 255]"
+"""How the grid of activations that fill their byte is described."""
 _ATTRIBUTE = "qat_recipe"
 
 
@@ -55,6 +57,11 @@ class Recipe:
     untraceable: tuple[str, ...] = ()
     relu6: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fills_bytes(self) -> bool:
+        """Whether activations have 8 bits, for which int8 kernels overflow on CPUs without VNNI."""
+        return any(FULL_BYTES in grid for grid in self.grid.values())
 
     def to_json(self) -> str:
         """The recipe as JSON."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qat_lightning import cpu
 from qat_lightning.inspection.inputs import Inputs
 from qat_lightning.report import machine
 from qat_lightning.report.speed import LEAST_ROUNDS, MOST_ROUNDS, Candidate, measure, of_batch, pinned_threads
@@ -117,7 +118,7 @@ def test_what_linux_says_of_its_cpu(
     said: str, features: tuple[str, ...], vnni: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(said)
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
     found = machine.describe(3)
     assert found.features == features
     assert machine.has_vnni(found) == vnni
@@ -127,7 +128,7 @@ def test_what_linux_says_of_its_cpu(
 
 
 def test_a_system_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     found = machine.describe(1)
     assert found.features == ("avx2",)

@@ -60,7 +60,23 @@ _PASSES = ir.passes.Sequential(
 
 def simplify(model: ir.Model) -> ir.Model:
     """Applies all of them."""
-    return _PASSES(rewrite(model, pattern_rewrite_rules=_RULES)).model
+    model = _PASSES(rewrite(model, pattern_rewrite_rules=_RULES)).model
+    _part_zero_points(model.graph)
+    return model
+
+
+def _part_zero_points(graph: ir.Graph) -> None:
+    """Gives each weight a zero point of its own.
+
+    For CPUs without VNNI ONNX Runtime can turn weights into unsigned bytes, and fails where two share one.
+    """
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        weight, _, zero = node.inputs
+        if weight.const_value is not None and len(zero.uses()) > 1:
+            own = ir.Value(name=f"{weight.name}.zero_point", const_value=zero.const_value)
+            own.shape, own.type = zero.shape, zero.type
+            graph.register_initializer(own)
+            node.replace_input_with(2, own)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from qat_lightning import cpu
 from qat_lightning.errors import Int8FileError
 from qat_lightning.export.executed import float_operations_of_onnx, float_operations_of_openvino
 from qat_lightning.export.extras import require
 from qat_lightning.export.structure import STRUCTURE_KEY, restore, tensors_of
+from qat_lightning.recipe import FULL_BYTES
 
 _ONNX_DTYPES = {"float": torch.float32, "double": torch.float64}
 """Where ONNX Runtime's name of a type is not torch's."""
@@ -90,6 +92,9 @@ class RuntimeNetwork(nn.Module):
 class OnnxRuntime:
     """A QDQ graph in ONNX Runtime.
 
+    A file of this package with activations of 8 bits is computed without overflow on CPUs without VNNI, by
+    `session.x64quantprecision=1`; with the runtime's default options, sums overflow there.
+
     Args:
         content: The file.
         threads: Threads for one operation; 0 leaves it to the runtime, which takes every core.
@@ -114,6 +119,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
+        if FULL_BYTES.encode() in content and cpu.overflows():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if folder is not None:
             key = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(key, str(folder.absolute()))

@@ -1,4 +1,4 @@
-"""Which kernels the linear layers of an int8 network run on."""
+"""Which kernels the layers of an int8 network run on, where those of its own engine are wrong or slow."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import torch
 from torch import nn
 from torch.ao.nn import quantized
 
+from qat_lightning import cpu
 from qat_lightning.backends import engine
 
+_EXACT = "qnnpack"
+"""The engine whose kernels add in 32 bits on every CPU."""
 
-def pack_linears(network: nn.Module, backend: str) -> None:
-    """Packs the weights of an int8 network's linear layers for kernels that are fast.
 
-    Where an input has a zero point, oneDNN has nothing but its reference code, many times slower. fbgemm,
-    which the x86 engine takes for linear layers, adds up the same integers; on CPUs with VNNI it cannot
-    saturate either.
+def pack_weights(network: nn.Module, backend: str) -> None:
+    """Packs the weights of an int8 network for kernels that are right on this CPU, and fast where they can be.
+
+    Only those of onednn need it, which uses all 8 bits of the activations. On CPUs without VNNI its kernels
+    overflow; qnnpack's do not, and are several times slower. Convolutions in one and three dimensions stay,
+    which qnnpack has not. On CPUs with VNNI, oneDNN has nothing but its reference code, many times slower,
+    for a linear layer whose input has a zero point; fbgemm, which the x86 engine takes for linear layers,
+    adds up the same integers.
     """
-    if backend != "onednn" or not torch.cpu._is_vnni_supported():
+    if backend != "onednn":
         return
-    with engine("x86"):
+    kinds, kernels = ((quantized.Linear,), "x86")
+    if cpu.overflows():
+        kinds, kernels = ((quantized.Linear, quantized.Conv2d), _EXACT)
+    if kernels not in torch.backends.quantized.supported_engines:
+        return
+    with engine(kernels):
         for module in network.modules():
-            if isinstance(module, quantized.Linear):
+            if isinstance(module, kinds):
                 module.set_weight_bias(*module._weight_bias())
