@@ -32,9 +32,9 @@ def overflow(recipes: Iterable[Recipe]) -> str | None:
     if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
         return None
     return (
-        "This CPU has no VNNI, so that sums of activations of 8 bits overflow: PyTorch's int8 network runs here "
-        "on slower kernels that do not, ONNX Runtime needs session.x64quantprecision=1, and OpenVINO has no "
-        "such option. For CPUs like this use backend='x86'"
+        "This CPU has no VNNI, so that sums of activations of 8 bits overflow: PyTorch's int8 network runs "
+        "on slower kernels here that do not, ONNX Runtime needs session.x64quantprecision=1, and OpenVINO "
+        "has no such option. For CPUs like this use backend='x86'"
     )
 
 

@@ -16,10 +16,10 @@ from qat_lightning.errors import ConversionError
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.finiteness import first_nonfinite_weight
 from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
-from qat_lightning.modes.conv_bn import use_divided
 from qat_lightning.modes.kernels import pack_weights
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.modes.tracing import holds_quantizable
+from qat_lightning.modes.trained import use_theirs
 from qat_lightning.modes.zero_scale import replace_zero_scales
 from qat_lightning.phases import evaluate
 from qat_lightning.quiet import quiet_torch_ao
@@ -150,7 +150,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
     """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
     module = module.cpu().eval()
     make_local(module)
-    use_divided(module)
+    use_theirs(module)
     evaluate(module)
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:

@@ -25,7 +25,7 @@ from qat_lightning import QuantizationAwareTraining, convert, export_onnx, load_
 from qat_lightning.phases import freeze_bn_statistics
 
 BACKEND = "onednn" if torch.cpu._is_vnni_supported() else "x86"
-"""The engine of this machine: activations of 8 bits where there is VNNI; without it 7, which cannot overflow."""
+"""That of this machine: activations have 8 bits where there is VNNI, else 7, whose sums do not overflow."""
 CALIBRATION = 8
 """Training batches that post-training quantization sees."""
 Scores = dict[str, float]

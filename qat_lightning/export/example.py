@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_lightning import cpu
 from qat_lightning.errors import ConversionError
 from qat_lightning.export.runtime import Runtime, RuntimeNetwork
 from qat_lightning.export.structure import STRUCTURE_KEY, structure_of, tensors_of
@@ -52,8 +53,18 @@ class Example:
                     f"In {runtime.name}, output {index} of {path} agrees with the fake-quant output to "
                     f"{agreement:.1f} dB only, below {min_sqnr:.0f} dB: it does not compute what was "
                     "trained. No file was written. Pass example_inputs like the batches of the training, "
-                    "or a lower min_sqnr if the network is not trained."
+                    f"or a lower min_sqnr if the network is not trained.{_hint()}"
                 )
+
+
+def _hint() -> str:
+    """What else may be the matter on this CPU."""
+    if not cpu.overflows():
+        return ""
+    return (
+        " This CPU has no VNNI: sums overflow where activations have 8 bits (backend='onednn'), or where "
+        "those of 7 bits lie far beyond their range, as when observers froze before it had settled."
+    )
 
 
 def _within_a_step(want: torch.Tensor, got: torch.Tensor) -> bool:

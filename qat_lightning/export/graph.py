@@ -72,6 +72,8 @@ def _part_zero_points(graph: ir.Graph) -> None:
     """
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         weight, _, zero = node.inputs
+        assert weight is not None
+        assert zero is not None
         if weight.const_value is not None and len(zero.uses()) > 1:
             own = ir.Value(name=f"{weight.name}.zero_point", const_value=zero.const_value)
             own.shape, own.type = zero.shape, zero.type

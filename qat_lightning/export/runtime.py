@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -93,7 +93,8 @@ class OnnxRuntime:
     """A QDQ graph in ONNX Runtime.
 
     A file of this package with activations of 8 bits is computed without overflow on CPUs without VNNI, by
-    `session.x64quantprecision=1`; with the runtime's default options, sums overflow there.
+    `session.x64quantprecision=1`; with the runtime's default options, sums overflow there. So they do where
+    two layers share a weight, which that option cannot read.
 
     Args:
         content: The file.
@@ -115,21 +116,17 @@ class OnnxRuntime:
         require("onnxruntime", purpose="Running an ONNX file")
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
-        if FULL_BYTES.encode() in content and cpu.overflows():
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        if folder is not None:
-            key = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(key, str(folder.absolute()))
-        if not optimize:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        wide = FULL_BYTES.encode() in content and cpu.overflows()
+        options = _session_options(threads, optimize, folder, wide)
+        start = partial(onnxruntime.InferenceSession, content, providers=["CPUExecutionProvider"])
         try:
-            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = start(options)
         except Exception as error:  # the runtime has a class of its own for each kind of failure
-            raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
+            if not wide:
+                raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
+            # It cannot add in 32 bits where two layers share a weight.
+            options = _session_options(threads, optimize, folder, wide=False)
+            self._session = start(options)
         self._content, self._options = content, options
         self.int8 = quantizes(content)
         self.signatures = [
@@ -146,6 +143,24 @@ class OnnxRuntime:
     def float_operations(self) -> Counter[str]:
         """How many operations of each kind compute in float, once the runtime has optimized the graph."""
         return float_operations_of_onnx(self._content, self._options)
+
+
+def _session_options(threads: int, optimize: bool, folder: Path | None, wide: bool) -> Any:
+    """The options of a session; `wide` has sums of bytes added in 32 bits, on CPUs without VNNI slower."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4 if wide else 3  # an attempt may fail
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
+    if wide:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder.absolute()))
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 class OpenVino:

@@ -16,14 +16,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.ao.nn.intrinsic import qat as nniqat
 
-from qat_lightning.fake_quantize import EPS, FakeQuantize
+from qat_lightning.fake_quantize import EPS
+from qat_lightning.modes.integers import Integers
 from qat_lightning.numerics import rectify, round_weight
 
 
-class Undivided:
+class Undivided(Integers):
     """The forward of a fused pair whose weight has a per-channel symmetric grid."""
 
     weight: torch.Tensor
@@ -42,10 +42,13 @@ class Undivided:
             return y
         if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
             self._observe(self.weight_fake_quant.magnitude(self.weight))
+        return self._conv_forward(x, self._folded(self._factor()), self.folded_bias())
+
+    def folded_bias(self) -> torch.Tensor:
+        """The bias of the convolution that the pair is in eval mode."""
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
-        bias = -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
-        return self._conv_forward(x, self._folded(factor), bias)
+        return -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
 
     def _folds(self, x: torch.Tensor) -> bool:
         """Whether batch-norm is folded into the weight, or follows as an operation of its own.
@@ -134,33 +137,3 @@ class ConvBnReLU3d(Undivided, nniqat.ConvBnReLU3d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rectify(self._forward(x), in_place=True)
-
-
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
-    theirs: ours
-    for ours in (ConvBn1d, ConvBn2d, ConvBn3d, ConvBnReLU1d, ConvBnReLU2d, ConvBnReLU3d)
-    for theirs in ours.__bases__[1:]
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-
-
-def use_undivided(prepared: nn.Module) -> None:
-    """Makes the fused pairs in a prepared network train without the division, in place.
-
-    Only where the weight has this package's grid, per channel and symmetric; the modules keep their names and
-    state, so that only the class of each changes.
-    """
-    module: Any
-    for module in prepared.modules():
-        grid = getattr(module, "weight_fake_quant", None)
-        if isinstance(grid, FakeQuantize) and grid.axis == 0:
-            grid.allocate(module.weight.shape[0])
-            if type(module) in _OURS and grid.symmetric:
-                module.__class__ = _OURS[type(module)]
-
-
-def use_divided(prepared: nn.Module) -> None:
-    """Turns the pairs back into torch.ao's, in place, which its convert knows."""
-    for module in prepared.modules():
-        if type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]

@@ -15,14 +15,15 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.modes.base import Made, Options
-from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.fusion import check_groups, find_groups
 from qat_lightning.modes.in_place import round_in_place
+from qat_lightning.modes.input_grids import connect_traced
 from qat_lightning.modes.lines import forward_line
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 from qat_lightning.modes.relu6 import replace_relu6_modules
 from qat_lightning.modes.relu6_calls import hard_sigmoids, replace_relu6_calls
+from qat_lightning.modes.trained import use_ours
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # torch.ao has these modules for training, and leaves them out of eager mode's tables.
@@ -84,8 +85,9 @@ class EagerMode:
         ao.convert(network, _TRAINED, inplace=True, remove_qconfig=False)
         ao.prepare(network, observer_non_leaf_module_list=set(_TRAINED.values()), inplace=True)
         network.train()
-        use_undivided(network)
+        use_ours(network)
         round_in_place(network)
+        connect_traced(network)
         for module, training in modes.items():
             module.training = training
         return Made(network, relu6=relu6)

@@ -20,17 +20,18 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from qat_lightning import behaviour
 from qat_lightning.modes import graft
 from qat_lightning.modes.base import Made, Options
-from qat_lightning.modes.conv_bn import use_undivided
 from qat_lightning.modes.dropout import keep_grid_through_dropout
 from qat_lightning.modes.functional import write_out_padding
 from qat_lightning.modes.functions import called_functions, keep_functions_float
 from qat_lightning.modes.hooks import check_hooks
 from qat_lightning.modes.in_place import restore_relus, round_in_place
+from qat_lightning.modes.input_grids import connect
 from qat_lightning.modes.own_copies import give_each_call_its_own
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.relu6 import name_relus_alike, replace_relu6_in_graph
 from qat_lightning.modes.shared_grid import share_grids
 from qat_lightning.modes.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.trained import use_ours
 from qat_lightning.modes.unlowered import keep_unlowered
 from qat_lightning.modes.untraceable import trace_around
 
@@ -92,8 +93,9 @@ class FxMode:
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_grid_through_dropout(prepared)
         share_grids(prepared)
-        use_undivided(prepared)
+        use_ours(prepared)
         round_in_place(prepared)
+        connect(prepared, prepared.graph)
         _place_on_device(prepared)
         return prepared
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.ao.nn import quantized
@@ -14,7 +16,7 @@ _EXACT = "qnnpack"
 
 
 def pack_weights(network: nn.Module, backend: str) -> None:
-    """Packs the weights of an int8 network for kernels that are right on this CPU, and fast where they can be.
+    """Packs the weights of an int8 network for kernels that are right on this CPU, and fast if they can be.
 
     Only those of onednn need it, which uses all 8 bits of the activations. On CPUs without VNNI its kernels
     overflow; qnnpack's do not, and are several times slower. Convolutions in one and three dimensions stay,
@@ -24,12 +26,13 @@ def pack_weights(network: nn.Module, backend: str) -> None:
     """
     if backend != "onednn":
         return
-    kinds, kernels = ((quantized.Linear,), "x86")
+    kinds: tuple[type[nn.Module], ...] = (quantized.Linear,)
+    kernels = "x86"
     if cpu.overflows():
-        kinds, kernels = ((quantized.Linear, quantized.Conv2d), _EXACT)
+        kinds, kernels = (quantized.Linear, quantized.Conv2d), _EXACT
     if kernels not in torch.backends.quantized.supported_engines:
         return
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, kinds)]
     with engine(kernels):
-        for module in network.modules():
-            if isinstance(module, kinds):
-                module.set_weight_bias(*module._weight_bias())
+        for layer in layers:
+            layer.set_weight_bias(*layer._weight_bias())

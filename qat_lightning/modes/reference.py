@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.tracing import evaluate_only
+from qat_lightning.modes.trained import settle_bias
 from qat_lightning.quiet import quiet_torch_ao
 
 _OPS = torch.ops.quantized_decomposed
@@ -115,6 +116,7 @@ def _rebuilt(
 
 
 def _reference_layer(child: Any) -> nn.Module:
+    settle_bias(child)
     plain = child.to_float()
     fused = isinstance(plain, nn.Sequential)
     layer = ReferenceLayer(plain[0] if fused else plain, child.weight_fake_quant, relu=fused)

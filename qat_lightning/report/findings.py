@@ -127,7 +127,7 @@ def _backend(networks: Iterable[Network], machine: Machine) -> Iterator[str]:
             )
     if not has_vnni(machine) and "onednn" in used:
         yield (
-            "The backend onednn uses 8 bits for activations, of which sums overflow on this CPU, which has no "
-            "VNNI: in OpenVINO, and in ONNX Runtime unless session.x64quantprecision=1 is set. For CPUs like "
-            "this backend='x86' uses 7 bits."
+            "The backend onednn uses 8 bits for activations, of which sums overflow on this CPU, which has "
+            "no VNNI: in OpenVINO, and in ONNX Runtime unless session.x64quantprecision=1 is set. For CPUs "
+            "like this backend='x86' uses 7 bits."
         )
