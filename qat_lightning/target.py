@@ -183,8 +183,11 @@ class _Search:
 
 
 def ranking(found: Sensitivity) -> list[str]:
-    """The layers by what keeping them float gains for their multiply-adds, the most first."""
-    worth = sorted(found.layers, key=lambda each: each.gain / max(each.macs, 1), reverse=True)
+    """The layers by what keeping them float gains for their multiply-adds, the most first.
+
+    Those that gain nothing alone may do so together with others: the cheapest of them first.
+    """
+    worth = sorted(found.layers, key=lambda each: (-max(each.gain, 0) / max(each.macs, 1), each.macs))
     return list(dict.fromkeys(each.name for each in worth))
 
 

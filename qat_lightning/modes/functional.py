@@ -64,21 +64,30 @@ def write_out_padding(network: nn.Module) -> list[str]:
 
 
 def read_facts_elsewhere(network: nn.Module, graph: fx.Graph) -> None:
-    """Lets a graph that asks a weight for its device or dtype ask an empty buffer instead, in place.
+    """Lets a graph that asks a weight for its shape, device or dtype ask a buffer without content, in place.
 
     The weight of an int8 layer is no tensor attribute.
     """
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.users and all(map(_asks_a_fact, node.users)):
-            weight = _attribute(network, str(node.target))
-            if isinstance(weight, torch.Tensor) and "." in str(node.target):
-                name = f"{node.name}_facts"
-                network.register_buffer(name, weight.new_empty(0), persistent=False)
-                node.target = name
+    for node in list(graph.nodes):
+        asking = [user for user in node.users if _asks_a_fact(user)]
+        if node.op != "get_attr" or "." not in str(node.target) or not asking:
+            continue
+        weight = _attribute(network, str(node.target))
+        if isinstance(weight, torch.Tensor):
+            name = f"{node.name}_facts"
+            network.register_buffer(name, weight.new_empty(()).expand(weight.shape), persistent=False)
+            with graph.inserting_before(node):
+                facts = graph.create_node("get_attr", name)
+            for user in asking:
+                user.replace_input_with(node, facts)
+            if not node.users:
+                graph.erase_node(node)
 
 
 def _asks_a_fact(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] in ("device", "dtype")
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
 
 
 def _attribute(network: nn.Module, name: str) -> Any:

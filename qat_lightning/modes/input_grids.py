@@ -63,9 +63,10 @@ def _behind(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
         module = module_of(network, node)
         if isinstance(module, FakeQuantizeBase):
             return module
-        hooked = getattr(module, "activation_post_process", None)  # as eager mode has them
-        if isinstance(hooked, FakeQuantizeBase):
-            return hooked
+        for owner in (module, getattr(module, "requantize", None)):  # which hooks call in eager mode
+            hooked = getattr(owner, "activation_post_process", None)
+            if isinstance(hooked, FakeQuantizeBase):
+                return hooked
         if what(network, node) not in _KEEPS:
             return None
         node = node.args[0]
