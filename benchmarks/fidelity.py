@@ -7,9 +7,9 @@ FOLDER holds train/<class>/ and test/<class>/ with images of 32x32. Each network
 float, then for an epoch with fake-quantization and half a one with observers frozen. For every
 backend and both qconfigs the script prints the SQNR in dB and the share of equal predictions on the
 test split, between the fake-quant outputs and those of torch's int8 network and of the QDQ reference
-graph: run by PyTorch, and as an ONNX file by ONNX Runtime, node by node as it is written. The JSON
-also has each layer: SQNR of the int8 layer's output against the fake-quant layer's, each fed by its
-own network.
+graph: run by PyTorch, and as an ONNX file by ONNX Runtime, node by node as it is written, and by its
+int8 kernels. The JSON also has each layer: SQNR of the int8 layer's output against the fake-quant
+layer's, each fed by its own network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -33,6 +32,7 @@ from benchmarks.accuracy.tasks import read
 from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.data.digits import load_digits
+from qat_lightning.export.runtime import OnnxRuntime, RuntimeNetwork
 from qat_lightning.fidelity import sqnr
 from qat_lightning.models import DigitsCNN
 from qat_lightning.modes.reference import reference
@@ -129,7 +129,8 @@ def compare(task: Task, prepared: nn.Module) -> dict[str, Any]:
     found = {
         "int8": batched(int8, images),
         "reference": batched(reference(prepared), images),
-        "qdq": run_qdq(prepared, images),
+        "qdq": run_qdq(prepared, images, optimize=False),
+        "runtime": run_qdq(prepared, images, optimize=True),
     }
     row: dict[str, Any] = {"accuracy_fake_quant": agreement(expected, labels)}
     for name, outputs in found.items():
@@ -148,16 +149,11 @@ def agreement(outputs: Tensor, labels: Tensor) -> float:
     return (outputs.argmax(1) == labels).float().mean().item()
 
 
-def run_qdq(prepared: nn.Module, images: Tensor) -> Tensor:
-    """The outputs of the QDQ file, node by node as it is written: the reference, not a runtime's kernels."""
+def run_qdq(prepared: nn.Module, images: Tensor, *, optimize: bool) -> Tensor:
+    """The outputs of the QDQ file in ONNX Runtime: by its int8 kernels, or node by node as it is written."""
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(prepared, Path(folder) / "qdq.onnx", (images[:8],), min_sqnr=0)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(path, options)
-        name = session.get_inputs()[0].name
-        batches = [session.run(None, {name: batch.numpy()})[0] for batch in images.split(256)]
-    return torch.cat([torch.from_numpy(batch) for batch in batches])
+        return batched(RuntimeNetwork(OnnxRuntime(path.read_bytes(), optimize=optimize)), images)
 
 
 def layers(prepared: nn.Module, int8: nn.Module, images: Tensor) -> dict[str, float]:
@@ -198,6 +194,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "same top-1",
         "QDQ dB",
         "same top-1",
+        "runtime dB",
+        "same top-1",
         "worst layer dB",
     )
     for column in columns:
@@ -214,6 +212,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['same_top1_reference']:.2%}",
             f"{row['sqnr_qdq']:.1f}",
             f"{row['same_top1_qdq']:.2%}",
+            f"{row['sqnr_runtime']:.1f}",
+            f"{row['same_top1_runtime']:.2%}",
             f"{worst:.1f}",
         )
     return result

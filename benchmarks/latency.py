@@ -6,9 +6,10 @@
 For each network and runtime three files are timed in one process, one after the other in each round, so that
 what else the machine does falls on all alike: float32 (OpenVINO is told so; it would take bfloat16 itself on
 CPUs that have it), int8 by the runtime's own quantizer (ONNX Runtime's `quantize_static`, NNCF for OpenVINO),
-and ours. Figures are medians; ratios are medians of the ratios of a round. Weights are random, which changes
-no latency. The export of each network is timed in a process of its own, whose greatest memory is shown, with
-all that it imports and two training steps.
+ours, and ours with symmetric activations. Figures are medians; ratios are medians of the ratios of a round.
+All hold the same weights, which two steps of training make: a network that was never trained has biases of
+zero, which runtimes leave out. The export of each network is timed in a process of its own, whose greatest
+memory is shown, with all that it imports and those two steps.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from rich.table import Table
 from torch import nn
 from torchvision import models
 
-from qat_lightning import export_onnx, export_openvino, prepare
+from qat_lightning import cpu, export_onnx, export_openvino, prepare
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
+from qat_lightning.modes.reference import floating
 
+BACKEND = "x86" if cpu.overflows() else "onednn"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
-VARIANTS = ("float", "own quantizer", "ours")
+VARIANTS = {"float": "float", "own": "own quantizer", "ours": "ours", "symmetric": "ours, symmetric"}
+"""What each file is, by its name."""
 
 
-def trained(name: str) -> nn.Module:
+def trained(name: str, qconfig: str | None = None) -> nn.Module:
     """A prepared network that has seen two small batches, so that every range is known.
 
     Batch-norm statistics are those of the last batch: two are no average.
@@ -48,7 +52,7 @@ def trained(name: str) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    prepared = prepare(network, backend="onednn").train()
+    prepared = prepare(network, backend=BACKEND, qconfig=qconfig).train()
     optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -66,6 +70,9 @@ def export_ours(name: str, folder: Path, results: Any) -> None:
     export_onnx(prepared, folder / "ours.onnx", x, min_sqnr=5)  # hardly trained, it amplifies each rounding
     results["export_s"], results["process_bytes"] = time.perf_counter() - start, peak_memory()
     export_openvino(prepared, folder / "ours.xml", x, min_sqnr=5)
+    symmetric = trained(name, "symmetric")
+    export_onnx(symmetric, folder / "symmetric.onnx", x, min_sqnr=5)
+    export_openvino(symmetric, folder / "symmetric.xml", x, min_sqnr=5)
 
 
 def peak_memory() -> int:
@@ -73,8 +80,7 @@ def peak_memory() -> int:
 
 
 def export_float(name: str, folder: Path) -> None:
-    torch.manual_seed(0)
-    network = getattr(models, name)().eval()
+    network = floating(trained(name))
     torch.onnx.export(
         network, (torch.randn(2, 3, 224, 224),), folder / "float.onnx", dynamo=True, verbose=False,
         external_data=False, dynamic_shapes=({0: torch.export.Dim.AUTO},),
@@ -111,10 +117,9 @@ def quantize_by_nncf(folder: Path) -> None:
 
 
 def runtimes(folder: Path, threads: int) -> dict[str, list[RuntimeNetwork]]:
-    """For each runtime its three files, in the order of `VARIANTS`."""
-    names = ("float", "own", "ours")
+    """For each runtime its files, in the order of `VARIANTS`."""
     loaded: dict[str, list[Runtime]] = {OnnxRuntime.name: [], OpenVino.name: []}
-    for name in names:
+    for name in VARIANTS:
         graph, xml, weights = (
             (folder / f"{name}.{suffix}").read_bytes() for suffix in ("onnx", "xml", "bin")
         )
@@ -145,7 +150,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_files(networks: list[RuntimeNetwork], batch: int, rounds: int) -> dict[str, Any]:
-    """Medians in milliseconds, and the ratios of the third file to the other two."""
+    """Medians in milliseconds, and the ratios of ours to the others."""
     x = torch.randn(batch, 3, 224, 224)
     for network in networks:
         network(x)
@@ -159,19 +164,24 @@ def time_files(networks: list[RuntimeNetwork], batch: int, rounds: int) -> dict[
     columns = list(zip(*times, strict=True))
     return {
         "ms": dict(zip(VARIANTS, map(statistics.median, columns), strict=True)),
-        "to own quantizer": statistics.median(ours / own for _, own, ours in times),
-        "faster than float": statistics.median(plain / ours for plain, _, ours in times),
+        "to own quantizer": [statistics.median(row[ours] / row[1] for row in times) for ours in (2, 3)],
+        "faster than float": [statistics.median(row[0] / row[ours] for row in times) for ours in (2, 3)],
     }
 
 
 def show(results: dict[str, Any]) -> None:
     console = Console()
-    table = Table("network", "runtime", "batch", *(f"{v}, ms" for v in VARIANTS), "to own", "over float")
+    table = Table(
+        "network", "runtime", "batch", *(f"{v}, ms" for v in VARIANTS.values()), "to own", "over float"
+    )
     for name, result in results.items():
         for runtime, batches in result["runtimes"].items():
             for batch, row in batches.items():
                 milliseconds = [f"{row['ms'][variant]:.2f}" for variant in VARIANTS]
-                ratios = f"{row['to own quantizer']:.2f}", f"{row['faster than float']:.2f}"
+                ratios = [
+                    " / ".join(f"{ratio:.2f}" for ratio in row[name])
+                    for name in ("to own quantizer", "faster than float")
+                ]
                 table.add_row(name, runtime, batch, *milliseconds, *ratios)
     console.print(table)
     table = Table("network", "size of float", "export, s", "process, MiB")
