@@ -79,9 +79,7 @@ class QuantizationAwareTraining(pl.Callback):
         backend: Engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
             fbgemm use 7 bits for activations, which cannot saturate on CPUs without VNNI; onednn
             and qnnpack use 8, which is more accurate where the CPU has VNNI.
-        qconfig: Instead of the backend's default: one's own `QConfig` or `QConfigMapping`; `"symmetric"`,
-            which spares OpenVINO the zero points, that cost it time, and gives signed activations up to a
-            bit less; or `"torch"`, PyTorch's default.
+        qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself;
             `"eager"` runs its own code, with the QuantStubs its author wrote. `"auto"`: eager where
             there are QuantStubs, else fx.

@@ -25,7 +25,7 @@ from torch.ao.quantization.observer import (
     PerChannelMinMaxObserver,
 )
 
-from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, sign_grid, symmetric_grid
+from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, symmetric_grid
 
 OBSERVERS: dict[str, type[nn.Module]] = {
     "moving_average": MovingAverageMinMaxObserver,
@@ -148,8 +148,7 @@ class FakeQuantize(ao.FakeQuantize):
         if isinstance(observer, HistogramObserver):
             scale, zero_point = observer.calculate_qparams()
         else:
-            symmetric = sign_grid if self.bounds[0] == 0 else symmetric_grid
-            grid = symmetric if self.symmetric else affine_grid
+            grid = symmetric_grid if self.symmetric else affine_grid
             low, high = observer.min_val, observer.max_val
             scale, zero_point = grid(low, high, self.quant_min, self.quant_max, self.eps)
         _assign(self.scale, scale)

@@ -56,30 +56,6 @@ def symmetric_grid(
     return scale, zero_point
 
 
-def sign_grid(
-    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of the symmetric grid that covers `[low, high]`; of a positive one if `low >= 0`.
-
-    What a ReLU returns has all points of the grid, and its zero point is 0; what has a sign has half of them
-    for each, and a zero point in the middle, which is none for kernels that take signed integers.
-
-    Args:
-        low: Minimum, of any shape.
-        high: Maximum, of the same shape.
-        quant_min: Least integer of the grid.
-        quant_max: Greatest integer of the grid.
-        eps: Least scale.
-
-    Returns:
-        float32 scale and int32 zero point, of the shape of `low`.
-    """
-    signed = symmetric_grid(low, high, quant_min, quant_max, eps)
-    positive = affine_grid(low.clamp(min=0), high, quant_min, quant_max, eps)
-    scale, zero_point = (torch.where(low < 0, a, b) for a, b in zip(signed, positive, strict=True))
-    return scale, zero_point
-
-
 def fake_quantize(
     x: torch.Tensor,
     scale: torch.Tensor,

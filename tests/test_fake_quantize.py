@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_lightning import FakeQuantize
-from qat_lightning.fake_quantize import EPS, OBSERVERS
+from qat_lightning.fake_quantize import OBSERVERS
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, sign_grid, symmetric_grid
+from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, symmetric_grid
 from qat_lightning.quiet import quiet_torch_ao
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
@@ -324,16 +324,3 @@ def test_seven_bits_for_x86_and_fbgemm_eight_for_the_others() -> None:
         "onednn": 255,
     }
     assert all(isinstance(g, FakeQuantize) for g in grids.values())
-
-
-@given(low=st.floats(-50, 5, width=32), high=st.floats(-1, 50, width=32), most=st.sampled_from([127, 255]))
-def test_a_grid_with_a_sign_has_its_zero_in_the_middle_and_one_without_at_its_end(
-    low: float, high: float, most: int
-) -> None:
-    low, high = min(low, high), max(low, high)
-    scale, zero_point = sign_grid(torch.tensor([low]), torch.tensor([high]), 0, most, EPS)
-    assert int(zero_point) == (most // 2 + 1 if low < 0 else 0)
-    x = torch.linspace(low, high, 64)
-    rounded = fake_quantize(x, scale, zero_point, 0, most)
-    assert (rounded - x).abs().max() <= 0.5 * float(scale) * (1 + 1e-4)  # all of the range lies inside
-    assert torch.equal(fake_quantize(torch.zeros(1), scale, zero_point, 0, most), torch.zeros(1))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from torch.ao.quantization import (
 from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from qat_lightning import convert, load_int8, prepare, save_int8
+from qat_lightning import convert, prepare
 from qat_lightning.fake_quantize import fake_quantizes
 from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.recipe import recipe_of
@@ -33,7 +32,6 @@ from tests.networks import (
     images,
     leaves,
     same_state,
-    sqnr,
     train_steps,
 )
 
@@ -178,23 +176,6 @@ def test_a_qconfig_of_ones_own(mode: str, form: str) -> None:
     }
     train_steps(prepared, ((images(),), {}))
     assert torch.isfinite(convert(prepared)(images())).all()
-
-
-@pytest.mark.parametrize("backend", ["x86", "onednn"])
-@pytest.mark.parametrize("mode", ["fx", "eager"])
-def test_symmetric_activations_by_name(mode: str, backend: str, tmp_path: Path) -> None:
-    build = BUILDERS[mode][1]
-    prepared = prepare(build(), mode=mode, backend=backend, qconfig="symmetric")
-    train_steps(prepared, ((x := images(),), {}), steps=8)
-    grids: list[Any] = [
-        grid for name, grid in fake_quantizes(prepared) if not name.endswith("weight_fake_quant")
-    ]
-    points = {int(grid.zero_point) for grid in grids if grid.seen}
-    assert points == {0, 64 if backend == "x86" else 128}  # after a ReLU, and elsewhere
-    int8 = convert(prepared)
-    assert sqnr(prepared(x), int8(x)) > 25
-    path = save_int8(int8, tmp_path / "int8.pt")
-    assert torch.equal(load_int8(path, build())(x), int8(x))  # the name is all that it takes
 
 
 def test_a_mapping_may_keep_a_layer_float() -> None:

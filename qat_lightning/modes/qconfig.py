@@ -23,8 +23,6 @@ from qat_lightning.errors import RecipeMismatchError
 from qat_lightning.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
 
 QConfigLike = QConfig | QConfigMapping | str
-NAMED = ("torch", "symmetric")
-"""QConfigs that have a name: PyTorch's own default, and this package's with symmetric activations."""
 Override = QConfig | str
 Overrides = Mapping[str, Override | None]
 
@@ -43,14 +41,13 @@ _NOT_ROUNDED_IN_TRAINING = (
 )
 
 
-def default_qconfig(backend: str, observer: str = "moving_average", *, symmetric: bool = False) -> QConfig:
+def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
     """The QConfig that `prepare` uses: per-tensor affine activations, per-channel symmetric weights.
 
     Args:
         backend: x86 and fbgemm get activations of 7 bits, qnnpack and onednn of 8.
         observer: Of the activations: `"moving_average"`, `"min_max"` or `"histogram"`. Weights are observed
             anew at each step, since all of a weight is there to be seen.
-        symmetric: Whether activations lie on symmetric grids, or from 0 where nothing is negative.
 
     Raises:
         ValueError: There is no such observer.
@@ -62,7 +59,7 @@ def default_qconfig(backend: str, observer: str = "moving_average", *, symmetric
         quant_min=0,
         quant_max=127 if backend in _SEVEN_BITS else 255,
         dtype=torch.quint8,
-        qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
+        qscheme=torch.per_tensor_affine,
         eps=2**-12 if backend == "qnnpack" else EPS,  # qnnpack adds no tensors of very unequal scales
     )
     weight = FakeQuantize.with_args(
@@ -78,11 +75,11 @@ def default_qconfig(backend: str, observer: str = "moving_average", *, symmetric
 
 def check_qconfig(qconfig: object) -> None:
     """Raises a `TypeError` if `qconfig` is nothing that a network can be prepared with."""
-    if qconfig is not None and qconfig not in NAMED and not isinstance(qconfig, QConfig | QConfigMapping):
+    if qconfig is not None and qconfig != "torch" and not isinstance(qconfig, QConfig | QConfigMapping):
         raise TypeError(
             "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, 'torch' for PyTorch's own "
-            "default, 'symmetric' for symmetric activations, or None for the backend's default here, but "
-            f"received {type(qconfig).__name__}: {qconfig!r}."
+            "default, or None for the backend's default here, but received "
+            f"{type(qconfig).__name__}: {qconfig!r}."
         )
 
 
@@ -93,7 +90,7 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping
     mapping = get_default_qat_qconfig_mapping(backend)
     theirs: Any = mapping.global_qconfig
     if qconfig != "torch":
-        ours = qconfig if isinstance(qconfig, QConfig) else _named(backend, qconfig)
+        ours = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
         mapping.set_global(ours)
         # Operations whose grid is fixed (sigmoid) or shared (reshape) keep what PyTorch gives them.
         for kind, rule in dict(mapping.object_type_qconfigs).items():
@@ -114,7 +111,7 @@ def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConf
     if not isinstance(qconfig, QConfigMapping):
         if qconfig == "torch":
             qconfig = get_default_qat_qconfig(backend)
-        default = qconfig if isinstance(qconfig, QConfig) else _named(backend, qconfig)
+        default = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
         return {"": default, nn.Embedding: None, nn.EmbeddingBag: None}
     rules = qconfig.to_dict()
     if rules["module_name_regex"] or rules["module_name_object_type_order"]:
@@ -123,10 +120,6 @@ def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConf
             "rules, but received a regex or an order rule. Use mode='fx' or name the modules."
         )
     return {"": rules[""], **dict(rules["object_type"]), **dict(rules["module_name"])}
-
-
-def _named(backend: str, name: object) -> QConfig:
-    return default_qconfig(backend, symmetric=name == "symmetric")
 
 
 def describe(fake_quantize: FakeQuantizeBase) -> str:
@@ -142,7 +135,7 @@ def describe(fake_quantize: FakeQuantizeBase) -> str:
 
 
 def qconfig_name(qconfig: QConfigLike | None) -> str:
-    """What a recipe stores of a qconfig: `"default"`, its name, or the fingerprint of one's own.
+    """What a recipe stores of a qconfig: `"default"`, `"torch"`, or the fingerprint of one's own.
 
     The functions inside a QConfig cannot be stored as JSON, so that one's own has to be passed again; the
     fingerprint, a hash of what it makes, tells whether it is the same.
@@ -194,7 +187,7 @@ def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None
     Raises:
         RecipeMismatchError: It was one's own, and `qconfig` is not that one.
     """
-    if qconfig is None and name in NAMED:
+    if qconfig is None and name == "torch":
         return name
     if qconfig_name(qconfig) != name:
         raise RecipeMismatchError(
