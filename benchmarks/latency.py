@@ -6,8 +6,8 @@
 For each network and runtime three files are timed in one process, one after the other in each round, so that
 what else the machine does falls on all alike: float32 (OpenVINO is told so; it would take bfloat16 itself on
 CPUs that have it), int8 by the runtime's own quantizer (ONNX Runtime's `quantize_static`, NNCF for OpenVINO),
-and ours. Figures are medians; ratios are medians of the ratios of a round. All hold the same weights, which two
-steps of training make: a network that was never trained has biases of zero, which runtimes leave out. The
+and ours. Figures are medians; ratios are medians of the ratios of a round. All hold the same weights, which
+two steps of training make: a network that was never trained has biases of zero, which runtimes leave out. The
 export of each network is timed in a process of its own, whose greatest memory is shown, with all that it
 imports and those two steps.
 """
