@@ -234,3 +234,10 @@ def test_autocast_computes_with_floats() -> None:
         y = prepared(x)
     assert torch.isfinite(y).all()
     assert sqnr(prepared(x), y.float()) > 25
+
+
+def test_a_network_in_eval_mode_compiles() -> None:
+    prepared = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), x := images())
+    compiled = torch.compile(copy.deepcopy(prepared), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert differing(prepared(x), compiled(x)) < 1e-3

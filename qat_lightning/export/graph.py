@@ -71,10 +71,10 @@ def _part_zero_points(graph: ir.Graph) -> None:
     For CPUs without VNNI ONNX Runtime can turn weights into unsigned bytes, and fails where two share one.
     """
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        weight, _, zero = node.inputs
+        weight, zero = node.inputs[0], node.inputs[-1]
         assert weight is not None
         assert zero is not None
-        if weight.const_value is not None and len(zero.uses()) > 1:
+        if weight.const_value is not None and len(node.inputs) == 3 and len(zero.uses()) > 1:
             own = ir.Value(name=f"{weight.name}.zero_point", const_value=zero.const_value)
             own.shape, own.type = zero.shape, zero.type
             graph.register_initializer(own)

@@ -116,17 +116,16 @@ class OnnxRuntime:
         require("onnxruntime", purpose="Running an ONNX file")
         import onnxruntime
 
-        wide = FULL_BYTES.encode() in content and cpu.overflows()
-        options = _session_options(threads, optimize, folder, wide)
         start = partial(onnxruntime.InferenceSession, content, providers=["CPUExecutionProvider"])
-        try:
-            self._session = start(options)
-        except Exception as error:  # the runtime has a class of its own for each kind of failure
-            if not wide:
-                raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
-            # It cannot add in 32 bits where two layers share a weight.
-            options = _session_options(threads, optimize, folder, wide=False)
-            self._session = start(options)
+        overflows = FULL_BYTES.encode() in content and cpu.overflows()
+        for wide in (True, False) if overflows else (False,):
+            options = _session_options(threads, optimize, folder, wide)
+            try:
+                self._session = start(options)
+                break
+            except Exception as error:  # the runtime has a class of its own for each kind of failure
+                if not wide:
+                    raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
         self._content, self._options = content, options
         self.int8 = quantizes(content)
         self.signatures = [

@@ -40,8 +40,9 @@ class Integers:
         step = grid.scale * scale
         sums = layer(_integers(x, grid.scale), _integers(weight, _channels(scale, weight.ndim)), None)
         channels = weight.ndim - 1  # of a result that has no batch, as a bias has none
-        y = sums * _channels(step, channels)
-        return y if bias is None else y + _channels(on_grid(bias, step), channels)
+        if bias is None:
+            return sums * _channels(step, channels)
+        return torch.addcmul(_channels(on_grid(bias, step), channels), sums, _channels(step, channels))
 
     def _rounds(self, grid: FakeQuantize, x: torch.Tensor) -> bool:
         """Whether integers stand behind input and weight, and fit into the floats that are computed with."""
