@@ -77,7 +77,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     Args:
         backend: Engine of the int8 network: `"x86"`, `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
-            fbgemm use 7 bits for activations, which cannot saturate on CPUs without VNNI; onednn
+            fbgemm use 7 bits for activations, whose sums fit on CPUs without VNNI; onednn
             and qnnpack use 8, which is more accurate where the CPU has VNNI.
         qconfig: One's own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself;

@@ -166,6 +166,12 @@ def test_a_cpu_without_dot_products_is_the_reason_before_all_others() -> None:
     assert "VNNI" in findings(old, {"PyTorch": {"Mul": 1}})[0]
 
 
+def test_eight_bits_overflow_on_a_cpu_without_dot_products() -> None:
+    old = Machine("old", ("avx2",), 2, 2)
+    assert "x64quantprecision" in findings(report(layer(), machine=old), {})[-1]
+    assert findings(report(layer(), backend="x86", machine=old), {}) == ()
+
+
 # The file
 
 

@@ -21,10 +21,10 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qa
 
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import At, accuracy, outputs, train
-from qat_lightning import QuantizationAwareTraining, convert, export_onnx, load_runtime
+from qat_lightning import QuantizationAwareTraining, convert, cpu, export_onnx, load_runtime
 from qat_lightning.phases import freeze_bn_statistics
 
-BACKEND = "onednn" if torch.cpu._is_vnni_supported() else "x86"
+BACKEND = "x86" if cpu.overflows() else "onednn"
 """That of this machine: activations have 8 bits where there is VNNI, else 7, whose sums do not overflow."""
 CALIBRATION = 8
 """Training batches that post-training quantization sees."""
