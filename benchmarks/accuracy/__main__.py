@@ -38,6 +38,7 @@ _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--every", type=int, default=1, help="train on every so-many-th photograph")
     parser.add_argument("--tasks", nargs="+", default=["digits"])
     parser.add_argument("--methods", nargs="+", choices=METHODS | VARIANTS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -47,7 +48,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     args.cache.mkdir(parents=True, exist_ok=True)
     console = Console(width=120)
-    for task in tasks(args.images, args.tasks):
+    for task in tasks(args.images, args.tasks, args.every):
         rows: dict[str, list[Scores]] = {}
         for seed in args.seeds:
             for name in args.methods:
@@ -57,7 +58,7 @@ def main() -> None:
 
 def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
     """What a method reaches, from the cache or by running it."""
-    path = args.cache / f"{task.name}-{seed}-{name.replace(' ', '_')}-{args.lr:g}.json"
+    path = args.cache / f"{task.key}-{seed}-{name.replace(' ', '_')}-{args.lr:g}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
     torch.manual_seed(seed)
@@ -73,7 +74,7 @@ def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
 
 def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None) -> dict[str, Any]:
     """The weights of the float training, with `tuned` those after the further epochs at that rate."""
-    path = cache / f"{task.name}-{seed}-float{'' if tuned is None else f'-tuned-{tuned:g}'}.pt"
+    path = cache / f"{task.key}-{seed}-float{'' if tuned is None else f'-tuned-{tuned:g}'}.pt"
     if not path.is_file():
         torch.manual_seed(seed)
         network = task.build()
@@ -91,7 +92,10 @@ def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None
 
 
 def table(task: Task, rows: dict[str, list[Scores]]) -> Table:
-    title = f"{task.name}: test accuracy in percent, {task.epochs} + {task.tuning} epochs"
+    title = (
+        f"{task.name}: test accuracy in percent, {task.epochs} + {task.tuning} epochs "
+        f"of {len(task.train[1]):,} images"
+    )
     result = Table(title=title, box=box.MARKDOWN)
     for column in ("method", "form", "mean", "spread", "to float", "95 % interval"):
         result.add_column(column, justify="left" if column in ("method", "form") else "right")
