@@ -61,10 +61,13 @@ class FakeQuantize(ao.FakeQuantize):
         averaging: What share of a moving average the next batch is, if that is more than the observer's
             constant: see :meth:`average_over`.
         in_place: Whether training may overwrite the input with the result.
+        unit: What the grid shall hold besides 0, for the sake of what reads it; None for nothing. Affine
+            grids of a minimum and a maximum do, those of a histogram do not.
     """
 
     nonfinite: torch.Tensor
     averaging: torch.Tensor
+    unit: float | None = None
 
     def __init__(
         self,
@@ -148,9 +151,10 @@ class FakeQuantize(ao.FakeQuantize):
         if isinstance(observer, HistogramObserver):
             scale, zero_point = observer.calculate_qparams()
         else:
-            grid = symmetric_grid if self.symmetric else affine_grid
-            low, high = observer.min_val, observer.max_val
-            scale, zero_point = grid(low, high, self.quant_min, self.quant_max, self.eps)
+            given = (observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.eps)
+            scale, zero_point = (
+                symmetric_grid(*given) if self.symmetric else affine_grid(*given, unit=self.unit)
+            )
         _assign(self.scale, scale)
         _assign(self.zero_point, zero_point)
 

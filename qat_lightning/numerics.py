@@ -12,7 +12,12 @@ import torch
 
 
 def affine_grid(
-    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, eps: float
+    low: torch.Tensor,
+    high: torch.Tensor,
+    quant_min: int,
+    quant_max: int,
+    eps: float,
+    unit: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of the grid that covers `[low, high]` and holds 0 exactly.
 
@@ -22,12 +27,16 @@ def affine_grid(
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.
         eps: Least scale, so that a constant tensor of zeros has one.
+        unit: A number that shall lie on the grid, as 0 does: the scale grows, by less than a step in `unit`,
+            until it divides it. Nothing changes where the scale is greater than `unit`.
 
     Returns:
         float32 scale and int32 zero point, of the shape of `low`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=eps)
+    if unit is not None:
+        scale = torch.where(scale > unit, scale, unit / (unit / scale).floor())
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 

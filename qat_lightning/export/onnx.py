@@ -57,7 +57,7 @@ def export_onnx(
     example = example_of(prepared, example_inputs)
     path = Path(path)
     with replacing(path) as partial:
-        write_graph(example, partial, metadata or {})
+        write_graph(example, partial, metadata or {}, for_onnx_runtime=True)
         content = partial.read_bytes()
         for optimize in (False, True):  # as it is written, node by node, and as it will be run
             example.check(OnnxRuntime(content, optimize=optimize), path, min_sqnr)
@@ -70,6 +70,8 @@ def write_graph(
     path: Path,
     metadata: Mapping[str, str],
     form: Callable[[nn.Module], nn.Module] | None = None,
+    *,
+    for_onnx_runtime: bool = False,
 ) -> None:
     """Writes the graph of an example's network, unchecked.
 
@@ -78,10 +80,13 @@ def write_graph(
         path: Where to write.
         metadata: What else the file shall say of itself.
         form: Makes of a prepared network what is traced; the reference graph by default.
+        for_onnx_runtime: Whether hard-swishes become products of integers: ONNX Runtime has no int8 kernel
+            for one, OpenVINO has.
     """
     import onnx_ir
 
     from qat_lightning.export.graph import simplify
+    from qat_lightning.export.hard_swish import as_products
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
@@ -93,7 +98,8 @@ def write_graph(
             dynamic_shapes=tree_map(_dynamic_batch, example.kwargs or example.args),
         )
         assert program is not None
-        model = simplify(program.model)
+        model = as_products(program.model) if for_onnx_runtime else program.model
+        model = simplify(model)
     model.metadata_props.update({**example.metadata, **metadata})
     onnx_ir.save(model, path)
 

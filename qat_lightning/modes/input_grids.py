@@ -1,4 +1,4 @@
-"""Which grid lies what each layer reads, found in a graph of the prepared network."""
+"""On which grid that lies which each layer reads, found in a graph of the prepared network."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ _KEEPS: frozenset[Any] = frozenset(
         *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous", "relu"),
     }
 )
+_HARD_SWISHES: frozenset[Any] = frozenset({nn.Hardswish, F.hardswish})
+HARD_SWISH_ENDS = 3.0
+"""Beyond which a hard-swish is linear. On a grid that holds it the curve between is a product of integers."""
 
 
 def connect(network: nn.Module, graph: fx.Graph) -> None:
     """Tells each layer of a prepared `network` the fake-quantize behind its input, in place.
 
-    One that reads different grids in different places, or a grid that is not known, is told nothing.
+    One that reads different grids in different places, or a grid that is not known, is told nothing. What a
+    hard-swish reads gets a grid that its curve fits.
 
     Args:
         network: The network.
@@ -44,6 +48,10 @@ def connect(network: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(module_of(network, node), Integers):
             grids.setdefault(str(node.target), set()).add(_behind(network, node.args[0]))
+        elif what(network, node) in _HARD_SWISHES and isinstance(
+            read := _behind(network, node.args[0]), FakeQuantize
+        ):
+            read.unit = HARD_SWISH_ENDS
     for name, behind in grids.items():
         grid = behind.pop()
         if not behind and isinstance(grid, FakeQuantize) and grid.axis is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from qat_lightning.fake_quantize import FakeQuantize
 from qat_lightning.modes.graft import is_grafted, regraft, ungraft
+from qat_lightning.modes.nodes import grid_of
 from qat_lightning.modes.tracing import evaluate_only
 from qat_lightning.modes.trained import settle_bias
 from qat_lightning.quiet import quiet_torch_ao
@@ -27,22 +29,61 @@ _OPS = torch.ops.quantized_decomposed
 
 
 class QuantizeDequantize(nn.Module):
-    """Rounds its input to a fixed grid, as two operations that an exporter can see."""
+    """Rounds its input to a fixed grid, as two operations that an exporter can see.
+
+    Args:
+        fake_quantize: Has the grid: one for the tensor, or one for each channel.
+    """
 
     def __init__(self, fake_quantize: Any) -> None:
         super().__init__()
         scale, zero_point = fake_quantize.calculate_qparams()
-        self.scale, self.zero_point = float(scale), int(zero_point)
+        self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
         self.bounds = _bounds(fake_quantize)
         self.dtype = torch.int8 if self.bounds[0] < 0 else torch.uint8
+        if self.axis is None:
+            self.scale, self.zero_point = float(scale), int(zero_point)
+        else:
+            self.register_buffer("scale", scale.detach().float())
+            self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grid = (self.scale, self.zero_point, *self.bounds, self.dtype)
-        return _OPS.dequantize_per_tensor(_OPS.quantize_per_tensor(x, *grid), *grid)
+        return self.dequantize(self.quantize(x))
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Integers of a float tensor."""
+        quantize = _OPS.quantize_per_tensor if self.axis is None else _OPS.quantize_per_channel
+        return quantize(x, *self._grid())
+
+    def dequantize(self, integers: torch.Tensor) -> torch.Tensor:
+        """The floats that they stand for."""
+        dequantize = _OPS.dequantize_per_tensor if self.axis is None else _OPS.dequantize_per_channel
+        return dequantize(integers, *self._grid())
+
+    def _grid(self) -> tuple[Any, ...]:
+        axis = () if self.axis is None else (self.axis,)
+        return self.scale, self.zero_point, *axis, *self.bounds, self.dtype
+
+
+class ReferenceWeight(QuantizeDequantize):
+    """A weight that is stored as int8 and dequantized where it is used.
+
+    Args:
+        fake_quantize: The grid of the weight.
+        weight: In float32.
+    """
+
+    def __init__(self, fake_quantize: Any, weight: torch.Tensor) -> None:
+        super().__init__(fake_quantize)
+        self.register_buffer("int8", self.quantize(weight.detach().float()))
+
+    def forward(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The rounded weight; what is given is the float one, where a graph rounds it."""
+        return self.dequantize(self.int8)
 
 
 class ReferenceLayer(nn.Module):
-    """A convolution or linear layer whose weight is stored as int8 and dequantized where it is used.
+    """A convolution or linear layer with such a weight.
 
     Args:
         layer: The float layer, with batch-norm folded in.
@@ -52,27 +93,12 @@ class ReferenceLayer(nn.Module):
 
     def __init__(self, layer: Any, fake_quantize: Any, relu: bool) -> None:
         super().__init__()
-        scale, zero_point = fake_quantize.calculate_qparams()
         self.layer, self.relu = layer, relu
-        self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
-        self.bounds = _bounds(fake_quantize)
-        if self.axis is None:
-            self.scale, self.zero_point = float(scale), int(zero_point)
-        else:
-            self.register_buffer("scale", scale.detach().float())
-            self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
-        quantize = _OPS.quantize_per_tensor if self.axis is None else _OPS.quantize_per_channel
-        self.register_buffer("int8", quantize(layer.weight.detach().float(), *self._grid()))
+        self.weight = ReferenceWeight(fake_quantize, layer.weight)
         del layer.weight
 
-    def _grid(self) -> tuple[Any, ...]:
-        if self.axis is None:
-            return self.scale, self.zero_point, *self.bounds, torch.int8
-        return self.scale, self.zero_point, self.axis, *self.bounds, torch.int8
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dequantize = _OPS.dequantize_per_tensor if self.axis is None else _OPS.dequantize_per_channel
-        weight = dequantize(self.int8, *self._grid())
+        weight = self.weight()
         if isinstance(self.layer, nn.Linear):
             y = F.linear(x, weight, self.layer.bias)
         else:
@@ -95,24 +121,43 @@ def reference(prepared: nn.Module) -> nn.Module:
 
 def floating(prepared: nn.Module) -> nn.Module:
     """The same without any rounding: the float network with the trained weights, batch-norm folded in."""
-    return _rebuilt(prepared, _float_layer, lambda child: nn.Identity())
+    return _rebuilt(prepared, _float_layer, lambda child, weight: nn.Identity())
 
 
 def _rebuilt(
-    prepared: nn.Module, layer: Callable[[Any], nn.Module], rounding: Callable[[Any], nn.Module]
+    prepared: nn.Module,
+    layer: Callable[[Any], nn.Module],
+    rounding: Callable[[Any, torch.Tensor | None], nn.Module],
 ) -> nn.Module:
     module = copy.deepcopy(prepared).cpu().eval()
+    weights: dict[nn.Module, torch.Tensor] = {}
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):
             evaluate_only(network)
+            weights |= _rounded_weights(network)
         elif is_grafted(network):
             graph_module = ungraft(network)
             evaluate_only(graph_module)
+            weights |= _rounded_weights(graph_module)
             regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
         _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), layer)
-        _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), rounding)
+        _replace_each(
+            module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, weights.get(m))
+        )
     return module
+
+
+def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
+    """The fake-quantizes that round a parameter, which a function of the graph then gets, and these."""
+    return {
+        grid: graph_module.get_parameter(str(node.args[0].target))
+        for node in graph_module.graph.nodes
+        if (grid := grid_of(graph_module, node)) is not None
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+        and isinstance(attrgetter(str(node.args[0].target))(graph_module), nn.Parameter)
+    }
 
 
 def _reference_layer(child: Any) -> nn.Module:
@@ -131,8 +176,10 @@ def _float_layer(child: Any) -> nn.Module:
     return child.to_float().eval()
 
 
-def _quantize_dequantize(child: Any) -> nn.Module:
-    return QuantizeDequantize(child) if bool(child.fake_quant_enabled.any()) else nn.Identity()
+def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:
+    if not bool(child.fake_quant_enabled.any()):
+        return nn.Identity()
+    return QuantizeDequantize(child) if weight is None else ReferenceWeight(child, weight)
 
 
 def _replace_each(
