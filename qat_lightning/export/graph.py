@@ -49,7 +49,18 @@ class _MeanOfImage(pattern.RewriteRuleClassBase):
         return pooled if keeps else op.Flatten(pooled, axis=1)
 
 
+class _RoundedThenFlattened(pattern.RewriteRuleClassBase):
+    """A pooling whose result is rounded at once runs in int8, one that is flattened first does not."""
+
+    def pattern(self, op: Any, x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.QuantizeLinear(op.Flatten(op.GlobalAveragePool(x), axis=1), scale, zero_point)
+
+    def rewrite(self, op: Any, x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.Flatten(op.QuantizeLinear(op.GlobalAveragePool(x), scale, zero_point), axis=1)
+
+
 _RULES = pattern.RewriteRuleSet([_RoundedTwice.rule(), _MeanOfImage.rule()])
+_LATER_RULES = pattern.RewriteRuleSet([_RoundedThenFlattened.rule()])
 _PASSES = ir.passes.Sequential(
     passes.IdentityEliminationPass(),
     passes.RemoveUnusedNodesPass(),
@@ -60,7 +71,9 @@ _PASSES = ir.passes.Sequential(
 
 def simplify(model: ir.Model) -> ir.Model:
     """Applies all of them."""
-    model = _PASSES(rewrite(model, pattern_rewrite_rules=_RULES)).model
+    for rules in (_RULES, _LATER_RULES):
+        model = rewrite(model, pattern_rewrite_rules=rules)
+    model = _PASSES(model).model
     _part_zero_points(model.graph)
     return model
 

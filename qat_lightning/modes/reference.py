@@ -79,7 +79,8 @@ class ReferenceWeight(QuantizeDequantize):
 
     def forward(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The rounded weight; what is given is the float one, where a graph rounds it."""
-        return self.dequantize(self.int8)
+        integers: Any = self.int8
+        return self.dequantize(integers)
 
 
 class ReferenceLayer(nn.Module):

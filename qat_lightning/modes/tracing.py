@@ -35,6 +35,8 @@ from qat_lightning.modes.functional import read_facts_elsewhere, write_out_argum
 from qat_lightning.modes.lines import users_frame
 from qat_lightning.modes.merge import merge
 from qat_lightning.modes.mutation import read_what_was_written
+from qat_lightning.modes.norm_acts import parted_norms
+from qat_lightning.modes.own_layers import call_plain_layers
 from qat_lightning.modes.purity import Impure, records_nothing_else, same_state
 from qat_lightning.modes.transformers import traceable_transformers
 
@@ -130,6 +132,11 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
 
 def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces as :func:`trace` does; `whole`, and what turns out not to be traceable, become one call each."""
+    with parted_norms(network):
+        return _trace_parted(network, whole)
+
+
+def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
     tracer = _Tracer(whole)
     try:
         with traceable_transformers(network):
@@ -141,12 +148,16 @@ def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[s
         more = whole.and_culprit(error.__cause__, network, holds_quantizable)
         if more is None:
             raise
-        return trace_with(network, more)
+        return _trace_parted(network, more)
     scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
     read_what_was_written(network, graph)
     write_out_arguments(graph)
+    plain = call_plain_layers(network, graph)
     read_facts_elsewhere(network, graph)
-    return fx.GraphModule(network, graph, type(network).__name__), scopes
+    graph_module = fx.GraphModule(network, graph, type(network).__name__)
+    for name, layer in plain.items():
+        graph_module.set_submodule(name, layer)
+    return graph_module, scopes
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""Batch-norms that do more than normalize, such as timm's with an activation: traced as their parts.
+
+torch.ao fuses a batch-norm of torch.nn and no class of one's own. So while a network is traced, such a module
+gets a batch-norm of torch.nn as a child, with its own parameters and statistics, that takes the place of its
+call of `F.batch_norm`; what it does besides is traced like any other forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from qat_lightning.modes.nodes import module_of
+from qat_lightning.modes.subclass import with_forward
+
+PART = "batch_norm"
+"""What the child is called."""
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@contextmanager
+def parted_norms(network: nn.Module) -> Iterator[None]:
+    """Lets the block trace the parts of such modules in `network`; afterwards they are as they were."""
+    found = [module for module in network.modules() if _is_own(module)]
+    counters = {module: module._buffers["num_batches_tracked"] for module in found}
+    classes = {module: type(module) for module in found}
+    try:
+        for module in found:
+            module.add_module(PART, _plain(module))
+            counter = counters[module]
+            # Its forward may count the batch it is traced with.
+            module._buffers["num_batches_tracked"] = None if counter is None else counter.clone()
+            module.__class__ = with_forward(type(module), _parted(type(module).forward))
+        yield
+    finally:
+        for module in found:
+            module.__class__ = classes[module]
+            module._buffers["num_batches_tracked"] = counters[module]
+            module._modules.pop(PART, None)
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether `module` is a batch-norm with a forward of its own that calls `F.batch_norm`."""
+    code = getattr(type(module).forward, "__code__", None)
+    if not isinstance(module, _KINDS) or PART in module._modules or code is None:
+        return False
+    return not type(module).forward.__module__.startswith("torch.") and "batch_norm" in code.co_names
+
+
+def _plain(module: Any) -> nn.Module:
+    """A batch-norm of torch.nn that shares what `module` normalizes with."""
+    kind: Any = next(kind for kind in _KINDS if isinstance(module, kind))
+    plain = kind(module.num_features, module.eps, module.momentum, affine=False, device="meta")
+    plain.affine, plain.track_running_stats = module.affine, module.track_running_stats
+    plain._parameters.update(weight=module.weight, bias=module.bias)
+    for name in plain._buffers:
+        plain._buffers[name] = module._buffers[name]
+    return plain.train(module.training)
+
+
+def _parted(users: Any) -> Any:
+    """The user's forward, in a trace of which the child is called in the place of the function."""
+
+    def forward(self: Any, x: Any) -> Any:
+        if not isinstance(x, fx.Proxy):
+            return users(self, x)
+        tracer: Any = x.tracer
+        last = next(iter(reversed(tracer.graph.nodes)))
+        function = F.batch_norm
+        F.batch_norm = lambda x, *_, **__: self.get_submodule(PART)(x)  # type: ignore[assignment]
+        try:
+            result = users(self, x)
+        finally:
+            F.batch_norm = function
+        return fx.Proxy(_without_checks(last, result.node, tracer.root), tracer)
+
+    return forward
+
+
+def _without_checks(last: fx.Node, result: fx.Node, root: nn.Module) -> fx.Node:
+    """Erases what follows `last` in its graph and computes nothing; returns the node of the result.
+
+    What stands between a convolution, its batch-norm and a ReLU keeps them from being fused: identities, and
+    questions for a shape, which the batch-norm of torch.nn asks itself.
+    """
+    for node in reversed(list(last.graph.nodes)):
+        if node is last:
+            break
+        if isinstance(module_of(root, node), nn.Identity):
+            before = node.args[0]
+            assert isinstance(before, fx.Node)
+            node.replace_all_uses_with(before)
+            result = before if node is result else result
+            last.graph.erase_node(node)
+        elif node.target is torch._assert or _is_unused(node, result):
+            last.graph.erase_node(node)
+    return result
+
+
+def _is_unused(node: fx.Node, result: fx.Node) -> bool:
+    return node is not result and not node.users and node.op in ("get_attr", "call_function")

@@ -1,0 +1,81 @@
+"""Layers of one's own class that call the function with their own weight: torch.nn's layer in their place.
+
+Such as timm's `Conv2dSame`, which pads first. torch.ao fuses a batch-norm into a layer, not into a function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+_KINDS: dict[Any, type[nn.Module]] = {
+    F.linear: nn.Linear,
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv3d: nn.Conv3d,
+}
+
+
+def call_plain_layers(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """Makes such calls of functions, all of whose arguments are written out, calls of layers, in place.
+
+    Args:
+        network: What the graph was traced from. It is not changed.
+        graph: The graph.
+
+    Returns:
+        The layers by the names that the graph calls them by, which in `network` are those of one's own class.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        owner = _owner(network, node)
+        if owner is not None:
+            calls.setdefault(owner, []).append(node)
+    plain: dict[str, nn.Module] = {}
+    for name, nodes in calls.items():
+        settings = {node.args[3:] for node in nodes}
+        if len(settings) == 1:
+            plain[name] = _plain(network.get_submodule(name), *settings.pop())
+            for node in nodes:
+                read = [value for value in node.args[1:3] if isinstance(value, fx.Node)]
+                node.op, node.target, node.args = "call_module", name, node.args[:1]
+                for value in read:
+                    if not value.users:
+                        graph.erase_node(value)
+    return plain
+
+
+def _owner(network: nn.Module, node: fx.Node) -> str | None:
+    """Name of the layer whose weight and bias a call of a function has, if it is of the same kind."""
+    if node.op != "call_function" or node.target not in _KINDS:
+        return None
+    _, weight, bias = node.args[:3]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    name, _, leaf = str(weight.target).rpartition(".")
+    layer: Any = network.get_submodule(name)
+    if not name or leaf != "weight" or not isinstance(layer, _KINDS[node.target]) or layer._modules:
+        return None
+    own_bias = bias is None if layer.bias is None else _reads(bias, f"{name}.bias")
+    return name if own_bias else None
+
+
+def _reads(value: Any, name: str) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target == name
+
+
+def _plain(layer: Any, *settings: Any) -> nn.Module:
+    """A layer of torch.nn that shares the parameters of `layer`."""
+    if isinstance(layer, nn.Linear):
+        plain: Any = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    else:
+        kind: Any = next(kind for kind in _KINDS.values() if isinstance(layer, kind))
+        stride, padding, dilation, groups = settings
+        plain = kind(
+            layer.in_channels, layer.out_channels, layer.kernel_size, stride, padding, dilation, groups,
+            device="meta",
+        )  # fmt: skip
+    plain._parameters.update(weight=layer.weight, bias=layer.bias)
+    return plain.train(layer.training)
