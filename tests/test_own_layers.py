@@ -49,12 +49,10 @@ class Halved(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         torch._assert(x.ndim == 4, f"4 dimensions, not {x.ndim}")
-        if self.training:
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        y = F.batch_norm(
-            x / 2, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum
-        )
-        return y / 2
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x / 2, *statistics, self.weight, self.bias, self.training, 0.1) / 2
 
 
 class Own(nn.Module):
