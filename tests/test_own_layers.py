@@ -174,6 +174,17 @@ def test_all_batch_norms_of_a_network_of_timm_are_fused(name: str) -> None:
     assert F.linear not in functions(prepared)
 
 
+def test_what_a_network_leaves_out_keeps_nothing_from_being_fused() -> None:
+    """timm's ResNets have an Identity between batch-norm and activation, in the place of a DropBlock."""
+    prepared: Any = prepare(timm.create_model("resnet18", num_classes=CLASSES))
+    kinds = [type(module).__name__ for module in prepared.modules()]
+    assert kinds.count("ConvBnReLU2d") == 9  # the first, and the first of each of eight blocks
+    assert kinds.count("ConvBn2d") == 11
+    assert nn.ReLU not in {
+        type(prepared.get_submodule(str(n.target))) for n in prepared.graph.nodes if n.op == "call_module"
+    }
+
+
 def test_a_weight_that_a_function_gets_is_stored_as_int8(tmp_path: Path) -> None:
     class Called(nn.Module):
         def __init__(self) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_lightning.modes.nodes import module_of
 from qat_lightning.modes.subclass import with_forward
 
 PART = "batch_norm"
@@ -69,38 +68,28 @@ def _parted(users: Any) -> Any:
     def forward(self: Any, x: Any) -> Any:
         if not isinstance(x, fx.Proxy):
             return users(self, x)
-        tracer: Any = x.tracer
-        last = next(iter(reversed(tracer.graph.nodes)))
+        last = next(iter(reversed(x.node.graph.nodes)))
         function = F.batch_norm
         F.batch_norm = lambda x, *_, **__: self.get_submodule(PART)(x)  # type: ignore[assignment]
         try:
             result = users(self, x)
         finally:
             F.batch_norm = function
-        return fx.Proxy(_without_checks(last, result.node, tracer.root), tracer)
+        _erase_checks(last, result.node)
+        return result
 
     return forward
 
 
-def _without_checks(last: fx.Node, result: fx.Node, root: nn.Module) -> fx.Node:
-    """Erases what follows `last` in its graph and computes nothing; returns the node of the result.
+def _erase_checks(last: fx.Node, result: fx.Node) -> None:
+    """Erases what follows `last` in its graph and computes nothing but facts about its input.
 
-    What stands between a convolution, its batch-norm and a ReLU keeps them from being fused: identities, and
-    questions for a shape, which the batch-norm of torch.nn asks itself.
+    The batch-norm of torch.nn checks them itself, and a convolution whose result others ask for its shape is
+    not fused.
     """
     for node in reversed(list(last.graph.nodes)):
         if node is last:
             break
-        if isinstance(module_of(root, node), nn.Identity):
-            before = node.args[0]
-            assert isinstance(before, fx.Node)
-            node.replace_all_uses_with(before)
-            result = before if node is result else result
+        unused = not node.users and node is not result and node.op in ("get_attr", "call_function")
+        if unused or node.target is torch._assert:
             last.graph.erase_node(node)
-        elif node.target is torch._assert or _is_unused(node, result):
-            last.graph.erase_node(node)
-    return result
-
-
-def _is_unused(node: fx.Node, result: fx.Node) -> bool:
-    return node is not result and not node.users and node.op in ("get_attr", "call_function")

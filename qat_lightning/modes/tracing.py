@@ -32,6 +32,7 @@ from qat_lightning.modes.by_mode import OutputByMode
 from qat_lightning.modes.calls import Whole
 from qat_lightning.modes.dropout import remove_dropout
 from qat_lightning.modes.functional import read_facts_elsewhere, write_out_arguments
+from qat_lightning.modes.identities import erase_identities
 from qat_lightning.modes.lines import users_frame
 from qat_lightning.modes.merge import merge
 from qat_lightning.modes.mutation import read_what_was_written
@@ -150,6 +151,7 @@ def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dic
             raise
         return _trace_parted(network, more)
     scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
+    erase_identities(network, graph)
     read_what_was_written(network, graph)
     write_out_arguments(graph)
     plain = call_plain_layers(network, graph)
