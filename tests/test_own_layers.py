@@ -55,6 +55,21 @@ class Halved(nn.BatchNorm2d):
         return F.batch_norm(x / 2, *statistics, self.weight, self.bias, self.training, 0.1) / 2
 
 
+class Frozen(nn.BatchNorm2d):
+    """Normalizes with its statistics in training, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+
+class Shifted(nn.BatchNorm2d):
+    """Its factor is not its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, self.weight + 1, self.bias, self.training)
+
+
 class Own(nn.Module):
     def __init__(self, kind: type[nn.Conv2d] = Same, norm: type[nn.Module] = BatchNormAct2d) -> None:
         super().__init__()
@@ -85,7 +100,7 @@ def moved(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("norm", [BatchNormAct2d, Halved])
+@pytest.mark.parametrize("norm", [BatchNormAct2d, Halved, Frozen, Shifted])
 @pytest.mark.parametrize("kind", [Same, Standardized])
 def test_without_rounding_it_is_the_float_network(kind: Any, norm: Any) -> None:
     network, x = moved(Own(kind, norm)), images()
@@ -124,6 +139,12 @@ def test_a_convolution_a_norm_and_its_activation_are_one_layer() -> None:
     assert isinstance(prepared.get_submodule("head"), Integers)
     assert not functions(prepared) & {F.conv2d, F.linear, F.batch_norm, torch._assert}
     assert not alone(prepared)
+
+
+@pytest.mark.parametrize("norm", [Frozen, Shifted])
+def test_one_that_normalizes_in_another_way_stays_whole(norm: Any) -> None:
+    prepared = prepare(Own(norm=norm))
+    assert type(prepared.get_submodule("norm")) is norm
 
 
 def test_a_weight_that_is_computed_stays_a_function() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -70,7 +71,7 @@ def _parted(users: Any) -> Any:
             return users(self, x)
         last = next(iter(reversed(x.node.graph.nodes)))
         function = F.batch_norm
-        F.batch_norm = lambda x, *_, **__: self.get_submodule(PART)(x)  # type: ignore[assignment]
+        F.batch_norm = partial(_call_part, self)
         try:
             result = users(self, x)
         finally:
@@ -79,6 +80,43 @@ def _parted(users: Any) -> Any:
         return result
 
     return forward
+
+
+def _call_part(
+    module: Any, input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """Calls the child of `module` in the place of `F.batch_norm`, if that would do the same.
+
+    Raises:
+        ValueError: It would not. A trace then calls the whole module, and looks no further into it.
+    """
+    statistics = module._buffers["running_mean"], module._buffers["running_var"]
+    unused = module.training and not module.track_running_stats
+    same = (
+        training == (module.training or statistics[0] is None)
+        and all(
+            a is (None if unused else b) for a, b in zip((running_mean, running_var), statistics, strict=True)
+        )
+        and _is(weight, module, "weight")
+        and _is(bias, module, "bias")
+        and (momentum == module.momentum or module.momentum is None or not module.training)
+        and eps == module.eps
+    )
+    if not same:
+        raise ValueError("it normalizes in another way than the batch-norm of torch.nn that it inherits from")
+    return module.get_submodule(PART)(input)
+
+
+def _is(value: Any, module: nn.Module, name: str) -> bool:
+    """Whether a trace got this parameter of `module`."""
+    own = module._parameters[name]
+    if not isinstance(value, fx.Proxy):
+        return value is own
+    node, tracer = value.node, cast(Any, value.tracer)
+    owner, _, leaf = str(node.target).rpartition(".")
+    # Not by getattr, which gives proxies in a trace.
+    return node.op == "get_attr" and tracer.root.get_submodule(owner)._parameters.get(leaf) is own
 
 
 def _erase_checks(last: fx.Node, result: fx.Node) -> None:
