@@ -129,7 +129,7 @@ def test_a_run_that_is_resumed_after_its_last_step(tmp_path: Path) -> None:
 
 
 def test_a_failing_export_costs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qat_lightning.export.onnx.write_graph", fail)
