@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qat_lightning.modes.subclass import with_forward
 
-PART = "batch_norm"
+_PART = "batch_norm"
 """What the child is called."""
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -31,7 +31,7 @@ def parted_norms(network: nn.Module) -> Iterator[None]:
     classes = {module: type(module) for module in found}
     try:
         for module in found:
-            module.add_module(PART, _plain(module))
+            module.add_module(_PART, _plain(module))
             counter = counters[module]
             # Its forward may count the batch it is traced with.
             module._buffers["num_batches_tracked"] = None if counter is None else counter.clone()
@@ -41,13 +41,13 @@ def parted_norms(network: nn.Module) -> Iterator[None]:
         for module in found:
             module.__class__ = classes[module]
             module._buffers["num_batches_tracked"] = counters[module]
-            module._modules.pop(PART, None)
+            module._modules.pop(_PART, None)
 
 
 def _is_own(module: nn.Module) -> bool:
     """Whether `module` is a batch-norm with a forward of its own that calls `F.batch_norm`."""
     code = getattr(type(module).forward, "__code__", None)
-    if not isinstance(module, _KINDS) or PART in module._modules or code is None:
+    if not isinstance(module, _KINDS) or _PART in module._modules or code is None:
         return False
     return not type(module).forward.__module__.startswith("torch.") and "batch_norm" in code.co_names
 
@@ -105,7 +105,7 @@ def _call_part(
     )
     if not same:
         raise ValueError("it normalizes in another way than the batch-norm of torch.nn that it inherits from")
-    return module.get_submodule(PART)(input)
+    return module.get_submodule(_PART)(input)
 
 
 def _is(value: Any, module: nn.Module, name: str) -> bool:
