@@ -27,21 +27,12 @@ class _AsProduct(pattern.RewriteRuleClassBase):
 
     def check(self, context: Any, x: Any) -> Any:
         result = pattern.MatchResult()
-        grid = _grid(x)
-        if grid is None:
-            return result.fail("no constant grid of bytes")
-        steps = HARD_SWISH_ENDS / grid[0]
-        if abs(steps - round(steps)) > _TOLERANCE:
-            return result.fail("3 is no point of the grid")
-        if not 1 <= round(steps) <= grid[1]:
-            return result.fail("-3 lies outside of the grid")
-        return result
+        return result if _grid(x) else result.fail("-3 and 3 are no bytes of its input's grid")
 
     def rewrite(self, op: Any, x: Any) -> Any:
         grid = _grid(x)
         assert grid is not None
-        scale, zero_point = grid
-        steps = round(HARD_SWISH_ENDS / scale)
+        steps, zero_point = grid
 
         def constant(name: str, value: Any) -> Any:
             return op.initializer(ir.tensor(value), name=f"{x.name}.hard_sigmoid.{name}")
@@ -52,15 +43,17 @@ class _AsProduct(pattern.RewriteRuleClassBase):
         return op.Mul(x, op.DequantizeLinear(clipped, constant("scale", np.float32(1 / (2 * steps))), low))
 
 
-def _grid(x: Any) -> tuple[float, int] | None:
-    """Scale and zero point of the unsigned bytes that `x` was made of."""
+def _grid(x: Any) -> tuple[int, int] | None:
+    """Steps from 0 to 3, and the zero point, of the bytes that `x` was made of, if they hold -3 and 3."""
     node = x.producer()
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3:
         return None
     scale, zero_point = map(ir.convenience.get_const_tensor, node.inputs[1:])
     if scale is None or zero_point is None or scale.size != 1 or zero_point.dtype != ir.DataType.UINT8:
         return None
-    return float(scale.numpy()), int(zero_point.numpy())
+    steps, zero = HARD_SWISH_ENDS / float(scale.numpy()), int(zero_point.numpy())
+    fits = abs(steps - round(steps)) <= _TOLERANCE and 1 <= round(steps) <= zero
+    return (round(steps), zero) if fits else None
 
 
 def as_products(model: ir.Model) -> ir.Model:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -151,13 +150,13 @@ def _rebuilt(
 
 def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
     """The fake-quantizes that round a parameter, which a function of the graph then gets, and these."""
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     return {
-        grid: graph_module.get_parameter(str(node.args[0].target))
-        for node in graph_module.graph.nodes
-        if (grid := grid_of(graph_module, node)) is not None
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "get_attr"
-        and isinstance(attrgetter(str(node.args[0].target))(graph_module), nn.Parameter)
+        grid: parameters[read.target]
+        for read in graph_module.graph.nodes
+        if read.op == "get_attr" and read.target in parameters
+        for user in read.users
+        if (grid := grid_of(graph_module, user)) is not None
     }
 
 
