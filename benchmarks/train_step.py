@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step                                  # four networks, batch 32x3x64x64, CPU
     python -m benchmarks.train_step --size 224 --rounds 0            # memory at full size, no times
-    python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile
+    python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile --variants "ours, observing"
 
 A step is forward, backward and SGD. All variants of a network are timed in one process, a step of
 each in turn, so that what else the machine does falls on all alike; the figure is the median of the
@@ -44,6 +44,7 @@ from qat_lightning.quiet import quiet_torch_ao
 from qat_lightning.schedule import Phase
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
+OURS = ("ours, observing", "ours, observers frozen", "ours, all frozen")
 PEERS = ("torch fx", "torch eager", "NNCF", "Brevitas")
 
 
@@ -172,7 +173,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     x = torch.randn(args.batch, 3, args.size, args.size)
     labels = torch.randint(1000, (args.batch,))
-    made = variants(name, x)
+    made = {key: make for key, make in variants(name, x).items() if key in {"float", *args.variants}}
     x, labels = x.to(args.device), labels.to(args.device)
     steppers: dict[str, Stepper] = {}
     memory: dict[str, int] = {}
@@ -210,6 +211,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--variants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)

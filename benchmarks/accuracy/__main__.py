@@ -83,10 +83,9 @@ def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None
         else:
             network.load_state_dict(float_weights(task, seed, cache))
             train(task, network, seed, range(task.epochs, task.epochs + task.tuning), tuned)
-        torch.save(network.state_dict(), path)
-        Console().print(
-            f"{path.name}: {accuracy(outputs(network, task.test[0]), task.test[1]):.2f} %", highlight=False
-        )
+        found = accuracy(outputs(network.eval(), task.test[0]), task.test[1])
+        torch.save(network.cpu().state_dict(), path)
+        Console().print(f"{path.name}: {found:.2f} %", highlight=False)
     weights: dict[str, Any] = torch.load(path, weights_only=True)
     return weights
 

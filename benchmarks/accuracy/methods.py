@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from torch.ao.quantization import (
     get_default_qconfig_mapping,
 )
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+from torch.fx import GraphModule
 
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import DEVICE, Task
 from benchmarks.accuracy.training import At, accuracy, outputs, train
 from qat_lightning import QuantizationAwareTraining, convert, cpu, export_onnx, load_runtime
 from qat_lightning.phases import freeze_bn_statistics
@@ -39,10 +39,10 @@ def tuned_float(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
 def post_training(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
     """Post-training quantization by torch's FX flow, of the float network that was trained as long."""
     mapping = get_default_qconfig_mapping(BACKEND)
-    prepared = prepare_fx(network.eval(), mapping, (task.test[0][:1],))
+    prepared = prepare_fx(network.eval(), mapping, (task.test[0][:1],)).to(DEVICE)
     for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False):
         prepared(images)
-    return {"int8": _score(task, convert_fx(prepared))}
+    return {"int8": _score(task, convert_fx(prepared.cpu()))}
 
 
 def ours(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
@@ -56,7 +56,7 @@ def torch_fx(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
     mapping = get_default_qat_qconfig_mapping(BACKEND)
     prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
     train(task, prepared, seed, epochs(task), lr)
-    return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
+    return torch_forms(task, prepared)
 
 
 def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
@@ -74,7 +74,7 @@ def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Sc
         }
     )
     train(task, prepared, seed, epochs(task), 1e-4, callback=points, schedule=False)
-    return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(copy.deepcopy(prepared)))}
+    return torch_forms(task, prepared)
 
 
 def nncf(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
@@ -82,7 +82,7 @@ def nncf(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
     import nncf as package
 
     batches = [images for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False)]
-    quantized = package.quantize(network.eval(), package.Dataset(batches), subset_size=CALIBRATION)
+    quantized = package.quantize(network.eval().to(DEVICE), package.Dataset(batches), subset_size=CALIBRATION)
     train(task, quantized, seed, epochs(task), lr)
     return {"fake-quant": _score(task, quantized)}
 
@@ -109,11 +109,17 @@ def epochs(task: Task) -> range:
 
 def forms(task: Task, prepared: nn.Module) -> Scores:
     """The accuracy of a trained network of this package as it is trained, and as it runs."""
+    simulated, prepared = _score(task, prepared), prepared.cpu()
     return {
-        "fake-quant": _score(task, prepared),
+        "fake-quant": simulated,
         "int8": _score(task, convert(prepared)),
         "int8 in ONNX Runtime": _score(task, _in_onnx_runtime(task, prepared)),
     }
+
+
+def torch_forms(task: Task, prepared: GraphModule) -> Scores:
+    """The accuracy of a trained network of torch's FX flow."""
+    return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(prepared.cpu()))}
 
 
 def _in_onnx_runtime(task: Task, prepared: nn.Module) -> nn.Module:

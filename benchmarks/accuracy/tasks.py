@@ -16,6 +16,9 @@ from examples.cifar10.networks import ResNet20, mobilenet_v2
 from qat_lightning.data.digits import load_digits
 from qat_lightning.models import DigitsCNN
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where networks train, and where their training images lie. Int8 runs on the CPU everywhere."""
+
 
 class Task(NamedTuple):
     """What to train and to test.
@@ -44,8 +47,8 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What names it in the cache: with fewer images it is another task."""
-        return f"{self.name}-{len(self.train[1])}"
+        """What names it in the cache: with fewer images or epochs it is another task."""
+        return f"{self.name}-{len(self.train[1])}-{self.epochs}-{self.tuning}"
 
     @property
     def steps(self) -> int:
@@ -85,17 +88,19 @@ def tasks(images: Path | None, names: list[str], every: int = 1) -> Iterator[Tas
     """
     if "digits" in names:
         pixels, labels = load_digits()
-        train, test = (pixels[:1200], labels[:1200]), (pixels[1200:], labels[1200:])
+        train = pixels[:1200].to(DEVICE), labels[:1200].to(DEVICE)
+        test = pixels[1200:], labels[1200:]
         yield Task("digits", DigitsCNN, train, test, 30, 5, 0.05, 64, False)
     photographs = [name for name in names if name != "digits"]
     if photographs and images is not None:
         (pixels, labels), test = (read(images / split) for split in ("train", "test"))
-        train = pixels[::every], labels[::every]
+        train = pixels[::every].to(DEVICE), labels[::every].to(DEVICE)
         if "resnet20" in names:
             yield Task("resnet20", ResNet20, train, test, 30, 5, 0.1, 128, True)
         if "mobilenet_v2" in names:
-            # Fewer epochs: each takes minutes.
-            yield Task("mobilenet_v2", mobilenet_v2, train, test, 10, 1, 0.1, 128, True)
+            # On two cores each epoch takes minutes.
+            epochs, tuning = (30, 5) if DEVICE.type == "cuda" else (10, 1)
+            yield Task("mobilenet_v2", mobilenet_v2, train, test, epochs, tuning, 0.1, 128, True)
 
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.tasks import DEVICE, Task
 
 
 class Epoch(IterableDataset[tuple[Tensor, Tensor]]):
@@ -85,12 +85,14 @@ def train(
         schedule: As in :class:`Classifier`.
 
     Returns:
-        The network in eval mode, which the callback may have put in the place of the one given.
+        The network in eval mode, on the device it was trained on. The callback may have put it in the place
+        of the one given.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     module = Classifier(task, network.to(memory_format=torch.channels_last), seed, list(epochs), lr, schedule)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=DEVICE.type,
+        devices=1,
         max_epochs=len(module.epochs),
         callbacks=callback,
         reload_dataloaders_every_n_epochs=1,
@@ -100,7 +102,7 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(module)
-    return module.network.eval()
+    return module.network.eval().to(DEVICE)
 
 
 class At(Callback):
@@ -121,8 +123,10 @@ class At(Callback):
 
 @torch.no_grad()
 def outputs(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The logits for all images."""
-    return torch.cat([network(batch) for batch in images.split(250)])
+    """The logits for all images, computed where the network is: on the CPU without parameters, as int8 is."""
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    device = next(parameters, images).device
+    return torch.cat([network(batch.to(device)).cpu() for batch in images.split(250)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
