@@ -16,15 +16,26 @@ from torchvision import models
 from qat_lightning import ConversionError, convert, prepare
 from qat_lightning.phases import freeze_bn_statistics, set_enabled
 from qat_lightning.recipe import quantized_networks, recipe_of
-from tests.networks import CASES, Case, Residual, Stubbed, leaves, same_state, sqnr, train_steps
+from tests.networks import (
+    CASES,
+    Case,
+    Residual,
+    Stubbed,
+    layers_that_differ,
+    leaves,
+    same_state,
+    sqnr,
+    train_steps,
+)
 from tests.runs import dataset, loader
 
 # Mode, model, and how near int8 is to fake-quant in dB. A MobileNetV2 that has hardly been trained
-# amplifies every difference: its fake-quant outputs are only 7 to 10 dB from its float ones.
+# amplifies every difference: its fake-quant outputs are only 7 to 10 dB from its float ones. Two sums that
+# are rounded apart, which ones depends on the CPU, leave 15 to 42 dB; layer by layer the two are equal.
 TORCHVISION: dict[str, tuple[str, Callable[[], nn.Module], float]] = {
-    "mobilenet_v2-fx": ("fx", lambda: models.mobilenet_v2(num_classes=4), 18),
+    "mobilenet_v2-fx": ("fx", lambda: models.mobilenet_v2(num_classes=4), 12),
     "resnet18-fx": ("fx", lambda: models.resnet18(num_classes=4), 35),
-    "mobilenet_v2-eager": ("eager", lambda: models.quantization.mobilenet_v2(num_classes=4), 18),
+    "mobilenet_v2-eager": ("eager", lambda: models.quantization.mobilenet_v2(num_classes=4), 12),
     "resnet18-eager": ("eager", lambda: models.quantization.resnet18(num_classes=4), 35),
 }
 
@@ -106,6 +117,7 @@ def test_torchvision_models(name: str) -> None:
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in int8.modules())
     with torch.no_grad():
         fake, converted = prepared(x), int8(x)
+    assert layers_that_differ(prepared, int8, x) == []
     assert sqnr(fake, converted) > min_sqnr
     assert (fake.argmax(1) == converted.argmax(1)).float().mean() > 0.9
 
