@@ -101,7 +101,8 @@ class PostTrainingQuantization(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the copy to where the module is."""
         assert self._twin is not None
-        self._twin.to(pl_module.device)
+        with torch.inference_mode(False):  # its buffers must be no inference tensors, as in `_Follower`
+            self._twin.to(pl_module.device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Converts the copy."""

@@ -35,6 +35,8 @@ from tests.test_resume import EPOCHS, STEPS, Crash, CrashAt, Noisy, seed
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    # Lightning's: it wraps a network for DDP in a stream of its own.
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
     # The compiler's own.
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torchmetrics
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from qat_lightning import QuantizationAwareTraining
+from qat_lightning.scoring import lone_trainer
 from tests.networks import CLASSES, Residual, same_state
 from tests.runs import TinyModule, trainer
 
@@ -74,3 +77,13 @@ def test_the_training_does_not_notice(tmp_path: Path) -> None:
 def test_every_no_epochs_is_refused() -> None:
     with pytest.raises(ValueError, match="must be None or at least 1, but received 0"):
         QuantizationAwareTraining(int8_val_every_n_epochs=0)
+
+
+def test_nobody_is_told_of_a_gpu_that_int8_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="GPU available but not used"):
+            pl.Trainer(accelerator="cpu", **options)
+        lone_trainer()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from qat_lightning import cpu
 from qat_lightning.errors import ConversionError
@@ -83,7 +84,7 @@ def example_of(prepared: nn.Module, example_inputs: Any) -> Example:
     Args:
         prepared: A network that `prepare` made, or a module that holds some.
         example_inputs: A tuple or list of arguments, a dict of them by name, or None for the module's
-            `example_input_array`.
+            `example_input_array`. They may lie on any device.
 
     Raises:
         ValueError: There are no example inputs, or nothing prepared in the module.
@@ -97,7 +98,8 @@ def example_of(prepared: nn.Module, example_inputs: Any) -> Example:
         )
     for name in recipes:
         check_observed(prepared.get_submodule(name))
-    args, kwargs = _arguments(prepared, example_inputs)
+    arguments = _arguments(prepared, example_inputs)
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), arguments)
     module = copy.deepcopy(prepared).cpu().eval()
     with torch.no_grad():
         outputs = module(*args, **kwargs)
