@@ -31,38 +31,31 @@ def affine_grid(
             until it divides it. Nothing changes where the scale is greater than `unit`.
 
     Returns:
-        float32 scale and int32 zero point, of the shape of `low`.
+        Scale and zero point, in float32 and of the shape of `low`. The zero point is a whole number.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=eps)
     if unit is not None:
         scale = torch.where(scale > unit, scale, unit / (unit / scale).floor())
-    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
-    return scale, zero_point.to(torch.int32)
+    return scale, quant_min - torch.round(low / scale)  # on the grid: the scale is that of the range, or more
 
 
-def symmetric_grid(
-    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of the symmetric grid that covers `[low, high]`.
+def symmetric_scale(magnitude: torch.Tensor, quant_min: int, quant_max: int, eps: float) -> torch.Tensor:
+    """Scale of the symmetric grid that covers `[-magnitude, magnitude]`.
 
     The greatest magnitude lies on the grid's end (127), not half a step beyond it (127.5) as in
     `torch.ao`'s observers: nothing inside the range is clipped.
 
     Args:
-        low: Minimum, of any shape.
-        high: Maximum, of the same shape.
+        magnitude: Greatest magnitude, of any shape.
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.
         eps: Least scale.
 
     Returns:
-        float32 scale and int32 zero point, of the shape of `low`.
+        float32, of the shape of `magnitude`.
     """
-    half = (quant_max - quant_min) // 2
-    scale = (torch.maximum(-low, high).clamp(min=0) / half).clamp(min=eps)
-    zero_point = torch.full_like(scale, quant_max - half, dtype=torch.int32)
-    return scale, zero_point
+    return (magnitude / ((quant_max - quant_min) // 2)).clamp(min=eps)
 
 
 def fake_quantize(
@@ -104,9 +97,24 @@ def fake_quantize(
         low, high = extremes if extremes is not None else torch.aminmax(x.detach())
         reach = float(low), float(high)
         return _Round.apply(x, step, quant_min - zero, quant_max - zero, reach, in_place)
+    elif x.is_cuda and not torch.compiler.is_compiling():
+        return in_one_kernel(x, scale, zero_point, quant_min, quant_max)
     else:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point, None, in_place)
+
+
+def in_one_kernel(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """`fake_quantize` with one grid for the whole tensor, by PyTorch's own kernel: for GPUs.
+
+    There it is the same arithmetic in one launch and one pass over memory, each way; on CPUs it is several
+    times slower. It makes a number of a NaN, so that only an observer tells of one.
+    """
+    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, quant_min, quant_max).to(
+        x.dtype
+    )
 
 
 class _Round(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch import Tensor
 from qat_lightning import FakeQuantize
 from qat_lightning.fake_quantize import OBSERVERS
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.numerics import affine_grid, fake_quantize, round_weight, symmetric_grid
+from qat_lightning.numerics import affine_grid, fake_quantize, in_one_kernel, round_weight
 from qat_lightning.quiet import quiet_torch_ao
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
@@ -28,6 +28,7 @@ def reference(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> 
     return (integers.clamp(low, high) - zero_point) * scale
 
 
+@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
 @settings(max_examples=150, deadline=None)
 @given(
     shape=SHAPES,
@@ -39,6 +40,7 @@ def reference(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> 
     seed=st.integers(0, 1000),
 )
 def test_forward_rounds_to_the_nearest_point_of_the_grid(
+    function: Any,
     shape: list[int],
     grid: tuple[int, int],
     scale: float,
@@ -51,7 +53,7 @@ def test_forward_rounds_to_the_nearest_point_of_the_grid(
     zero_point = low + round(position * (high - low))
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale * spread).to(dtype)
     scale_, zero_ = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
-    y = fake_quantize(x, scale_, zero_, low, high)
+    y = function(x, scale_, zero_, low, high)
 
     assert y.shape == x.shape
     assert y.dtype == x.dtype
@@ -66,10 +68,11 @@ def test_forward_rounds_to_the_nearest_point_of_the_grid(
     )
 
 
+@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
 @settings(max_examples=100, deadline=None)
 @given(grid=GRIDS, position=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_gradient_is_the_straight_through_estimators(
-    grid: tuple[int, int], position: float, seed: int
+    function: Any, grid: tuple[int, int], position: float, seed: int
 ) -> None:
     low, high = grid
     zero_point = low + round(position * (high - low))
@@ -77,7 +80,8 @@ def test_gradient_is_the_straight_through_estimators(
     x = torch.randn(200, generator=generator) * 100
     grad = torch.randn(200, generator=generator)
     x.requires_grad_()
-    fake_quantize(x, torch.tensor([0.7]), torch.tensor([zero_point]), low, high).backward(grad)
+    zero = torch.tensor([zero_point], dtype=torch.int32)
+    function(x, torch.tensor([0.7]), zero, low, high).backward(grad)
 
     integers = torch.round(x.detach().double() / 0.7) + zero_point
     inside = (integers >= low) & (integers <= high)
@@ -152,10 +156,22 @@ def test_affine_grid_covers_the_range_and_holds_zero(low: float, width: float, g
     assert (quant_max - zero) * step >= max(low + width, 0) - 0.5001 * step
 
 
-def test_symmetric_grid_ends_at_the_greatest_magnitude() -> None:
-    scale, zero_point = symmetric_grid(torch.tensor([-2.54, 0.0]), torch.tensor([1.0, 1.27]), -128, 127, 1e-7)
-    assert scale.tolist() == pytest.approx([0.02, 0.01])
-    assert zero_point.tolist() == [0, 0]
+@pytest.mark.parametrize(
+    ("dtype", "grid", "zero"), [(torch.qint8, (-128, 127), 0), (torch.quint8, (0, 255), 128)]
+)
+def test_symmetric_grid_ends_at_the_greatest_magnitude(
+    dtype: torch.dtype, grid: tuple[int, int], zero: int
+) -> None:
+    options: dict[str, Any] = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0, "dtype": dtype}
+    of_channels = FakeQuantize(OBSERVERS["min_max_per_channel"], *grid, **options)
+    of_channels(torch.tensor([[-2.54, 1.0], [0.0, 1.27]]))
+    options = {"qscheme": torch.per_tensor_symmetric, "dtype": dtype}
+    of_all = FakeQuantize(OBSERVERS["min_max"], *grid, **options)
+    of_all(torch.tensor([-2.54, 1.0]))
+    assert of_channels.scale.tolist() == pytest.approx([0.02, 0.01])
+    assert of_all.scale.tolist() == pytest.approx([0.02])
+    assert of_channels.zero_point.tolist() == [zero] * 2
+    assert of_all.zero_point.tolist() == [zero]
 
 
 def weight_grid() -> Any:

@@ -69,8 +69,7 @@ class Undivided(Integers):
         """Makes the grid of the folded weight, from the greatest magnitudes of the plain one."""
         grid = self.weight_fake_quant
         if (self.training and grid.observing) or not grid.seen:
-            magnitude = magnitude * self._factor().abs()
-            grid.observe_range(-magnitude, magnitude)
+            grid.observe_magnitude(magnitude * self._factor().abs())
 
     def _folded(self, factor: torch.Tensor) -> torch.Tensor:
         """The folded weight, rounded to its grid."""
