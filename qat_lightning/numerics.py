@@ -112,7 +112,8 @@ def in_one_kernel(
     There it is the same arithmetic in one launch and one pass over memory, each way; on CPUs it is several
     times slower. It makes a number of a NaN, so that only an observer tells of one.
     """
-    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, quant_min, quant_max).to(
+    step = scale.float()  # it would read the bytes of another dtype as a float's
+    return torch.fake_quantize_per_tensor_affine(x.float(), step, zero_point, quant_min, quant_max).to(
         x.dtype
     )
 

@@ -125,6 +125,15 @@ def test_round_weight_is_fake_quantize_of_the_folded_weight(
         torch.testing.assert_close(factors[1].grad, factors[0].grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
+def test_a_network_in_float64_has_the_same_grid(function: Any) -> None:
+    x, zero = torch.randn(100), torch.tensor([100], dtype=torch.int32)
+    y = function(x, torch.tensor([0.03]), zero, 0, 255)
+    in_float64 = function(x.double(), torch.tensor([0.03]).double(), zero, 0, 255)
+    assert in_float64.dtype == torch.float64
+    torch.testing.assert_close(in_float64.float(), y)
+
+
 def test_a_weight_inside_its_grid_gets_every_gradient() -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     weight_grid()(weight).sum().backward()
