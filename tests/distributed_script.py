@@ -143,7 +143,7 @@ def switched_off(folder: Path) -> Result:
 
 @scenario
 def fewer_levels(folder: Path) -> Result:
-    return fit(folder, Uneven(), Meddler(lambda grid: setattr(grid, "quant_max", 126)))
+    return fit(folder, Uneven(), Meddler(lambda grid: setattr(grid, "quant_max", 63)))
 
 
 @scenario
