@@ -102,14 +102,15 @@ def quantize_by_onnx_runtime(folder: Path) -> None:
     )  # fmt: skip
 
 
-def quantize_by_nncf(folder: Path) -> None:
+def quantize_by_nncf(folder: Path, preset: str) -> None:
     import nncf
     import openvino
 
     model = openvino.convert_model(folder / "float.onnx")
     openvino.save_model(model, folder / "float.xml", compress_to_fp16=False)
     batches = [torch.randn(1, 3, 224, 224).numpy() for _ in range(4)]
-    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=4)
+    grids = nncf.QuantizationPreset(preset)
+    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=4, preset=grids)
     openvino.save_model(quantized, folder / "own.xml", compress_to_fp16=False)
 
 
@@ -137,7 +138,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"The export of {name} failed.")
         export_float(name, folder)
         quantize_by_onnx_runtime(folder)
-        quantize_by_nncf(folder)
+        quantize_by_nncf(folder, args.preset)
         sizes = {kind: (folder / f"{kind}.onnx").stat().st_size for kind in ("float", "own", "ours")}
         rows = {
             runtime: {str(batch): time_files(networks, batch, args.rounds) for batch in args.batches}
@@ -193,6 +194,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=MODELS)
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--preset", default="performance", help="of NNCF: performance (symmetric grids) or mixed"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
     args = parser.parse_args()
