@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from PIL import Image
 from benchmarks.accuracy import __main__ as benchmark
 from benchmarks.accuracy.tasks import Task, tasks
 from qat_lightning.models import DigitsCNN
+
+
+@pytest.fixture(autouse=True)
+def lightning_speaks_again() -> Iterator[None]:
+    """The benchmark silences it, which other tests listen to."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
