@@ -67,6 +67,17 @@ def test_the_module_and_its_metrics_are_those_of_float(trained: TinyModule, tmp_
     assert not trained.model._forward_pre_hooks
 
 
+def test_a_copy_that_moves_to_another_device_can_be_calibrated(
+    trained: TinyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Lightning's inference mode would make new tensors that no observer could change."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self._apply(torch.clone))
+    ptq = calibrated(tmp_path, trained, backend="onednn")
+    x = dataset(32, seed=3).tensors[0]
+    with torch.no_grad():
+        assert sqnr(trained(x), int8_of(ptq)(x)) > 20
+
+
 def test_ranges_are_of_what_it_was_validated_with(trained: TinyModule, tmp_path: Path) -> None:
     """A module that is calibrated on brighter images has a coarser grid for the usual ones."""
     x = dataset(32, seed=3).tensors[0]
