@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.accuracy import __main__ as benchmark
 from benchmarks.accuracy.tasks import Task, tasks
 from qat_lightning.models import DigitsCNN
+from tests.photographs import write_photographs
 
 
 @pytest.fixture(autouse=True)
@@ -30,31 +29,23 @@ def lightning_speaks_again() -> Iterator[None]:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Six images of each of two classes to train on, and two to test on."""
-    for split, count in (("train", 6), ("test", 2)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    return write_photographs(tmp_path / "images")
 
 
 def test_a_share_of_the_photographs_is_another_task(photographs: Path) -> None:
     (whole,), (half,) = (tasks(photographs, ["resnet20"], every) for every in (1, 2))
     assert torch.equal(half.train[0], whole.train[0][::2])
-    assert half.train[1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert half.train[1].tolist() == [0] * 40 + [1] * 40
     assert torch.equal(half.test[0], whole.test[0])
-    assert whole.key == "resnet20-12-30-5"
-    assert half.key == "resnet20-6-30-5"
+    assert whole.key == "resnet20-160-30-5"
+    assert half.key == "resnet20-80-30-5"
 
 
 def test_batches_are_those_of_seed_and_epoch(photographs: Path) -> None:
     (task,) = tasks(photographs, ["resnet20"])
     task = task._replace(batch=4)
     first, again, other = (list(task.batches(seed, epoch)) for seed, epoch in ((0, 1), (0, 1), (1, 0)))
-    assert len(first) == task.steps == 3
+    assert len(first) == task.steps == 40
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
 

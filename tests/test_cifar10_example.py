@@ -6,24 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from torchvision.transforms.v2.functional import to_pil_image
 
 from examples.cifar10.data import Photographs
+from tests.photographs import write_photographs
 from tests.processes import run_all
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, told apart by their brightness."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 80), ("test", 20)):
-        for label, brightness in (("dark", 0), ("light", 128)):
-            (tmp_path / "images" / split / label).mkdir(parents=True)
-            for i in range(count):
-                image = torch.randint(0, 128, (3, 32, 32), generator=generator) + brightness
-                to_pil_image(image.byte()).save(tmp_path / "images" / split / label / f"{i}.png")
-    return tmp_path / "images"
+    return write_photographs(tmp_path / "images")
 
 
 def test_validation_images_are_not_trained_on(folder: Path) -> None:

@@ -50,9 +50,9 @@ def on_gpu(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
 # Numerics
 
 
-@pytest.mark.parametrize("learned_from", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("observe", [True, False])
-def test_a_grid_is_that_of_the_cpu(learned_from: torch.dtype, observe: bool) -> None:
+def test_a_grid_is_that_of_the_cpu(dtype: torch.dtype, observe: bool) -> None:
     found = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_a_grid_is_that_of_the_cpu(learned_from: torch.dtype, observe: bool) -> 
         grid(torch.randn(64, 64))
         if not observe:
             grid.disable_observer()
-        x = (2 * torch.randn(64, 64)).to(learned_from).to(device).requires_grad_()
+        x = (2 * torch.randn(64, 64)).to(dtype).to(device).requires_grad_()
         y = grid.to(device)(x)
         y.sum().backward()
         assert x.grad is not None

@@ -114,9 +114,8 @@ def test_ctrl_c(tmp_path: Path, whole: Whole) -> None:
     at = Call(ImageClassifier, "training_step", 9)
 
     def press() -> None:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # which a job in a shell's background ignores
+        # A job in a shell's background ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
 
     assert run(tmp_path, *command, at=at, act=press) == [1]
