@@ -195,7 +195,10 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
-        "--preset", default="performance", help="of NNCF: performance (symmetric grids) or mixed"
+        "--preset",
+        choices=("performance", "mixed"),
+        default="performance",
+        help="grids of NNCF: symmetric, or not",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")

@@ -29,6 +29,7 @@ from benchmarks.accuracy.methods import METHODS, Scores
 from benchmarks.accuracy.tasks import Task, tasks
 from benchmarks.accuracy.training import accuracy, outputs, train
 from benchmarks.accuracy.variants import VARIANTS
+from qat_lightning.atomic import replacing
 from qat_lightning.quiet import quiet_torch_ao
 
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -68,7 +69,8 @@ def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
     network.load_state_dict(float_weights(task, seed, args.cache, tuned))
     with quiet_torch_ao():
         scores = (METHODS | VARIANTS)[name](task, network, seed, args.lr)
-    path.write_text(json.dumps(scores))
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(scores))
     return scores
 
 
@@ -83,8 +85,9 @@ def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None
         else:
             network.load_state_dict(float_weights(task, seed, cache))
             train(task, network, seed, range(task.epochs, task.epochs + task.tuning), tuned)
-        found = accuracy(outputs(network.eval(), task.test[0]), task.test[1])
-        torch.save(network.cpu().state_dict(), path)
+        found = accuracy(outputs(network, task.test[0]), task.test[1])
+        with replacing(path) as partial:
+            torch.save(network.cpu().state_dict(), partial)
         Console().print(f"{path.name}: {found:.2f} %", highlight=False)
     weights: dict[str, Any] = torch.load(path, weights_only=True)
     return weights

@@ -10,7 +10,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.ao.quantization import (
     disable_observer,
     get_default_qat_qconfig_mapping,
@@ -97,7 +97,7 @@ METHODS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
 }
 
 
-def _score(task: Task, network: Callable[[Tensor], Tensor]) -> float:
+def _score(task: Task, network: nn.Module) -> float:
     images, labels = task.test
     return accuracy(outputs(network, images), labels)
 
@@ -109,9 +109,8 @@ def epochs(task: Task) -> range:
 
 def forms(task: Task, prepared: nn.Module) -> Scores:
     """The accuracy of a trained network of this package as it is trained, and as it runs."""
-    simulated, prepared = _score(task, prepared), prepared.cpu()
     return {
-        "fake-quant": simulated,
+        "fake-quant": _score(task, prepared),
         "int8": _score(task, convert(prepared)),
         "int8 in ONNX Runtime": _score(task, _in_onnx_runtime(task, prepared)),
     }

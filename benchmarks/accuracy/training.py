@@ -122,10 +122,9 @@ class At(Callback):
 
 
 @torch.no_grad()
-def outputs(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def outputs(network: nn.Module, images: Tensor) -> Tensor:
     """The logits for all images, computed where the network is: on the CPU without parameters, as int8 is."""
-    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
-    device = next(parameters, images).device
+    device = next(network.parameters(), images).device
     return torch.cat([network(batch.to(device)).cpu() for batch in images.split(250)])
 
 
