@@ -156,12 +156,11 @@ class FakeQuantize(ao.FakeQuantize):
     def refresh(self) -> None:
         """Makes the grid of what the observer holds."""
         observer = self.activation_post_process
-        histogram = isinstance(observer, HistogramObserver)
-        if self.symmetric and not histogram:
+        if isinstance(observer, HistogramObserver):
+            scale, zero_point = observer.calculate_qparams()
+        elif self.symmetric:
             self._reach(torch.maximum(-observer.min_val, observer.max_val))
             return
-        if histogram:
-            scale, zero_point = observer.calculate_qparams()
         else:
             given = (observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.eps)
             scale, zero_point = affine_grid(*given, unit=self.unit)
