@@ -31,9 +31,10 @@ test-all: $(STAMP)  ## every test, the slow ones too
 soak: $(STAMP)  ## kill runs at a hundred moments, and compare what resume=auto ends with (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
-check: $(STAMP)  ## ruff and mypy --strict
+check: $(STAMP)  ## ruff, the layers of imports, and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(STAMP)  ## let ruff rewrite what it can
@@ -41,4 +42,4 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) build dist outputs multirun *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist outputs multirun *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

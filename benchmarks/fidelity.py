@@ -31,11 +31,11 @@ from torchvision.transforms import v2
 from benchmarks.accuracy.tasks import read
 from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
-from qat_lightning.data.digits import load_digits
+from qat_lightning.base.sqnr import sqnr
 from qat_lightning.export.runtime import OnnxRuntime, RuntimeNetwork
-from qat_lightning.fidelity import sqnr
-from qat_lightning.models import DigitsCNN
-from qat_lightning.modes.reference import reference
+from qat_lightning.modes.layers.reference import reference
+from qat_lightning.tasks.data.digits import load_digits
+from qat_lightning.tasks.models import DigitsCNN
 
 BACKENDS = ("x86", "onednn", "qnnpack")
 

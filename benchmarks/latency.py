@@ -32,9 +32,10 @@ from rich.table import Table
 from torch import nn
 from torchvision import models
 
-from qat_lightning import cpu, export_onnx, export_openvino, prepare
+from qat_lightning import export_onnx, export_openvino, prepare
+from qat_lightning.base import cpu
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
-from qat_lightning.modes.reference import floating
+from qat_lightning.modes.layers.reference import floating
 
 BACKEND = "x86" if cpu.overflows() else "onednn"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")

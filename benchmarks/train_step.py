@@ -39,9 +39,9 @@ from torchvision import models
 from torchvision.models import quantization as quantizable
 
 from qat_lightning import prepare
-from qat_lightning.phases import enter
-from qat_lightning.quiet import quiet_torch_ao
-from qat_lightning.schedule import Phase
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.phases import enter
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
 OURS = ("ours, observing", "ours, observers frozen", "ours, all frozen")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from qat_lightning import convert, prepare
-from qat_lightning.console import kilobytes, percent
+from qat_lightning.cli.console import kilobytes, percent
 
 LEAST_ACCURACY = 0.97
 LARGEST_LOSS = 0.01  # int8 against float

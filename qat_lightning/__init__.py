@@ -1,8 +1,10 @@
 """Int8 quantization-aware training for PyTorch Lightning."""
 
-from qat_lightning.callback import QuantizationAwareTraining
-from qat_lightning.checkpoints import latest_checkpoint
-from qat_lightning.errors import (
+from qat_lightning.analysis.keep_for_target import keep_for_target
+from qat_lightning.analysis.preflight import NetworkReport, preflight
+from qat_lightning.analysis.sensitivity import sensitivity
+from qat_lightning.analysis.sensitivity_table import LayerSensitivity, Sensitivity
+from qat_lightning.base.errors import (
     ConversionError,
     Int8FileError,
     MissingExtraError,
@@ -13,16 +15,15 @@ from qat_lightning.errors import (
     TargetError,
     UntraceableError,
 )
+from qat_lightning.callback import QuantizationAwareTraining
 from qat_lightning.export import export_onnx, export_openvino, load_runtime
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.files import load_int8, load_qat_checkpoint, save_int8
-from qat_lightning.inspection import NetworkReport, preflight
-from qat_lightning.layer_sensitivity import sensitivity
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.post_training import PostTrainingQuantization
-from qat_lightning.quantize import convert, prepare
-from qat_lightning.recipe import Recipe
-from qat_lightning.sensitivities import LayerSensitivity, Sensitivity
-from qat_lightning.target import keep_for_target
+from qat_lightning.quantize.convert import convert
+from qat_lightning.quantize.int8_file import load_int8, load_qat_checkpoint, save_int8
+from qat_lightning.quantize.prepare import prepare
+from qat_lightning.quantize.recipe import Recipe
+from qat_lightning.run.checkpoints import latest_checkpoint
 
 __all__ = [
     "ConversionError",

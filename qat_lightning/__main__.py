@@ -1,6 +1,6 @@
 """`python -m qat_lightning` is `qat-train`."""
 
-from qat_lightning.train import main
+from qat_lightning.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -17,33 +17,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qat_lightning import averaging, messages, progress, surroundings, trainer_facts
-from qat_lightning.conversion import convert_on_all_ranks
-from qat_lightning.distillation import Distillation
-from qat_lightning.exports import Exports
-from qat_lightning.files import load_int8
-from qat_lightning.finiteness import Watch
-from qat_lightning.first_batch import FirstBatch
-from qat_lightning.inspection.report import NetworkReport
-from qat_lightning.int8_validation import validate_int8
+from qat_lightning.analysis.preflight.network_report import NetworkReport
+from qat_lightning.base.schedule import Phase, ResolvedSchedule, Schedule
+from qat_lightning.fake_quant.phases import ObserversOff, average_over, enter, keep_inputs
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.phases import ObserversOff, average_over, enter, keep_inputs
-from qat_lightning.preparation import (
+from qat_lightning.quantize.finiteness import Watch
+from qat_lightning.quantize.int8_file import load_int8
+from qat_lightning.quantize.networks import (
     Prepared,
     Settings,
     network_names,
     prepare_module,
     prepare_when_loaded,
 )
-from qat_lightning.ranks import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.quantize.selection import FloatPattern
 from qat_lightning.report.curves import Curves
-from qat_lightning.report.run import RunReport
-from qat_lightning.resume import RandomStates
-from qat_lightning.schedule import Phase, ResolvedSchedule, Schedule
-from qat_lightning.selection import FloatPattern
-from qat_lightning.target_run import Target
-from qat_lightning.teachers import TeacherLike
-from qat_lightning.together import fail_together
+from qat_lightning.run import checks, messages, progress, trainer_facts
+from qat_lightning.run.conversion import convert_on_all_ranks
+from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.run.distributed.together import fail_together
+from qat_lightning.run.parts import averaging
+from qat_lightning.run.parts.accuracy_target import Target
+from qat_lightning.run.parts.distillation import Distillation
+from qat_lightning.run.parts.exports import Exports
+from qat_lightning.run.parts.int8_validation import validate_int8
+from qat_lightning.run.parts.preflight import FirstBatch
+from qat_lightning.run.parts.random_states import RandomStates
+from qat_lightning.run.parts.report import RunReport
+from qat_lightning.run.parts.teachers import TeacherLike
 
 _FINITE_EVERY = 50
 """Steps between two looks at the flags of a GPU, each of which waits for it."""
@@ -222,15 +223,15 @@ class QuantizationAwareTraining(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares the networks; in stages other than fit only if weights of a QAT run are loaded."""
-        surroundings.check_package(trainer, pl_module)
+        checks.check_package(trainer, pl_module)
         if stage != "fit":
             prepare_when_loaded(pl_module, self.settings, keep_as_loaded=self._target.is_set)
             return
         self._resolved = self._phase = None
         self._random_states.clear()
         trainer_facts.check_strategy(trainer)
-        surroundings.check_callbacks(trainer, self)
-        surroundings.check_loggers(trainer, pl_module)
+        checks.check_callbacks(trainer, self)
+        checks.check_loggers(trainer, pl_module)
         self.exports.check()
         if math.isinf(trainer_facts.epochs(trainer)) and trainer.max_steps == -1:
             self.schedule.resolve(math.inf)  # raises if the length of the run is needed
@@ -238,7 +239,7 @@ class QuantizationAwareTraining(pl.Callback):
             call._call_configure_model(trainer)  # within the contexts that Lightning uses
         self._run_report.begin(pl_module, keep=self.report and trainer.is_global_zero)
         with fail_together("preparing the networks"):
-            surroundings.check_output(trainer, self.output_dir)
+            checks.check_output(trainer, self.output_dir)
             self._distillation.take(pl_module, network_names(pl_module, self.settings))
         settings = self._target.choose(trainer, pl_module, self.settings, self._networks.values())
         with fail_together("preparing the networks"):

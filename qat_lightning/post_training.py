@@ -11,13 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from qat_lightning import random_state, surroundings
+from qat_lightning.base import random_state
+from qat_lightning.fake_quant.phases import only_observe, set_enabled
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, default_qconfig
-from qat_lightning.phases import only_observe, set_enabled
-from qat_lightning.preparation import Settings, prepare_module
-from qat_lightning.quantize import convert, copy_of
-from qat_lightning.ranks import merge_ranges
-from qat_lightning.selection import FloatPattern
+from qat_lightning.quantize.convert import convert
+from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.networks import Settings, prepare_module
+from qat_lightning.quantize.selection import FloatPattern
+from qat_lightning.run import checks
+from qat_lightning.run.distributed.merge import merge_ranges
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -80,7 +82,7 @@ class PostTrainingQuantization(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares a copy of the module."""
-        surroundings.check_package(trainer, pl_module)
+        checks.check_package(trainer, pl_module)
         if stage != "validate":
             raise MisconfigurationException(
                 f"PostTrainingQuantization calibrates in trainer.validate, but was set up for {stage!r}. "

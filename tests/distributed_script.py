@@ -24,10 +24,12 @@ from torch.ao.quantization import QConfig
 from torch.utils.data import DataLoader
 from torchvision import models
 
-from qat_lightning import QuantizationAwareTraining, conversion, exports
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.grid_check import check_same_grids
+from qat_lightning import QuantizationAwareTraining
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.qconfig import default_qconfig
+from qat_lightning.run import conversion
+from qat_lightning.run.distributed.grid_check import check_same_grids
+from qat_lightning.run.parts import exports
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_ranks import ranges

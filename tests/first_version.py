@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from qat_lightning import QuantizationAwareTraining, save_int8
-from qat_lightning.data import ResumableLoader
+from qat_lightning.tasks.data import ResumableLoader
 from tests.runs import trainer
 
 FOLDER = Path(__file__).parent / "data" / "0.1.0"

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 
 
 class GridProbe(pl.Callback):

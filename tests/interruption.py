@@ -23,9 +23,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-import qat_lightning.train
+import qat_lightning.cli.train
 from qat_lightning import load_int8
-from qat_lightning.models import DigitsCNN
+from qat_lightning.tasks.models import DigitsCNN
 from tests.moments import Moment
 from tests.networks import same_state
 
@@ -79,7 +79,7 @@ def _fork(folder: Path, overrides: Sequence[str], rank: int, ranks: int, port: i
         sys.argv = ["qat-train", *overrides]
         if arm is not None:
             arm(rank)
-        qat_lightning.train.main()
+        qat_lightning.cli.train.main()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
 
-import qat_lightning.conversion
-import qat_lightning.exports
-import qat_lightning.train
-from qat_lightning.classifier import ImageClassifier
+import qat_lightning.cli.train
+import qat_lightning.run.conversion
+import qat_lightning.run.parts.exports
+from qat_lightning.tasks.classifier import ImageClassifier
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ MOMENTS: dict[str, Moment] = {
     "half a checkpoint": HalfCheckpoint(2),
     "half a later checkpoint": HalfCheckpoint(4),
     "half the last checkpoint": HalfCheckpoint(5),
-    "the conversion": Call(qat_lightning.conversion, "convert"),
-    "after the conversion": Call(qat_lightning.conversion, "convert", after=True),
-    "writing the int8 file": Call(qat_lightning.exports, "save_int8"),
+    "the conversion": Call(qat_lightning.run.conversion, "convert"),
+    "after the conversion": Call(qat_lightning.run.conversion, "convert", after=True),
+    "writing the int8 file": Call(qat_lightning.run.parts.exports, "save_int8"),
     "before the int8 file is in place": Call(Path, "replace", 2),
     "after the int8 file is in place": Call(Path, "replace", 2, after=True),
-    "scoring the int8 network": Call(qat_lightning.train, "evaluate", 2),
+    "scoring the int8 network": Call(qat_lightning.cli.train, "evaluate", 2),
     "writing metrics.json": Call(Path, "replace", 3),
     "after metrics.json is in place": Call(Path, "replace", 3, after=True),
 }

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.recipe import recipe_of
+from qat_lightning.quantize.recipe import recipe_of
 from tests.ruined import Row, data, fidelity, ruin_weight, seeded
 from tests.runs import TinyModule, trainer
 

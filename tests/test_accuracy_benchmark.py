@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.accuracy import __main__ as benchmark
 from benchmarks.accuracy.tasks import Task, tasks
-from qat_lightning.models import DigitsCNN
+from qat_lightning.tasks.models import DigitsCNN
 from tests.photographs import write_photographs
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qat_lightning import convert, export_onnx, prepare, save_int8
-from qat_lightning.atomic import remove_partial, replacing
+from qat_lightning.base.atomic import remove_partial, replacing
 from tests.interruption import finish
 from tests.networks import Residual, train_steps
 from tests.runs import dataset

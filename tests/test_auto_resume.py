@@ -18,10 +18,10 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from qat_lightning.auto_resume import SameStart, Start, find_start, record
-from qat_lightning.checkpoints import checkpoints_in
-from qat_lightning.launch import pass_on
-from qat_lightning.train import train
+from qat_lightning.cli.auto_resume import SameStart, Start, find_start, record
+from qat_lightning.cli.launch import pass_on
+from qat_lightning.cli.train import train
+from qat_lightning.run.checkpoints import checkpoints_in
 from tests.interruption import DDP, IN_MID_EPOCH, SETTINGS, finish, kill, output, result, run, start
 from tests.moments import MOMENTS
 from tests.runs import trainer
@@ -129,7 +129,7 @@ def test_all_processes_begin_at_one_checkpoint(tmp_path: Path, monkeypatch: pyte
     def gather(found: list[Any], mine: Any) -> None:
         found[:] = [mine, "another.ckpt"]
 
-    monkeypatch.setattr("qat_lightning.auto_resume.distributed.all_gather_object", gather)
+    monkeypatch.setattr("qat_lightning.cli.auto_resume.distributed.all_gather_object", gather)
     runner: Any = trainer(tmp_path)
     monkeypatch.setattr(type(runner), "world_size", 2)
     with pytest.raises(

@@ -15,8 +15,8 @@ from torch.ao.quantization import QConfigMapping
 from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, UntraceableError, convert, prepare
-from qat_lightning.backends import engine
-from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.base.backends import engine
+from qat_lightning.base.quiet import quiet_torch_ao
 from tests.networks import ConvBnRelu, Residual, Stubbed, StubbedConvBnRelu, images, train_steps
 from tests.runs import TinyModule, trainer
 from tests.test_prepare import OWN

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper
 
 from qat_lightning import (
     Int8FileError,
-    bench,
     convert,
     export_onnx,
     export_openvino,
@@ -26,9 +25,10 @@ from qat_lightning import (
     prepare,
     save_int8,
 )
+from qat_lightning.base.quiet import quiet_exporters
+from qat_lightning.cli import bench
 from qat_lightning.export.load import load_graph
 from qat_lightning.export.runtime import Signature
-from qat_lightning.quiet import quiet_exporters
 from qat_lightning.report.content import Machine, Speed
 from tests.networks import TwoInputs, images, train_steps
 from tests.processes import ROOT
@@ -124,7 +124,7 @@ def test_every_kind_of_file_side_by_side(
 
 
 def test_as_a_command(exported: Path) -> None:
-    line = [sys.executable, "-m", "qat_lightning.bench", "--seconds", "0", "int8.onnx", "int8.pt"]
+    line = [sys.executable, "-m", "qat_lightning.cli.bench", "--seconds", "0", "int8.onnx", "int8.pt"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the configuration names a class of the tests
     done = subprocess.run(line, cwd=exported, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.data.resumable import ResumableLoader
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.ranges import is_moving_average
-from qat_lightning.schedule import Moment, ResolvedSchedule, Schedule
+from qat_lightning.base.schedule import Moment, ResolvedSchedule, Schedule
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.ranges import is_moving_average
+from qat_lightning.tasks.data.resumable import ResumableLoader
 from tests.networks import CLASSES, same_state
 from tests.runs import TinyModule, dataset, trainer
 

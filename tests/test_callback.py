@@ -12,9 +12,9 @@ import pytest
 from torch import nn
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.recipe import quantized_networks, recipe_of
-from qat_lightning.schedule import Phase
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import Residual, Stubbed, same_state
 from tests.runs import TinyModule, loader, trainer
 

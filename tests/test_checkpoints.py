@@ -19,10 +19,10 @@ from qat_lightning import (
     latest_checkpoint,
     load_qat_checkpoint,
 )
-from qat_lightning.backends import engine
-from qat_lightning.data import ResumableLoader
-from qat_lightning.recipe import refuse_prepared_states
-from qat_lightning.requeue import RequeueBetweenSteps
+from qat_lightning.base.backends import engine
+from qat_lightning.quantize.recipe import refuse_prepared_states
+from qat_lightning.run.requeue import RequeueBetweenSteps
+from qat_lightning.tasks.data import ResumableLoader
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_resume import Crash, CrashAt, Noisy, assert_equal, seed
 

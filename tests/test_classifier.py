@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from qat_lightning.classifier import ImageClassifier, classification_loss
-from qat_lightning.data import DigitsData
-from qat_lightning.models import DigitsCNN, torchvision_model
+from qat_lightning.tasks.classifier import ImageClassifier, classification_loss
+from qat_lightning.tasks.data import DigitsData
+from qat_lightning.tasks.models import DigitsCNN, torchvision_model
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 

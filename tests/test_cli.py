@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import qat_lightning
-from qat_lightning.models import DigitsCNN
-from qat_lightning.train import train
+from qat_lightning.cli.train import train
+from qat_lightning.tasks.models import DigitsCNN
 
 CONF = Path(__file__).parent.parent / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))

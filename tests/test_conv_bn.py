@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from qat_lightning import FakeQuantize, convert, prepare
-from qat_lightning.modes.conv_bn import ConvBn2d, ConvBnReLU2d
-from qat_lightning.phases import enter, freeze_bn_statistics, set_enabled
-from qat_lightning.schedule import Phase
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.phases import enter, freeze_bn_statistics, set_enabled
+from qat_lightning.modes.layers.fused_conv_bn import ConvBn2d, ConvBnReLU2d
 from tests.networks import sqnr, train_steps
 
 

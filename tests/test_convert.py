@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from qat_lightning import ConversionError, convert, prepare
-from qat_lightning.phases import freeze_bn_statistics, set_enabled
-from qat_lightning.recipe import quantized_networks, recipe_of
+from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import (
     CASES,
     Case,

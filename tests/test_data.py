@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from qat_lightning.data import (
+from qat_lightning.tasks.data import (
     CIFAR10Data,
     DigitsData,
     FashionMNISTData,

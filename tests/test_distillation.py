@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.distillation import METRIC, divergence
+from qat_lightning.run.parts.distillation import METRIC, divergence
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, trainer
 

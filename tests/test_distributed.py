@@ -15,11 +15,11 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, RankError, convert, load_int8, prepare, save_int8
-from qat_lightning.grid_check import check_same_grids
-from qat_lightning.modes.conv_bn import Undivided
-from qat_lightning.phases import freeze_bn_statistics
-from qat_lightning.ranks import merge_ranges
-from qat_lightning.together import fail_together
+from qat_lightning.fake_quant.phases import freeze_bn_statistics
+from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.run.distributed.grid_check import check_same_grids
+from qat_lightning.run.distributed.merge import merge_ranges
+from qat_lightning.run.distributed.together import fail_together
 from tests.networks import CLASSES, Residual, Stubbed, images, same_state, train_steps
 from tests.processes import run_all
 from tests.runs import TinyModule, trainer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import QuantizationAwareTraining, convert, load_int8, prepare, save_int8
-from qat_lightning.fidelity import sqnr
+from qat_lightning.base.sqnr import sqnr
 from tests.networks import StubbedConvBnRelu, StubbedLayers, Unlisted, images, train_steps
 from tests.runs import TinyModule, trainer
 from tests.test_fusion import Traceable, Untraceable, agreement, groups_of

@@ -20,7 +20,7 @@ from qat_lightning import (
     load_qat_checkpoint,
     load_runtime,
 )
-from qat_lightning.fidelity import sqnr
+from qat_lightning.base.sqnr import sqnr
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, dataset, trainer
 
@@ -60,7 +60,7 @@ def test_a_graph_says_what_is_known_of_its_weights(tmp_path: Path, convert: str)
     said = {entry.key: entry.value for entry in onnx.load(tmp_path / "int8.onnx").metadata_props}
     metrics = json.loads(said["qat_lightning.metrics"])
     assert metrics["val_loss"] == pytest.approx(best if convert == "best" else last)
-    assert "qat_lightning.recipe" in said
+    assert "qat_lightning.quantize.recipe" in said
     assert "val_loss" in (tmp_path / "int8.xml").read_text()
 
 
@@ -150,7 +150,7 @@ def test_a_failing_export_costs_no_weights(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(rescued(x()), module.eval()(x()))
 
     (tmp_path / "trained.ckpt").unlink()
-    monkeypatch.setattr("qat_lightning.conversion.replacing", fail)
+    monkeypatch.setattr("qat_lightning.run.conversion.replacing", fail)
     with pytest.raises(ConversionError, match=r"could not be written either .*No space left.*torch.save"):
         trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(TinyModule())
 

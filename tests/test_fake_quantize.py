@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_lightning import FakeQuantize
-from qat_lightning.fake_quantize import OBSERVERS
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.fake_quant.fake_quantize import OBSERVERS
+from qat_lightning.fake_quant.numerics import affine_grid, fake_quantize, in_one_kernel, round_weight
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.numerics import affine_grid, fake_quantize, in_one_kernel, round_weight
-from qat_lightning.quiet import quiet_torch_ao
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=5)

@@ -25,7 +25,7 @@ from qat_lightning import (
     prepare,
     save_int8,
 )
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from tests.networks import CASES, Case, ConvBnRelu, Residual, Stubbed, leaves, same_state, train_steps
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_prepare import OWN

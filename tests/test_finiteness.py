@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import ConversionError, QuantizationAwareTraining, convert, prepare
-from qat_lightning.finiteness import first_nonfinite
+from qat_lightning.quantize.finiteness import first_nonfinite
 from tests.networks import CASES, Case, train_steps
 from tests.runs import TinyModule, trainer
 
@@ -51,7 +51,7 @@ def poisoned_run(folder: Path, **options: Any) -> tuple[pl.LightningModule, str]
 def test_the_first_tensor_in_execution_order_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
+    monkeypatch.setattr("qat_lightning.modes.trace.tracing.reads_training", lambda m: isinstance(m, Poison))
     module, message = poisoned_run(tmp_path)
     assert "the output of 'poison'" in message
     assert "step 2" in message
@@ -64,7 +64,7 @@ def test_the_first_tensor_in_execution_order_is_named(
 
 
 def test_no_checkpoint_is_written_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_lightning.modes.tracing.reads_training", lambda m: isinstance(m, Poison))
+    monkeypatch.setattr("qat_lightning.modes.trace.tracing.reads_training", lambda m: isinstance(m, Poison))
     monkeypatch.setattr(QuantizationAwareTraining, "on_before_optimizer_step", lambda *_: None)
     poisoned_run(tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -10,7 +10,7 @@ import pytest
 from hydra import compose
 from omegaconf import OmegaConf
 
-from qat_lightning.train import train
+from qat_lightning.cli.train import train
 from tests.processes import run_all
 
 pytestmark = pytest.mark.usefixtures("hydra")

@@ -14,16 +14,12 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn import functional as F
 from torchvision import models
 
-from qat_lightning import (
-    UntraceableError,
-    convert,
-    prepare,
-    random_state,
-)
-from qat_lightning.fidelity import sqnr
+from qat_lightning import UntraceableError, convert, prepare
+from qat_lightning.base import random_state
+from qat_lightning.base.sqnr import sqnr
 from qat_lightning.modes import Options
-from qat_lightning.modes.fusion import find_groups
-from qat_lightning.recipe import recipe_of
+from qat_lightning.modes.eager.fusion import find_groups
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import (
     CLASSES,
     StubbedConvBnRelu,

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_lightning import convert, prepare
-from qat_lightning.fidelity import sqnr
-from qat_lightning.phases import set_enabled
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.fake_quant.phases import set_enabled
 from tests.networks import leaves, train_steps
 from tests.random_graphs import CHANNELS, RandomNetwork, networks
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import UntraceableError, convert, prepare
-from qat_lightning.phases import set_enabled
+from qat_lightning.fake_quant.phases import set_enabled
 from tests.networks import ConvBnRelu, Residual, images, leaves, sqnr, train_steps
 
 # Networks whose forward differs between training and eval mode, each in its own way: stochastic depth

@@ -24,9 +24,9 @@ from qat_lightning import (
     prepare,
     sensitivity,
 )
-from qat_lightning.fake_quantize import FakeQuantize, fake_quantizes
-from qat_lightning.phases import enter
-from qat_lightning.schedule import Phase
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.fake_quant.phases import enter
 from tests.networks import CLASSES, Residual, Stubbed, images, same_state, sqnr, train_steps
 from tests.runs import TinyModule, dataset, loader, trainer
 from tests.test_cli import run as run_from_config

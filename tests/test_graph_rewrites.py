@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning import convert, prepare
-from qat_lightning.fidelity import sqnr
+from qat_lightning.base.sqnr import sqnr
 from tests.networks import images, train_steps
 
 

@@ -18,8 +18,8 @@ from torchvision import models
 
 from qat_lightning import convert, export_onnx, export_openvino, prepare
 from qat_lightning.export.load import load_graph
-from qat_lightning.fake_quantize import FakeQuantize
-from qat_lightning.numerics import affine_grid
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.fake_quant.numerics import affine_grid
 from tests.networks import CLASSES, StubbedLayers, images, sqnr, train_steps
 
 onnx_ir = pytest.importorskip("onnx_ir")

@@ -19,9 +19,9 @@ from qat_lightning import (
     load_int8,
     prepare,
 )
-from qat_lightning.fidelity import sqnr
-from qat_lightning.modes.tracing import trace
-from qat_lightning.phases import set_enabled
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.trace.tracing import trace
 from tests.networks import Residual, images
 from tests.runs import TinyModule, trainer
 

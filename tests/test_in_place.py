@@ -12,7 +12,7 @@ from torchvision.models import quantization as quantizable
 
 from benchmarks.train_step import saved_bytes
 from qat_lightning import FakeQuantize, convert, prepare
-from qat_lightning.numerics import rectify
+from qat_lightning.fake_quant.numerics import rectify
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])

@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.scoring import lone_trainer
+from qat_lightning.analysis.scoring import lone_trainer
 from tests.networks import CLASSES, Residual, same_state
 from tests.runs import TinyModule, trainer
 

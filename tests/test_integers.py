@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import convert, prepare
-from qat_lightning.modes.integers import Integers, input_grid, on_grid
-from qat_lightning.modes.reference import reference
-from qat_lightning.phases import set_enabled
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.layers.integer_arithmetic import Integers, input_grid, on_grid
+from qat_lightning.modes.layers.reference import reference
 from tests.networks import CLASSES, Stubbed, StubbedLayers, images, layers_that_differ, sqnr, train_steps
 
 

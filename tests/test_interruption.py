@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from qat_lightning.classifier import ImageClassifier
+from qat_lightning.tasks.classifier import ImageClassifier
 from tests.interruption import SETTINGS, Result, kill_oneself, output, result, run
 from tests.moments import MOMENTS, Call
 from tests.soak import KINDS, Kind, Trial, verdict

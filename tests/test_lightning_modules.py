@@ -27,9 +27,9 @@ from qat_lightning import (
     prepare,
     save_int8,
 )
-from qat_lightning.modes.reference import reference
-from qat_lightning.phases import freeze_bn_statistics, set_enabled
-from qat_lightning.recipe import quantized_networks, recipe_of
+from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.modes.layers.reference import reference
+from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import CLASSES, ConvBnRelu, Residual, images, same_state, sqnr, train_steps
 from tests.runs import TinyModule, dataset, trainer
 

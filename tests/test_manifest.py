@@ -19,7 +19,7 @@ from qat_lightning import (
     prepare,
     save_int8,
 )
-from qat_lightning.manifest import MANIFEST
+from qat_lightning.base.manifest import MANIFEST
 from tests.networks import Residual, images, train_steps
 from tests.test_files import Explosive
 

@@ -25,9 +25,9 @@ from qat_lightning import (
     prepare,
     save_int8,
 )
+from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.phases import set_enabled
-from qat_lightning.recipe import recipe_of
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CLASSES, ConvBnRelu, Residual, Stubbed, images, sqnr, train_steps
 from tests.runs import TinyModule, trainer
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from qat_lightning.models import (
+from qat_lightning.tasks.models import (
     DigitsCNN,
     replace_heads,
     timm_model,

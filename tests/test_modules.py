@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning import QuantizationAwareTraining, prepare
-from qat_lightning.recipe import quantized_networks, recipe_of
+from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import Residual, Stubbed, TwoInputs, images, sqnr
 from tests.runs import TinyModule, dataset, trainer
 

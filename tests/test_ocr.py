@@ -19,10 +19,10 @@ from examples.ocr.boxes import HMean, matches, targets, to_boxes
 from examples.ocr.comparison import TASKS, Task, trainer
 from examples.ocr.data import Lines, Pages, fixed_data, training_data
 from qat_lightning import QuantizationAwareTraining, convert, export_onnx, load_runtime, prepare
-from qat_lightning.data.digits import load_digits
 from qat_lightning.export.runtime import RuntimeNetwork
 from qat_lightning.export.structure import tensors_of
-from qat_lightning.quantize import is_int8
+from qat_lightning.quantize.floating import is_int8
+from qat_lightning.tasks.data.digits import load_digits
 from tests.networks import sqnr, train_steps
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.export.load import load_graph
-from qat_lightning.modes.integers import Integers
-from qat_lightning.phases import set_enabled
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.layers.integer_arithmetic import Integers
 from tests.networks import CLASSES, images, same_state, sqnr, train_steps
 
 

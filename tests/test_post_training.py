@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision import models
 
 from qat_lightning import ConversionError, PostTrainingQuantization
-from qat_lightning.fidelity import sqnr
+from qat_lightning.base.sqnr import sqnr
 from tests.networks import CLASSES, Residual, Stubbed, TwoInputs
 from tests.runs import TinyModule, dataset, loader, trainer
 

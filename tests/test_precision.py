@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qat_lightning import QuantizationAwareTraining, convert, prepare
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from tests.networks import Residual, images, sqnr
 from tests.runs import TinyModule, trainer
 from tests.trained import digits, trained_digits_network

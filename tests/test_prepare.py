@@ -18,9 +18,9 @@ from torch.ao.quantization.fake_quantize import FakeQuantize
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
 from qat_lightning import convert, prepare
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.quiet import quiet_torch_ao
-from qat_lightning.recipe import recipe_of
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import (
     CASES,
     Case,

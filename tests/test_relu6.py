@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torchvision.models import quantization as quantizable
 
 from qat_lightning import convert, load_int8, prepare, save_int8
-from qat_lightning.fidelity import sqnr
-from qat_lightning.recipe import recipe_of
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CLASSES, images, train_steps
 
 

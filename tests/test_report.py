@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, convert, prepare
-from qat_lightning.fidelity import sqnr
-from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.modes.reference import floating
-from qat_lightning.phases import set_enabled
-from qat_lightning.report import build, command
+from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.cli import report as command
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.layers.reference import floating
+from qat_lightning.report import build
 from qat_lightning.report.content import Layer, Machine, Network, Report, Score, Speed
 from qat_lightning.report.curves import Curves
 from qat_lightning.report.findings import findings

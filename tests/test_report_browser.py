@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qat_lightning.report.content import Report
-from qat_lightning.report.page import render
+from qat_lightning.report.page.html import render
 from tests import reports
 from tests.browser import Browser, browser, executable
 

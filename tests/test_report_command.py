@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hydra import compose
 
-from qat_lightning.report import command
+from qat_lightning.cli import report as command
+from qat_lightning.cli.train import train
 from qat_lightning.report.content import Report
-from qat_lightning.train import train
 
 pytestmark = pytest.mark.usefixtures("hydra")
 

@@ -16,11 +16,11 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-from qat_lightning.report import figures
+from qat_lightning.base import formats
 from qat_lightning.report.content import Mark, Report
-from qat_lightning.report.curve_plots import curve_plots
-from qat_lightning.report.page import render
-from qat_lightning.report.plots import histograms, layer_plots
+from qat_lightning.report.page.curve_plots import curve_plots
+from qat_lightning.report.page.html import render
+from qat_lightning.report.page.plots import histograms, layer_plots
 from qat_lightning.report.terminal import print_report
 from tests import reports
 
@@ -104,7 +104,7 @@ def test_every_layer_metric_and_finding_is_there(make: Callable[[], Report]) -> 
     named = [layer.name for network in report.networks for layer in network.layers]
     named += [name for score in report.scores for name in score.metrics]
     named += [*report.findings, *report.versions, *(part for each in report.networks for part in each.floats)]
-    assert {figures.printable(name) for name in named} <= set(words)
+    assert {formats.printable(name) for name in named} <= set(words)
 
 
 def test_names_are_escaped() -> None:

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from qat_lightning import ConversionError, QuantizationAwareTraining, convert, load_int8, load_qat_checkpoint
-from qat_lightning.best import fake_quant_is_on
-from qat_lightning.recipe import quantized_networks
+from qat_lightning.quantize.recipe import quantized_networks
+from qat_lightning.run.chosen_weights import fake_quant_is_on
 from tests.networks import Residual, Stubbed, same_state, sqnr
 from tests.runs import TinyModule, dataset, trainer
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from qat_lightning.data import EpochSampler, ResumableLoader, SeededDataset
-from qat_lightning.data.resumable import seeded
+from qat_lightning.tasks.data import EpochSampler, ResumableLoader, SeededDataset
+from qat_lightning.tasks.data.resumable import seeded
 
 
 class Noisy(Dataset[Tensor]):

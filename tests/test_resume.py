@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
 from qat_lightning import QuantizationAwareTraining, RecipeMismatchError
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from tests.networks import Residual, Stubbed, same_state
 from tests.runs import TinyModule, dataset, loader, trainer
 

@@ -25,8 +25,8 @@ from qat_lightning import (
     load_runtime,
     prepare,
 )
-from qat_lightning.fidelity import sqnr
-from qat_lightning.modes.reference import reference
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.modes.layers.reference import reference
 from tests.networks import CLASSES, Residual, TwoInputs, images, leaves, train_steps
 from tests.runs import TinyModule, trainer
 
@@ -157,7 +157,7 @@ def test_the_graph_is_what_a_runtime_wants(tmp_path: Path) -> None:
             assert list(above.input[1:]) != list(node.input[1:])
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["accuracy"] == "0.99"
-    assert '"backend": "x86"' in said["qat_lightning.recipe"]
+    assert '"backend": "x86"' in said["qat_lightning.quantize.recipe"]
     assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()  # no path of this machine
     assert [value.name for value in model.graph.input] == ["x"]
     assert [value.name for value in model.graph.output] == ["output"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_lightning.schedule import Moment, Phase, ResolvedSchedule, Schedule
+from qat_lightning.base.schedule import Moment, Phase, ResolvedSchedule, Schedule
 
 points = st.none() | st.integers(0, 50) | st.floats(0, 1, exclude_max=True)
 schedules = st.builds(Schedule, points, points, st.integers(0, 20))

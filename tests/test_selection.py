@@ -5,7 +5,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat_lightning.selection import check_modules, find_networks, resolve_keep_float, split_patterns
+from qat_lightning.quantize.selection import check_modules, find_networks, resolve_keep_float, split_patterns
 from tests.networks import ConvBnRelu, Residual, Stubbed
 
 

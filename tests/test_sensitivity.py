@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.ao.quantization import get_default_qat_qconfig
 
 from qat_lightning import Sensitivity, prepare, sensitivity
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.modes.layer_grids import layer_grids
-from qat_lightning.quiet import quiet_torch_ao
-from qat_lightning.recipe import recipe_of
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.modes.layers.layer_grids import layer_grids
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CASES, Case, Residual, Stubbed, TwoInputs, images, leaves, same_state
 from tests.ruined import (
     Judged,

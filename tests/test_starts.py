@@ -13,8 +13,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from qat_lightning import launch, load_int8, resolvers
-from qat_lightning.models import DigitsCNN
+from qat_lightning import load_int8
+from qat_lightning.cli import launch, resolvers
+from qat_lightning.tasks.models import DigitsCNN
 from tests.processes import free_port, run_all
 
 SHORT = [
@@ -158,7 +159,7 @@ def without_the_plugin(folder: Path) -> str:
     script.write_text(
         "import sys\n"
         "sys.modules['hydra_plugins'] = None\n"
-        "from qat_lightning.train import main\n"
+        "from qat_lightning.cli.train import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    sys.exit(0 if end.code else 1)\n"
     )
     return str(script)

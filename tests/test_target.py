@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qat_lightning import TargetError, keep_for_target, prepare
-from qat_lightning.target import fewest, needed
+from qat_lightning.analysis.keep_for_target import fewest, needed
 from tests.networks import same_state
 from tests.ruined import (
     Judged,

@@ -12,8 +12,8 @@ from hydra import compose
 from torch import Tensor
 
 from qat_lightning import TargetError
-from qat_lightning.recipe import recipes_in
-from qat_lightning.train import train
+from qat_lightning.cli.train import train
+from qat_lightning.quantize.recipe import recipes_in
 
 SHORT = ["trainer.max_epochs=1", "report=false", "resume=auto"]
 

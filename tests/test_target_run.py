@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
-from qat_lightning import RecipeMismatchError, TargetError, convert, target_run
-from qat_lightning.fidelity import sqnr
-from qat_lightning.quantize import is_int8
-from qat_lightning.recipe import recipe_of
+from qat_lightning import RecipeMismatchError, TargetError, convert
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.quantize.floating import is_int8
+from qat_lightning.quantize.recipe import recipe_of
+from qat_lightning.run.parts import accuracy_target
 from tests.networks import CLASSES, same_state
 from tests.processes import run_all
 from tests.ruined import StubbedRow, ruin_weight, seeded
@@ -171,7 +172,7 @@ def test_a_resumed_run_does_not_fail_where_its_fresh_weights_would(
     def fail(*_: Any) -> tuple[str, ...]:
         raise TargetError("not on these weights")
 
-    monkeypatch.setattr(target_run, "search", fail)
+    monkeypatch.setattr(accuracy_target, "search", fail)
     resumed = fresh()
     fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert kept(resumed) == ("third.0",)
@@ -180,7 +181,7 @@ def test_a_resumed_run_does_not_fail_where_its_fresh_weights_would(
 def test_parameters_stay_those_of_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that are prepared anew have them still, whoever else holds them."""
     fit(tmp_path, bad(), max_epochs=1)
-    monkeypatch.setattr(target_run, "search", lambda *_: ("first", "second"))
+    monkeypatch.setattr(accuracy_target, "search", lambda *_: ("first", "second"))
     resumed = bad()
     parameters = set(resumed.parameters())
     fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
@@ -193,7 +194,7 @@ def test_teacher_schedule_and_int8_validation(tmp_path: Path, monkeypatch: pytes
     others = {"teacher": "self", "fake_quant_from": 1, "int8_val_every_n_epochs": 1, "convert": "last"}
     with pytest.raises(Crash):
         fit(tmp_path, bad(), CrashAt(STEPS + 2), qat=callback(**others))
-    monkeypatch.setattr(target_run, "search", lambda *_: ("first", "second"))
+    monkeypatch.setattr(accuracy_target, "search", lambda *_: ("first", "second"))
     resumed = bad()
     qat = fit(tmp_path, resumed, qat=callback(**others), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert kept(resumed) == ("third.0",)
@@ -240,7 +241,7 @@ def test_a_module_with_layers_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     """It cannot be prepared anew, so that it goes on only where the search finds the same again."""
 
     def run(found: tuple[str, ...], ckpt_path: Path | None = None, **options: Any) -> Loose:
-        monkeypatch.setattr(target_run, "search", lambda *_: found)
+        monkeypatch.setattr(accuracy_target, "search", lambda *_: found)
         saved = ModelCheckpoint(tmp_path, monitor="accuracy", mode="max", filename="{epoch}")
         module = Loose()
         runner = trainer(tmp_path, callback(**options), saved, max_epochs=1 if ckpt_path is None else 2)

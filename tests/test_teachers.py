@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.distillation import METRIC, Distillation
+from qat_lightning.run.parts.distillation import METRIC, Distillation
 from tests.networks import CLASSES, Residual, Stubbed, same_state
 from tests.processes import run_all
 from tests.runs import TinyModule, dataset, trainer

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import QuantizationAwareTraining, UntraceableError, convert, load_int8, prepare
-from qat_lightning.phases import set_enabled
-from qat_lightning.recipe import recipe_of
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CLASSES, ConvBnRelu, images, sqnr, train_steps
 from tests.runs import TinyModule, trainer
 

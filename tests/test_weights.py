@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qat_lightning import prepare
-from qat_lightning.models import DigitsCNN
-from qat_lightning.weights import load_weights
+from qat_lightning.cli.float_weights import load_weights
+from qat_lightning.tasks.models import DigitsCNN
 
 
 def network(seed: int, **options: Any) -> nn.Module:

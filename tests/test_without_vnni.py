@@ -14,14 +14,14 @@ from torch import nn
 from qat_lightning import (
     QuantizationAwareTraining,
     convert,
-    cpu,
     export_onnx,
     load_int8,
     load_runtime,
     prepare,
     save_int8,
 )
-from qat_lightning.models import DigitsCNN
+from qat_lightning.base import cpu
+from qat_lightning.tasks.models import DigitsCNN
 from tests.networks import images, sqnr, train_steps
 from tests.runs import TinyModule, trainer
 from tests.trained import digits, trained_digits_network

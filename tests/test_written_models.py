@@ -14,8 +14,8 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn import functional as F
 
 from qat_lightning import QuantizationAwareTraining, UntraceableError, convert, load_int8, prepare
-from qat_lightning.phases import set_enabled
-from qat_lightning.recipe import quantized_networks, recipe_of
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import CLASSES, ConvBnRelu, Encoder, Nested, Residual, UNet, images, sqnr, train_steps
 from tests.runs import TinyModule, trainer
 

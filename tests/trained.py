@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from qat_lightning import prepare
-from qat_lightning.models import DigitsCNN
+from qat_lightning.tasks.models import DigitsCNN
 
 
 @cache

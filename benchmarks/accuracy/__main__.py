@@ -29,8 +29,8 @@ from benchmarks.accuracy.methods import METHODS, Scores
 from benchmarks.accuracy.tasks import Task, tasks
 from benchmarks.accuracy.training import accuracy, outputs, train
 from benchmarks.accuracy.variants import VARIANTS
-from qat_lightning.atomic import replacing
-from qat_lightning.quiet import quiet_torch_ao
+from qat_lightning.base.atomic import replacing
+from qat_lightning.base.quiet import quiet_torch_ao
 
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t at 95 % for as many seeds."""

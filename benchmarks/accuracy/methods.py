@@ -21,8 +21,9 @@ from torch.fx import GraphModule
 
 from benchmarks.accuracy.tasks import DEVICE, Task
 from benchmarks.accuracy.training import At, accuracy, outputs, train
-from qat_lightning import QuantizationAwareTraining, convert, cpu, export_onnx, load_runtime
-from qat_lightning.phases import freeze_bn_statistics
+from qat_lightning import QuantizationAwareTraining, convert, export_onnx, load_runtime
+from qat_lightning.base import cpu
+from qat_lightning.fake_quant.phases import freeze_bn_statistics
 
 BACKEND = "x86" if cpu.overflows() else "onednn"
 """That of this machine: activations have 8 bits where there is VNNI, else 7, whose sums do not overflow."""

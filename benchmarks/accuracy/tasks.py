@@ -13,8 +13,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from examples.cifar10.networks import ResNet20, mobilenet_v2
-from qat_lightning.data.digits import load_digits
-from qat_lightning.models import DigitsCNN
+from qat_lightning.tasks.data.digits import load_digits
+from qat_lightning.tasks.models import DigitsCNN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where networks train, and where their training images lie. Int8 runs on the CPU everywhere."""

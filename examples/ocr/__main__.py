@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.ocr.comparison import TASKS, Budget, Scores, compare
-from qat_lightning.console import ignore_advice
+from qat_lightning.cli.console import ignore_advice
 
 LARGEST_LOSS = 1.0
 """Points of any metric, from float to what was trained for int8, in the mean over the seeds."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
-from qat_lightning.data.digits import load_digits
-from qat_lightning.data.split import stratified_split
+from qat_lightning.tasks.data.digits import load_digits
+from qat_lightning.tasks.data.split import stratified_split
 
 SPLITS = {"train": 0.75, "val": 0.05, "test": 0.2}
 """The share of scikit-learn's 1,797 digits that the strings of each split are written with."""

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from qat_lightning import cpu
-from qat_lightning.errors import ConversionError
+from qat_lightning.base import cpu
+from qat_lightning.base.errors import ConversionError
+from qat_lightning.base.sqnr import sqnr
 from qat_lightning.export.runtime import Runtime, RuntimeNetwork
 from qat_lightning.export.structure import STRUCTURE_KEY, structure_of, tensors_of
-from qat_lightning.fidelity import sqnr
-from qat_lightning.ranges import check_observed
-from qat_lightning.recipe import quantized_networks
+from qat_lightning.fake_quant.ranges import check_observed
+from qat_lightning.quantize.recipe import quantized_networks
 
-RECIPE_KEY = "qat_lightning.recipe"
+RECIPE_KEY = "qat_lightning.quantize.recipe"
 
 
 @dataclass(frozen=True)

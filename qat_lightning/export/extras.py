@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from qat_lightning.errors import MissingExtraError
+from qat_lightning.base.errors import MissingExtraError
 
 _EXTRA = {
     "onnx": "onnx",

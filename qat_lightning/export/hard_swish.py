@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern, rewrite
 
-from qat_lightning.modes.input_grids import HARD_SWISH_ENDS
+from qat_lightning.modes.layers.input_grids import HARD_SWISH_ENDS
 
 _GREATEST = 255
 _TOLERANCE = 1e-3

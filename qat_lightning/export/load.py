@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from qat_lightning import manifest
-from qat_lightning.errors import Int8FileError
+from qat_lightning.base import manifest
+from qat_lightning.base.errors import Int8FileError
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork, quantizes
-from qat_lightning.files import load_int8
+from qat_lightning.quantize.int8_file import load_int8
 
 
 def load_runtime(
@@ -68,3 +68,9 @@ def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
         return OnnxRuntime(content, threads=threads, folder=None if verify else path.parent)
     weights = manifest.read(path.with_suffix(".bin"), verify=verify)
     return OpenVino(content, weights, threads=threads, float32=not quantizes(content))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, with the weights that OpenVINO keeps beside its graph."""
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(each.stat().st_size for each in files)

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_map
 
-from qat_lightning import manifest
-from qat_lightning.atomic import replacing
+from qat_lightning.base import manifest
+from qat_lightning.base.atomic import replacing
+from qat_lightning.base.quiet import quiet_exporters, quiet_torch_ao
 from qat_lightning.export.example import Example, example_of
 from qat_lightning.export.extras import require
 from qat_lightning.export.runtime import OnnxRuntime
-from qat_lightning.modes.reference import reference
-from qat_lightning.quiet import quiet_exporters, quiet_torch_ao
+from qat_lightning.modes.layers.reference import reference
 
 
 def export_onnx(

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning import manifest
-from qat_lightning.atomic import replacing
+from qat_lightning.base import manifest
+from qat_lightning.base.atomic import replacing
 from qat_lightning.export.example import example_of
 from qat_lightning.export.extras import require
 from qat_lightning.export.onnx import write_graph

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat_lightning import cpu
-from qat_lightning.errors import Int8FileError
+from qat_lightning.base import cpu
+from qat_lightning.base.errors import Int8FileError
 from qat_lightning.export.executed import float_operations_of_onnx, float_operations_of_openvino
 from qat_lightning.export.extras import require
 from qat_lightning.export.structure import STRUCTURE_KEY, restore, tensors_of
-from qat_lightning.recipe import FULL_BYTES
+from qat_lightning.quantize.recipe import FULL_BYTES
 
 _ONNX_DTYPES = {"float": torch.float32, "double": torch.float64}
 """Where ONNX Runtime's name of a type is not torch's."""

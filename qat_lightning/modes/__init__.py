@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper
 
-from qat_lightning.errors import nearest
+from qat_lightning.base.errors import nearest
 from qat_lightning.modes.base import Made, Mode, Options
-from qat_lightning.modes.eager import EagerMode
-from qat_lightning.modes.fx import FxMode
+from qat_lightning.modes.eager.mode import EagerMode
+from qat_lightning.modes.fx.mode import FxMode
 
 __all__ = ["MODES", "Made", "Mode", "Options", "check_mode", "check_untraceable", "choose_mode"]
 

@@ -16,7 +16,7 @@ class Options:
     """What to prepare a network with; every name in it is resolved.
 
     Attributes:
-        backend: One of :data:`qat_lightning.backends.BACKENDS`.
+        backend: One of :data:`qat_lightning.base.backends.BACKENDS`.
         qconfig: One's own QConfig or QConfigMapping, or None for the backend's default.
         keep_float: Names of the submodules, and of the functions (`"operator.add()"`), that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).

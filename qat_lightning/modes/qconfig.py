@@ -18,9 +18,9 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
-from qat_lightning.backends import BACKENDS
-from qat_lightning.errors import RecipeMismatchError
-from qat_lightning.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
+from qat_lightning.base.backends import BACKENDS
+from qat_lightning.base.errors import RecipeMismatchError
+from qat_lightning.fake_quant.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
 
 QConfigLike = QConfig | QConfigMapping | str
 Override = QConfig | str

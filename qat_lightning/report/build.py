@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qat_lightning.atomic import replacing
-from qat_lightning.batch_norms import restore_batch_norms
-from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.quantize import copy_of
+from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.atomic import replacing
+from qat_lightning.quantize.batch_norms import restore_batch_norms
+from qat_lightning.quantize.copies import copy_of
 from qat_lightning.report.content import Report, Score
 from qat_lightning.report.curves import Curves
 from qat_lightning.report.findings import findings
@@ -94,7 +94,7 @@ def write(report: Report, folder: Path) -> Path:
     Returns:
         The page.
     """
-    from qat_lightning.report.page import render  # matplotlib takes a while to import
+    from qat_lightning.report.page.html import render  # matplotlib takes a while to import
 
     for name, text in ((JSON, report.to_json()), (HTML, render(report))):
         with replacing(folder / name) as partial:

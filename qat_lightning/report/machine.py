@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from qat_lightning import cpu
+from qat_lightning.base import cpu
 from qat_lightning.report.content import Machine
 
 
@@ -29,5 +29,5 @@ def usable_cores() -> int:
 
 
 def has_vnni(machine: Machine) -> bool:
-    """Whether the CPU multiplies and adds int8 in one instruction: see :func:`qat_lightning.cpu`."""
+    """Whether the CPU multiplies and adds int8 in one instruction: see :func:`qat_lightning.base.cpu`."""
     return cpu.has_dot_products(machine.features)

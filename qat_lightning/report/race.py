@@ -10,14 +10,13 @@ from typing import NamedTuple
 from rich.console import Console
 from torch import nn
 
+from qat_lightning.analysis.inputs import Inputs, arguments_of
 from qat_lightning.export import load_runtime
 from qat_lightning.export.example import example_of
 from qat_lightning.export.onnx import write_graph
 from qat_lightning.export.openvino import convert_graph
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
-from qat_lightning.exports import arguments_of
-from qat_lightning.inspection.inputs import Inputs
-from qat_lightning.modes.reference import floating
+from qat_lightning.modes.layers.reference import floating
 from qat_lightning.report.content import Speed
 from qat_lightning.report.speed import Candidate, measure
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qat_lightning.report import figures
+from qat_lightning.base import formats
 from qat_lightning.report.content import Layer, Score
 
 
@@ -52,16 +52,16 @@ def _score_row(score: Score, base: Score | None, names: Sequence[str]) -> ScoreR
         reference = base.metrics.get(name) if base and base is not score else None
         cells.append(
             (
-                "" if value is None else figures.metric(name, value),
-                "" if value is None or reference is None else figures.difference(name, value, reference),
+                "" if value is None else formats.metric(name, value),
+                "" if value is None or reference is None else formats.difference(name, value, reference),
             )
         )
     ratio = base.bytes / score.bytes if base and base is not score and base.bytes and score.bytes else None
     return ScoreRow(
         score,
         tuple(cells),
-        size="" if score.bytes is None else figures.size(score.bytes),
-        ratio="" if ratio is None else figures.times(ratio),
+        size="" if score.bytes is None else formats.size(score.bytes),
+        ratio="" if ratio is None else formats.times(ratio),
     )
 
 

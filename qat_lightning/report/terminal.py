@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qat_lightning.report import figures
+from qat_lightning.base import formats
 from qat_lightning.report.content import Network, Report
 from qat_lightning.report.rows import metric_names, score_rows, worst_first
 
@@ -56,7 +56,7 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 
 def _text(words: str) -> Text:
-    return Text(figures.printable(words))
+    return Text(formats.printable(words))
 
 
 def _findings(report: Report) -> Table:
@@ -90,10 +90,10 @@ def _speeds(report: Report) -> Table:
             _text(speed.runtime),
             _text(speed.name),
             str(speed.batch),
-            f"{figures.milliseconds(speed.milliseconds)} ± "
-            f"{figures.milliseconds(speed.spread, of=speed.milliseconds)}",
+            f"{formats.milliseconds(speed.milliseconds)} ± "
+            f"{formats.milliseconds(speed.spread, of=speed.milliseconds)}",
             f"{speed.per_second:,.0f}",
-            "" if speed.speedup is None else figures.times(speed.speedup),
+            "" if speed.speedup is None else formats.times(speed.speedup),
         )
     return table
 
@@ -106,9 +106,9 @@ def _layers(network: Network) -> Table:
     for layer in shown:
         table.add_row(
             _text(layer.name),
-            figures.decibels(layer.fake_quant_sqnr),
-            figures.decibels(layer.int8_sqnr),
-            figures.number(layer.loss, ".1f"),
-            figures.share(layer.clipped),
+            formats.decibels(layer.fake_quant_sqnr),
+            formats.decibels(layer.int8_sqnr),
+            formats.number(layer.loss, ".1f"),
+            formats.share(layer.clipped),
         )
     return table

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from qat_lightning import load_qat_checkpoint
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from tests.compatibility.callbacks import Scored, best_two
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import STEPS, Run, Weights, callback, check, check_same, fit, refused

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat_lightning import RecipeMismatchError, load_int8, load_qat_checkpoint
-from qat_lightning.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from tests.compatibility.callbacks import Scored, best_two
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import Run, callback, check, check_same, fit, outputs

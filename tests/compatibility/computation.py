@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
-from qat_lightning import trainer_facts
-from qat_lightning.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.run import trainer_facts
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import STEPS, Phases, check, fit, outputs, refused
 from tests.networks import Stubbed

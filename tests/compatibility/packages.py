@@ -13,7 +13,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from qat_lightning import QuantizationAwareTraining, trainer_facts
+from qat_lightning import QuantizationAwareTraining
+from qat_lightning.run import trainer_facts
 from tests.compatibility.registry import Section
 from tests.compatibility.runs import Run, callback, check
 from tests.networks import Residual

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from qat_lightning import QuantizationAwareTraining
-from qat_lightning.fake_quantize import fake_quantizes
-from qat_lightning.recipe import quantized_networks
-from qat_lightning.schedule import Phase
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.quantize.recipe import quantized_networks
 from tests.networks import same_state, sqnr
 from tests.runs import TinyModule, dataset, trainer
 

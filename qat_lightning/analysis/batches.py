@@ -1,0 +1,163 @@
+"""Batches of the user's data, outside a Trainer's loop: run, scored, and what they give each network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.analysis.scoring import lone_trainer, validate
+from qat_lightning.base.errors import nearest
+
+Metric = str | Callable[[Any, Any], float]
+
+
+class Batches:
+    """The first batches of a loader, the same at every pass; all of them where `count` is None."""
+
+    def __init__(self, loader: Iterable[Any], count: int | None) -> None:
+        self._batches = loader if count is None else list(islice(loader, count))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the parameters of `module` are."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def inputs_of(network: nn.Module, batch: Any) -> Inputs:
+    """What of a batch the forward of `network` takes.
+
+    Of a mapping it is the entries that are named as its arguments, of a sequence as many of the first as it
+    has required positional arguments, so that labels are left out.
+    """
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    if isinstance(batch, Mapping):
+        names = {p.name for p in parameters}
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return Inputs((), {str(k): v for k, v in batch.items() if free or k in names})
+    if not isinstance(batch, Sequence):
+        return Inputs((batch,), {})
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return Inputs(tuple(batch), {})
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    return Inputs(tuple(batch)[: max(required, 1)], {})
+
+
+def collect_inputs(
+    module: nn.Module, networks: Mapping[str, nn.Module], batches: Batches
+) -> dict[str, list[Inputs]]:
+    """Copies of what each network in `module` is called with, by its `validation_step` or else its forward.
+
+    Raises:
+        ValueError: None of them is called.
+    """
+    found: dict[str, list[Inputs]] = {name: [] for name in networks}
+
+    def keep(calls: list[Inputs]) -> Any:
+        def hook(network: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(Inputs(*tree_map(_copied, (args, kwargs))))
+
+        return hook
+
+    handles = [
+        network.register_forward_pre_hook(keep(found[name]), with_kwargs=True)
+        for name, network in networks.items()
+    ]
+    try:
+        if _validates(module):
+            _validate(module, batches)
+        else:
+            for _ in _outputs(module, batches):
+                pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(found.values()):
+        raise ValueError(
+            f"The networks of {type(module).__name__} have to be run on the dataloader's batches, but none "
+            f"of {list(networks)} was called. Pass a dataloader that has batches, and call them in "
+            "`validation_step`."
+        )
+    return {name: calls for name, calls in found.items() if calls}
+
+
+def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
+    """The metric of a module in eval mode: one that it logs in validation, or the mean of a function.
+
+    Raises:
+        ValueError: There is no metric of that name, or there are no batches.
+    """
+    if isinstance(metric, str):
+        logged = _validate(module, batches)
+        if metric not in logged:
+            raise ValueError(
+                f"metric={metric!r} must be a metric that `validation_step` of {type(module).__name__} logs, "
+                f"but it logs {sorted(logged)}. {nearest(metric, logged)}"
+            )
+        return logged[metric]
+    total, count = 0.0, 0
+    for outputs, batch in _outputs(module, batches):
+        samples = count_samples(batch)
+        total += float(metric(outputs, batch)) * samples
+        count += samples
+    if not count:
+        raise ValueError("The dataloader has no batches to compute the metric of. Pass one that has some.")
+    return total / count
+
+
+def check_metric(module: nn.Module, metric: object) -> None:
+    """Raises if `metric` is neither a function nor the name of something that `module` may log."""
+    if not isinstance(metric, str) and not callable(metric):
+        raise TypeError(
+            "metric must be a function of (outputs, batch), or the name of a metric that a LightningModule's "
+            f"`validation_step` logs, but received {metric!r}."
+        )
+    if isinstance(metric, str) and not _validates(module):
+        raise ValueError(
+            f"metric={metric!r} names a metric, but {type(module).__name__} has no `validation_step` that "
+            "could log it. Pass a LightningModule that has, or a function: metric=lambda outputs, batch: …"
+        )
+
+
+def _validates(module: nn.Module) -> bool:
+    return isinstance(module, pl.LightningModule) and is_overridden("validation_step", module)
+
+
+def _outputs(module: nn.Module, batches: Batches) -> Iterator[tuple[Any, Any]]:
+    """What `module` returns for each batch, and the batch."""
+    device = device_of(module)
+    for batch in batches:
+        moved = move_data_to_device(batch, device)
+        inputs = inputs_of(module, moved)
+        with torch.no_grad():
+            outputs = module(*inputs.args, **inputs.kwargs)
+        yield outputs, moved
+
+
+def _validate(module: Any, batches: Batches) -> dict[str, float]:
+    device = device_of(module)
+    logged = validate(lone_trainer(device, inference_mode=False), module, batches)
+    module.to(device)  # Lightning leaves it on the CPU
+    return logged
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def count_samples(batch: Any) -> int:
+    """The first dimension of the first tensor in nested values; 1 where there is none."""
+    return next((v.shape[0] for v in tree_leaves(batch) if isinstance(v, torch.Tensor) and v.ndim), 1)

@@ -1,0 +1,83 @@
+"""What a network is really called with: caught by a hook while something else calls it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Inputs(NamedTuple):
+    """The positional and keyword arguments of a call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Catcher:
+    """Remembers the first samples of what each network is called with first, as copies on the CPU.
+
+    Args:
+        networks: Whose inputs to catch.
+        samples: How many to keep; by default enough for batch-norm, and a quick pass on the CPU.
+
+    Attributes:
+        caught: The inputs of each network that was called.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module], *, samples: int = 2) -> None:
+        self.samples = samples
+        self.caught: dict[nn.Module, Inputs] = {}
+        self._handles = [n.register_forward_pre_hook(self._catch, with_kwargs=True) for n in networks]
+
+    def __enter__(self) -> Catcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network not in self.caught and not is_redirected(network):
+            self.caught[network] = Inputs(*first_samples((args, kwargs), self.samples))
+
+
+def is_redirected(network: nn.Module) -> bool:
+    """Whether the call is not of the network's `forward`: under DDP, Lightning puts `training_step` there."""
+    forward = vars(network).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not network
+
+
+def first_samples(values: Any, samples: int = 2) -> Any:
+    """Copies, on the CPU, the first samples of every tensor in nested `values` that has the batch's size.
+
+    The batch's size is that of the first tensor's first dimension.
+    """
+    shapes = [v.shape for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim]
+    size = shapes[0][0] if shapes else 0
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        batched = value.ndim > 0 and value.shape[0] == size
+        return (value.detach()[:samples] if batched else value.detach()).cpu().clone()
+
+    return tree_map(copied, values)
+
+
+def arguments_of(network: nn.Module, inputs: Inputs) -> Any:
+    """Inputs of a network by name, where its `forward` names them all; else its positional ones."""
+    bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
+    named = all(p.kind is not p.VAR_POSITIONAL for p in bound.signature.parameters.values())
+    return dict(bound.arguments) if named else inputs.args

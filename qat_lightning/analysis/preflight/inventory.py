@@ -1,0 +1,166 @@
+"""Counts what an int8 network consists of, beside the prepared one that it was converted from."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.analysis.preflight.network_report import Finding
+from qat_lightning.modes.graph.graft import graphs
+from qat_lightning.modes.graph.lines import stack_line
+from qat_lightning.modes.graph.relu6 import is_inside
+from qat_lightning.quantize.floating import is_int8
+from qat_lightning.quantize.recipe import Recipe
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_NO_INT8_TRAINING = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTransposeNd)
+_BATCH_NORM = "BatchNorm"
+
+
+class Work(NamedTuple):
+    """Multiply-adds of one pass: of each layer with weights, and of everything."""
+
+    layers: dict[str, int]
+    total: int
+
+
+def count_work(network: nn.Module, inputs: Inputs) -> Work:
+    """Counts multiply-adds; those of attention are in the total alone."""
+    macs: Counter[str] = Counter()
+
+    def note(name: str) -> Any:
+        def count(module: Any, args: Any, output: torch.Tensor) -> None:
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            elements = args[0].numel() if transposed else output.numel()
+            macs[name] += elements * module.weight[0].numel()
+
+        return count
+
+    handles = [
+        module.register_forward_hook(note(name))
+        for name, module in network.named_modules()
+        if isinstance(module, _WEIGHTED)
+    ]
+    # Without gradients the counter fails where a parameter is an input, and attention takes uncounted ways.
+    with FlopCounterMode(display=False) as counter:
+        network(*inputs.args, **inputs.kwargs)
+    for handle in handles:
+        handle.remove()
+    return Work(dict(macs), max(counter.get_total_flops() // 2, sum(macs.values())))
+
+
+def fused_layers(prepared: nn.Module) -> dict[str, int]:
+    """The number of fused layers of each kind."""
+    kinds = Counter(
+        parts(module)
+        for module in prepared.modules()
+        if hasattr(module, "weight_fake_quant") or type(module).__name__.startswith("BNReLU")
+    )
+    return {kind: count for kind, count in kinds.most_common() if "+" in kind}
+
+
+def parts(module: nn.Module) -> str:
+    """The layers that a fused one consists of: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
+    name = type(module).__name__
+    size = name[-2:] if name.endswith("d") else "1d"
+    parts = [
+        part + (size if part in ("Conv", "BatchNorm") else "")
+        for part, mark in (("Conv", "Conv"), ("Linear", "Linear"), ("BatchNorm", "Bn"), ("ReLU", "ReLU"))
+        if mark in name or (part == "BatchNorm" and "BN" in name)
+    ]
+    return "+".join(parts)
+
+
+def layers(
+    prepared: nn.Module, int8: nn.Module, recipe: Recipe, work: Work, lines: dict[str, str]
+) -> tuple[list[str], list[Finding]]:
+    """The names of the int8 layers, and the layers and blocks with weights that stay float."""
+    converted = dict(int8.named_modules())
+    quantized, found = [], []
+    blocks: list[str] = []
+    for name, module in prepared.named_modules():
+        if is_inside(name, tuple(blocks)) or not isinstance(module, (*_WEIGHTED, *_NO_INT8_TRAINING)):
+            continue
+        if name in converted and is_int8(converted[name]):
+            quantized.append(name)
+            continue
+        blocks.append(name)
+        macs = sum(value for layer, value in work.layers.items() if is_inside(layer, (name,)))
+        why = _why_float(name, module, recipe)
+        found.append(Finding(name, type(module).__name__, why, lines.get(name, "not called"), macs))
+    return quantized, found
+
+
+def _why_float(name: str, module: nn.Module, recipe: Recipe) -> str:
+    for part in recipe.untraceable:
+        path, _, line = part.partition(" ")
+        if is_inside(name, (path,)):
+            return f"{path} cannot be traced {line}"
+    if is_inside(name, recipe.keep_float):
+        return "keep_float"
+    if isinstance(module, _NO_INT8_TRAINING):
+        return f"PyTorch has no int8 training for {type(module).__name__}"
+    if hasattr(module, "weight_fake_quant"):
+        return "what it reads or returns is not int8"
+    return "its qconfig, or the module that holds it and runs as a whole, leaves it float"
+
+
+def batch_norms(int8: nn.Module, lines: dict[str, str]) -> list[Finding]:
+    """The batch-norms that are layers of their own in the int8 network."""
+    return [
+        Finding(name, type(module).__name__, _why_alone(module), lines.get(name, "not called"))
+        for name, module in int8.named_modules()
+        if _BATCH_NORM in type(module).__name__ or type(module).__name__.startswith("BNReLU")
+    ]
+
+
+def _why_alone(module: nn.Module) -> str:
+    return "an int8 layer of its own" if is_int8(module) else "float"
+
+
+def float_ops(int8: nn.Module) -> list[Finding]:
+    """The float operations of int8 graphs that lie between int8 ones."""
+    return [finding for module, graph in graphs(int8) for finding in _float_ops_of(module, graph)]
+
+
+def _float_ops_of(module: nn.Module, graph: fx.Graph) -> Iterator[Finding]:
+    nodes = graph.nodes
+    after = _reach([n for n in nodes if n.target == "dequantize"], lambda n: n.users, _quantizes)
+    before = _reach([n for n in nodes if _quantizes(n)], lambda n: n.all_input_nodes, _dequantizes)
+    for node in nodes:
+        passive = _quantizes(node) or _dequantizes(node) or node.target is operator.getitem
+        if node in after and node in before and not passive:
+            yield Finding(node.name, _kind(module, node), "has no int8 form", stack_line(node))
+
+
+def _reach(start: list[fx.Node], following: Any, stops: Any) -> set[fx.Node]:
+    """The nodes that can be reached from `start` without passing one at which to stop."""
+    found: set[fx.Node] = set()
+    waiting = [n for node in start for n in following(node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and not stops(node):
+            found.add(node)
+            waiting += following(node)
+    return found
+
+
+def _quantizes(node: fx.Node) -> bool:
+    return node.target is torch.quantize_per_tensor
+
+
+def _dequantizes(node: fx.Node) -> bool:
+    return node.target == "dequantize" or node.op in ("placeholder", "get_attr")
+
+
+def _kind(module: nn.Module, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,143 @@
+"""`preflight`: says before the first epoch whether a module would train, convert and run as int8."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.analysis.inputs import Catcher, Inputs, first_samples
+from qat_lightning.analysis.preflight.dry_run import rehearse, stage
+from qat_lightning.analysis.preflight.network_report import NetworkReport
+from qat_lightning.analysis.preflight.whereabouts import call_lines
+from qat_lightning.base import random_state
+from qat_lightning.base.errors import PreflightError, UntraceableError
+from qat_lightning.modes.qconfig import Overrides, QConfigLike
+from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.networks import Settings, network_names, prepare_module
+from qat_lightning.quantize.prepare import prepare
+from qat_lightning.quantize.selection import FloatPattern
+
+
+def preflight(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor,
+    *,
+    backend: str = "x86",
+    qconfig: QConfigLike | None = None,
+    mode: str = "auto",
+    modules: Sequence[str] | None = None,
+    keep_float: Sequence[FloatPattern] = (),
+    fuse: str | Sequence[Sequence[str]] = "auto",
+    replace_relu6: bool = True,
+    overrides: Overrides | None = None,
+    untraceable: str = "error",
+) -> list[NetworkReport]:
+    """Tries a whole quantization-aware run on a copy, in seconds: prepare, a training step, convert, int8.
+
+    The module is not changed, nor are its batch-norm statistics, its mode and the random generators. Only the
+    first samples of the inputs are used.
+
+    Args:
+        module: A float LightningModule, whose networks are tried, or a float network.
+        example_inputs: What its forward takes: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments; a batch of at least two samples, which batch-norm needs.
+        backend: As in :class:`qat_lightning.QuantizationAwareTraining`, like all that follow.
+        qconfig: Likewise.
+        mode: Likewise.
+        modules: Likewise.
+        keep_float: Likewise.
+        fuse: Likewise.
+        replace_relu6: Likewise.
+        overrides: Likewise.
+        untraceable: Likewise.
+
+    Returns:
+        A report for each network that the module's forward calls; the others are not tried.
+
+    Raises:
+        PreflightError: A network would not train, convert or run; the message names the module, the line
+            of its code, and the change that fixes it.
+        ValueError: A network cannot be prepared, or an argument is wrong.
+
+    Example::
+
+        for report in preflight(module, torch.randn(2, 3, 224, 224)):
+            print(report)
+    """
+    settings = Settings(
+        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
+    )
+    return preflight_with(settings, module, example_inputs)
+
+
+def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:
+    """:func:`preflight` with the settings of a callback."""
+    inputs = _as_inputs(example_inputs)
+    with random_state.kept():
+        names = _names(module, settings)
+        floating = copy_of(module).cpu()
+        caught = _network_inputs(floating, names, inputs)
+        try:
+            prepared = _prepare(copy_of(module).cpu(), settings, inputs)
+        except ValueError as error:
+            named = _last_named(error, floating, inputs)
+            if named is None:
+                raise
+            name, line = named
+            raise PreflightError(f"{error}\n  {name!r} is called at {line}", path=name, line=line) from error
+        return [rehearse(name, network, caught[name]) for name, network in prepared if name in caught]
+
+
+def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
+    """The last submodule to be called of those that an error names, and the line that calls it."""
+    if isinstance(error, UntraceableError):
+        return None  # which has its line
+    quoted = set(re.findall(r"'([\w.]+)'", str(error).split("Nearest:")[0]))
+    with call_lines(module) as lines:
+        module(*inputs.args, **inputs.kwargs)
+    named = [name for name in lines if any(f".{name}".endswith(f".{part}") for part in quoted)]
+    return (named[-1], lines[named[-1]]) if named else None
+
+
+def _as_inputs(example_inputs: Any) -> Inputs:
+    if isinstance(example_inputs, Inputs):
+        return Inputs(*first_samples(tuple(example_inputs)))
+    if isinstance(example_inputs, Mapping):
+        return Inputs(*first_samples(((), dict(example_inputs))))
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return Inputs(*first_samples((args, {})))
+
+
+def _is_whole(module: nn.Module, settings: Settings) -> bool:
+    """Whether `module` is one network, rather than a LightningModule that holds some."""
+    return settings.modules is None and not hasattr(module, "training_step")
+
+
+def _names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
+    return ("",) if _is_whole(module, settings) else network_names(module, settings)
+
+
+def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -> dict[str, Inputs]:
+    """What the module's forward calls each network with."""
+    networks = {name: module.get_submodule(name) for name in names}
+    with torch.no_grad(), stage("float forward", "", module), Catcher(networks.values()) as catcher:
+        module.eval()(*inputs.args, **inputs.kwargs)
+    caught = {name: catcher.caught[n] for name, n in networks.items() if n in catcher.caught}
+    if not caught:
+        raise ValueError(
+            f"preflight follows the forward of {type(module).__name__}, but that calls none of its networks "
+            f"{list(names)}. Pass a network itself: preflight(module.{names[0]}, …)."
+        )
+    return caught
+
+
+def _prepare(module: nn.Module, settings: Settings, inputs: Inputs) -> list[tuple[str, nn.Module]]:
+    if not _is_whole(module, settings):
+        example: Any = module
+        example.example_input_array = inputs.kwargs or inputs.args
+        return [(p.name, p.network) for p in prepare_module(module, settings)]
+    return [("", prepare(module, example_inputs=inputs.args, **settings.options))]

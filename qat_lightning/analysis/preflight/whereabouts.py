@@ -1,0 +1,108 @@
+"""Where in the user's code something happens: the module that runs, the file and the line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from qat_lightning.modes.graph.graft import graphs
+from qat_lightning.modes.graph.lines import is_users, stack_line
+
+_GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
+
+
+class Whereabouts(TorchFunctionMode):
+    """What is running; after an error, what was running when it was raised.
+
+    Attributes:
+        path: Names of the modules, outermost first.
+        call: Name of the last operation on tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: list[str] = []
+        self.call = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.call = getattr(func, "__name__", str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def follow(module: nn.Module) -> Iterator[Whereabouts]:
+    """Follows which submodule of `module` runs and what it calls, inside the block."""
+    here = Whereabouts()
+    handles = []
+    for name, child in module.named_modules():
+        if name:
+            handles.append(child.register_forward_pre_hook(_enter(here, name)))
+            handles.append(child.register_forward_hook(lambda *_: here.path.pop() and None))
+    try:
+        with here:
+            yield here
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(here: Whereabouts, name: str) -> Any:
+    return lambda *_: here.path.append(name)
+
+
+def line_of_error(error: BaseException, module: nn.Module) -> str | None:
+    """The last line of the user's own code that led to `error`, as `file:line: code`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if frame.filename.startswith(_GENERATED):
+            return _line_in_graph(module, str(frame.line))
+        if is_users(frame.filename):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None
+
+
+@contextmanager
+def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
+    """For each submodule, the line of the user's code that calls it first inside the block."""
+    lines: dict[str, str] = {}
+
+    def note(name: str) -> Any:
+        def keep(*_: Any) -> None:
+            lines.setdefault(name, _users_frame(sys._getframe(1)))
+
+        return keep
+
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in network.named_modules() if n]
+    try:
+        yield lines
+    finally:
+        for handle in handles:
+            handle.remove()
+    for _, graph in graphs(network):
+        lines |= {str(node.target): stack_line(node) for node in graph.nodes if node.op == "call_module"}
+
+
+def _users_frame(frame: FrameType | None) -> str:
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line"
+    (summary,) = traceback.extract_stack(frame, limit=1)
+    return f"{summary.filename}:{summary.lineno}: {summary.line}"
+
+
+def _line_in_graph(module: nn.Module, code: str) -> str | None:
+    """The user's line behind one of a graph's code, which assigns to a variable named as its node."""
+    name = code.split("=")[0].split(":")[0].strip()
+    for _, graph in graphs(module):
+        for node in graph.nodes:
+            if node.name == name and node.stack_trace:
+                return stack_line(node)
+    return None

@@ -1,0 +1,211 @@
+"""`sensitivity`: what int8 costs in each layer of a network, before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.analysis.batches import Batches, Metric, check_metric, count_samples, score
+from qat_lightning.analysis.inputs import Inputs, first_samples
+from qat_lightning.analysis.preflight.inventory import count_work, parts
+from qat_lightning.analysis.sensitivity_table import LayerSensitivity, Sensitivity, gained
+from qat_lightning.analysis.simulation import Simulation, simulate
+from qat_lightning.base import random_state
+from qat_lightning.base.sqnr import sqnr
+from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
+from qat_lightning.modes.layers.layer_grids import layer_grids
+from qat_lightning.modes.qconfig import Overrides, QConfigLike
+from qat_lightning.quantize.networks import Settings
+from qat_lightning.quantize.selection import FloatPattern
+
+_Score = Callable[[], float | None]
+
+
+def sensitivity(
+    module: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    metric: Metric | None = None,
+    higher_is_better: bool = True,
+    backend: str = "x86",
+    qconfig: QConfigLike | None = None,
+    mode: str = "auto",
+    modules: Sequence[str] | None = None,
+    keep_float: Sequence[FloatPattern] = (),
+    fuse: str | Sequence[Sequence[str]] = "auto",
+    replace_relu6: bool = True,
+    overrides: Overrides | None = None,
+    untraceable: str = "error",
+    samples: int = 16,
+    batches: int | None = 8,
+    calibration_batches: int = 8,
+) -> Sensitivity:
+    """Measures what int8 costs in each layer: with the layer alone quantized, and with it alone float.
+
+    What belongs to a layer is its weight's fake-quantize and that of what it returns. `keep_float` leaves the
+    latter where an int8 layer reads it, so that both have to be kept; :func:`keep_for_target` knows that.
+
+    A prepared module has the ranges that it has observed; those of a float one are calibrated. The module is
+    not changed, nor are its modes and the random generators.
+
+    Args:
+        module: A LightningModule, whose `validation_step` is run, or a network; float, or prepared already.
+        dataloader: Batches: of a LightningModule as its `validation_step` takes them; of a network, tensors,
+            sequences that begin with what its forward requires, or mappings of its arguments.
+        metric: What to measure beside the outputs: a function of (outputs, batch), or the name of a metric
+            that the module's `validation_step` logs.
+        higher_is_better: Whether more of the metric is better; False for a loss.
+        backend: As in :class:`qat_lightning.QuantizationAwareTraining`, like all up to `untraceable`; without
+            effect on a module that is prepared.
+        qconfig: Likewise.
+        mode: Likewise.
+        modules: Likewise.
+        keep_float: Likewise.
+        fuse: Likewise.
+        replace_relu6: Likewise.
+        overrides: Likewise.
+        untraceable: Likewise.
+        samples: How many samples the outputs are compared on.
+        batches: How many batches the metric is computed on; None for all.
+        calibration_batches: How many batches ranges are calibrated on.
+
+    Returns:
+        The layers, the most sensitive first.
+
+    Raises:
+        ValueError: The module cannot be prepared, is int8 or calls none of its networks; the metric is not
+            logged; a number is out of range.
+        TypeError: An argument is of the wrong type.
+
+    Example::
+
+        found = sensitivity(module, datamodule.val_dataloader())
+        rich.print(found.table())
+    """
+    settings = Settings(
+        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
+    )
+    check_counts(samples=samples, batches=batches, calibration_batches=calibration_batches)
+    if metric is not None:
+        check_metric(module, metric)
+    with random_state.kept(), torch.inference_mode(False), torch.no_grad():
+        simulation = simulate(module, settings, Batches(dataloader, calibration_batches))
+        scored = None if metric is None else Batches(dataloader, batches)
+
+        def score_now() -> float | None:
+            return None if metric is None or scored is None else score(simulation.module, metric, scored)
+
+        return measure(simulation, samples, score_now, higher_is_better)
+
+
+def measure(
+    simulation: Simulation,
+    samples: int,
+    score_now: _Score = lambda: None,
+    higher_is_better: bool = True,
+) -> Sensitivity:
+    """Measures every layer of a simulated module.
+
+    Args:
+        simulation: The module; it is left with everything quantized.
+        samples: How many samples the outputs are compared on.
+        score_now: Gives the metric with the fake-quantizes that are on.
+        higher_is_better: Whether more of it is better.
+    """
+    layers: list[LayerSensitivity] = []
+    int8_sqnr, others_sqnr = {}, {}
+    simulation.round_with(())
+    float_metric = score_now()
+    for name in simulation.networks:
+        probe = _Probe(simulation, name, samples)
+        int8_sqnr[name] = probe.sqnr(simulation.grids)
+        others_sqnr[name] = probe.sqnr(probe.others())
+        layers += probe.layers(int8_sqnr[name], score_now)
+    simulation.round_with(simulation.grids)
+    sign = 1 if higher_is_better else -1
+
+    def rank(each: LayerSensitivity) -> tuple[float, float]:
+        return (0.0 if each.alone_metric is None else sign * each.alone_metric, each.alone_sqnr)
+
+    ranked = tuple(sorted(layers, key=rank))
+    return Sensitivity(ranked, int8_sqnr, others_sqnr, float_metric, score_now())
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raises a `ValueError` unless each is at least 1, or None."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, but received {count}.")
+
+
+class _Probe:
+    """One network of a simulated module, run on a few samples again and again."""
+
+    def __init__(self, simulation: Simulation, name: str, samples: int) -> None:
+        self.simulation, self.name = simulation, name
+        self.network = simulation.networks[name]
+        self.inputs = list(_limited(simulation.inputs[name], samples))
+        simulation.round_with(())
+        self.exact = self._outputs()
+        if not torch.isfinite(self.exact).all():
+            raise ValueError(
+                f"The float outputs of {name or type(self.network).__name__!r} hold a NaN or an infinity, "
+                "which nothing can be compared with. Pass batches, and weights, that give finite outputs."
+            )
+
+    def sqnr(self, grids: Collection[FakeQuantizeBase]) -> float:
+        """Decibels between the float outputs and those that these fake-quantizes give."""
+        self.simulation.round_with(grids)
+        return sqnr(self.exact, self._outputs())
+
+    def others(self) -> frozenset[FakeQuantizeBase]:
+        """The fake-quantizes that belong to no layer."""
+        mine = {grid for _, grid in fake_quantizes(self.network)}
+        return frozenset(mine.difference(*layer_grids(self.network).values()))
+
+    def layers(self, int8_sqnr: float, score_now: _Score) -> Iterator[LayerSensitivity]:
+        """Measures each layer that the inputs reach."""
+        self.simulation.round_with(())
+        modules = dict(self.network.named_modules())
+        with torch.enable_grad():
+            work = count_work(self.network, _first(self.inputs[0], 1)).layers
+        for name, grids in layer_grids(self.network).items():
+            if name in work:
+                alone, alone_metric = self.sqnr(grids), score_now()
+                kept, kept_metric = self.sqnr(self.simulation.grids - grids), score_now()
+                yield LayerSensitivity(
+                    name,
+                    self.name,
+                    parts(modules[name]),
+                    work[name],
+                    alone,
+                    kept,
+                    gained(kept, int8_sqnr),
+                    alone_metric,
+                    kept_metric,
+                )
+
+    def _outputs(self) -> Tensor:
+        """All floating outputs, end to end."""
+        runs = [self.network(*inputs.args, **inputs.kwargs) for inputs in self.inputs]
+        leaves = [v for v in tree_leaves(runs) if isinstance(v, Tensor) and v.is_floating_point()]
+        return torch.cat([leaf.flatten().float() for leaf in leaves])
+
+
+def _limited(calls: Sequence[Inputs], samples: int) -> Iterator[Inputs]:
+    """The first calls, and of the last one the first samples, with no more samples than that in all."""
+    for call in calls:
+        if samples <= 0:
+            return
+        yield _first(call, samples)
+        samples -= count_samples(tuple(call))
+
+
+def _first(call: Inputs, samples: int) -> Inputs:
+    device = next((v.device for v in tree_leaves(call) if isinstance(v, Tensor)), torch.device("cpu"))
+    return Inputs(*move_data_to_device(first_samples(tuple(call), samples), device))

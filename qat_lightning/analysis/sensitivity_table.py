@@ -1,0 +1,146 @@
+"""How much each layer of a network suffers from int8: the result, as values, a table, a plot and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qat_lightning.base import formats
+
+_MOST = 120.0
+"""Decibels beyond which outputs count as equal, when two ratios are compared."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What int8 costs in one layer: its weight, and the grid of what it returns.
+
+    Attributes:
+        name: Its name in the network.
+        network: The network's name in the LightningModule, `""` for the module itself.
+        kind: The layers that it consists of, such as `Conv2d+BatchNorm2d+ReLU`.
+        macs: Multiply-adds for one sample.
+        alone_sqnr: Decibels between the float outputs of the network and those with this layer alone
+            quantized.
+        kept_sqnr: The same with this layer alone float.
+        gain: Decibels by which that is more than with everything quantized.
+        alone_metric: The metric with this layer alone quantized; None where no metric was given.
+        kept_metric: The metric with this layer alone float.
+    """
+
+    name: str
+    network: str
+    kind: str
+    macs: int
+    alone_sqnr: float
+    kept_sqnr: float
+    gain: float
+    alone_metric: float | None = None
+    kept_metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What int8 costs, layer by layer.
+
+    Attributes:
+        layers: The layers, the most sensitive first: by the metric with the layer alone quantized, where
+            there is one, and by the decibels.
+        int8_sqnr: For each network, by name, the decibels between its float outputs and those with everything
+            quantized.
+        others_sqnr: Likewise with only that quantized which belongs to no layer: inputs, sums and the like.
+        float_metric: The metric with nothing quantized; None where no metric was given.
+        int8_metric: The metric with everything quantized.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    int8_sqnr: dict[str, float]
+    others_sqnr: dict[str, float]
+    float_metric: float | None = None
+    int8_metric: float | None = None
+
+    def table(self) -> Table:
+        """The layers as a table for `rich`; multiply-adds are in millions (MMACs)."""
+        scored = self.float_metric is not None
+        table = Table(title=self._title())
+        table.add_column("layer", overflow="fold")
+        table.add_column("kind")
+        columns = ["MMACs", "int8 alone, dB", "float alone, dB", "gain, dB"]
+        for column in columns + ["int8 alone, metric", "float alone, metric"] * scored:
+            table.add_column(column, justify="right")
+        for each in self.layers:
+            ratios = map(formats.decibels, (each.alone_sqnr, each.kept_sqnr))
+            metrics = [formats.digits(v, 4) for v in (each.alone_metric, each.kept_metric) if v is not None]
+            gain = formats.number(each.gain, "+.1f")
+            table.add_row(_label(each), each.kind, f"{each.macs / 1e6:,.2f}", *ratios, gain, *metrics)
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Writes the layers, the most sensitive on top, as a plot of the format that the path's suffix tells.
+
+        Beside the decibels stands the metric, where there is one.
+        """
+        from matplotlib.figure import Figure
+
+        scored = self.float_metric is not None
+        figure = Figure(figsize=(7 + 3 * scored, 1.5 + 0.22 * len(self.layers)), layout="constrained")
+        axes = figure.subplots(1, 1 + scored, sharey=True, squeeze=False)[0]
+        names = [formats.printable(_label(each)) for each in self.layers]
+        axes[0].set_yticks(range(len(names)), names, parse_math=False)
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+        ratios = [[min(r, _MOST) for r in (each.alone_sqnr, each.kept_sqnr)] for each in self.layers]
+        _draw(axes[0], ratios, {min(ratio, _MOST) for ratio in self.int8_sqnr.values()})
+        axes[0].set_xlabel("outputs against float, dB")
+        axes[0].legend()
+        if scored:
+            _draw(axes[1], [[e.alone_metric, e.kept_metric] for e in self.layers], {self.int8_metric})
+            axes[1].set_xlabel("metric")
+        figure.savefig(path)
+
+    def to_json(self) -> str:
+        """Everything as JSON; a ratio that is infinite, since nothing differs, is null."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+
+    def _title(self) -> str:
+        lines = [
+            f"{name} everything int8: {formats.decibels(ratio)} dB; inputs, sums and the like alone: "
+            f"{formats.decibels(self.others_sqnr[name])} dB".strip()
+            for name, ratio in self.int8_sqnr.items()
+        ]
+        if self.float_metric is not None and self.int8_metric is not None:
+            metrics = (formats.digits(value, 4) for value in (self.float_metric, self.int8_metric))
+            lines.append("metric: {} in float, {} with everything int8".format(*metrics))
+        return "\n".join(lines)
+
+
+def gained(ratio: float, base: float) -> float:
+    """By how many decibels `ratio` is more than `base`."""
+    return min(ratio, _MOST) - min(base, _MOST)
+
+
+def _draw(axes: Any, pairs: Sequence[Sequence[float | None]], everything: Collection[float | None]) -> None:
+    """A row for each layer, with its value in int8 alone and in float alone, and lines for the whole."""
+    rows = range(len(pairs))
+    axes.plot([alone for alone, _ in pairs], rows, "o", markersize=4, label="int8 alone")
+    axes.plot([kept for _, kept in pairs], rows, "s", markersize=4, label="float alone")
+    for value in everything:
+        axes.axvline(value, color="gray", linestyle=":", label="everything int8")
+    axes.grid(axis="x", linewidth=0.5)
+
+
+def _label(layer: LayerSensitivity) -> str:
+    return f"{layer.network}.{layer.name}".strip(".")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

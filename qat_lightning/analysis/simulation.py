@@ -1,0 +1,122 @@
+"""Int8 without training: a prepared copy of a module whose ranges were calibrated on a few batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.analysis.batches import Batches, collect_inputs, inputs_of
+from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quant.phases import average_over, evaluate, only_observe, set_enabled
+from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average
+from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.networks import Settings, prepare_module
+from qat_lightning.quantize.prepare import prepare
+from qat_lightning.quantize.recipe import quantized_networks
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A module in eval mode that computes as int8 would, with any of its fake-quantizes.
+
+    Attributes:
+        module: The copy.
+        networks: Its prepared networks that were called, by name.
+        inputs: What each was called with.
+    """
+
+    module: nn.Module
+    networks: Mapping[str, nn.Module]
+    inputs: Mapping[str, Sequence[Inputs]]
+
+    @property
+    def grids(self) -> frozenset[FakeQuantizeBase]:
+        """All fake-quantizes."""
+        return frozenset(grid for _, grid in fake_quantizes(self.module))
+
+    def round_with(self, grids: Collection[FakeQuantizeBase]) -> None:
+        """Switches these fake-quantizes on, and all others off."""
+        for grid in self.grids:
+            grid.enable_fake_quant(grid in grids)
+
+
+def simulate(
+    module: nn.Module,
+    settings: Settings,
+    batches: Batches,
+    inputs: Mapping[str, Sequence[Inputs]] | None = None,
+) -> Simulation:
+    """Prepares a copy of a float `module`, and calibrates the ranges that have not been observed.
+
+    Args:
+        module: A float or prepared LightningModule or network; it is not changed.
+        settings: How to prepare what is float.
+        batches: What to calibrate on.
+        inputs: What an earlier simulation collected of them.
+
+    Raises:
+        ValueError: The module is int8, cannot be prepared, or calls none of its networks.
+    """
+    copied = _prepared(copy_of(module), settings, batches)
+    networks = {name: network for name, network, _ in quantized_networks(copied)}
+    evaluate(copied)
+    if inputs is None:
+        set_enabled(copied, observer=False, fake_quant=False)
+        inputs = collect_inputs(copied, networks, batches)
+    networks = {name: networks[name] for name in inputs}
+    for name, network in networks.items():
+        calibrate(network, inputs[name])
+    set_enabled(copied, observer=False, fake_quant=True)
+    return Simulation(copied, networks, inputs)
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
+    """Lets the fake-quantizes of a prepared network in eval mode observe, unless all have; in place.
+
+    A range that training would average over many steps is the mean over the calls. Batch-norm statistics
+    do not move.
+    """
+    grids = [grid for _, grid in fake_quantizes(network)]
+    if all(has_seen_data(grid) for grid in grids if has_range(grid)):
+        return
+    seen: Counter[nn.Module] = Counter()
+
+    def average(grid: Any, args: Any) -> None:
+        seen[grid] += 1
+        if isinstance(grid, FakeQuantize):
+            grid.average_over(seen[grid])
+        else:
+            grid.activation_post_process.averaging_constant = 1 / seen[grid]
+
+    averaged = [g for g in grids if has_range(g) and is_moving_average(g)]
+    handles = [grid.register_forward_pre_hook(average) for grid in averaged]
+    only_observe(network)
+    for call in calls:
+        network(*call.args, **call.kwargs)
+    for handle in handles:
+        handle.remove()
+    average_over(network, None)
+    evaluate(network)
+
+
+def _prepared(module: nn.Module, settings: Settings, batches: Batches) -> nn.Module:
+    recipes = [recipe for _, _, recipe in quantized_networks(module)]
+    if any(recipe.int8 for recipe in recipes):
+        raise ValueError(
+            f"{type(module).__name__} holds an int8 network, in which nothing can be switched off. Pass the "
+            "float module, or the prepared one."
+        )
+    if recipes:
+        return module
+    if hasattr(module, "training_step") or settings.modules is not None:
+        prepare_module(module, settings)
+        return module
+    example = next((inputs_of(module, batch).args for batch in batches), None)
+    return prepare(module, example_inputs=example or None, **settings.options)

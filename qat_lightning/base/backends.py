@@ -1,0 +1,82 @@
+"""The int8 engines of PyTorch: their names, what they ask of the activations, and how to run on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.base.errors import nearest
+
+BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
+
+
+def check_backend(backend: str) -> str:
+    """Returns `backend` if it exists and this build of PyTorch can run it.
+
+    Raises:
+        ValueError: It is unknown, or this build of PyTorch lacks its engine.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend must be one of {BACKENDS}, but received {backend!r}. {nearest(str(backend), BACKENDS)}"
+        )
+    supported = [name for name in torch.backends.quantized.supported_engines if name != "none"]
+    if backend not in supported:
+        raise ValueError(
+            f"backend={backend!r} needs an engine that this build of PyTorch lacks; it has "
+            f"{supported}. Choose one of those."
+        )
+    return backend
+
+
+@contextmanager
+def engine(backend: str) -> Iterator[None]:
+    """Makes `backend` the quantized engine of PyTorch inside the `with` block."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = backend
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def run_on_engine(module: nn.Module, backend: str) -> None:
+    """Makes every forward of an int8 `module` run on the engine it was converted for.
+
+    The engine is a global setting of PyTorch, so that a program with two int8 networks needs it set
+    around each. Forward hooks do that; `forward` itself stays the module's own.
+    """
+    switch = _EngineSwitch(backend)
+    module.register_forward_pre_hook(switch.enter)
+    module.register_forward_hook(switch.leave, always_call=True)
+
+
+class _EngineSwitch:
+    """The two hooks of :func:`run_on_engine`; a stack, because an int8 network may hold another.
+
+    `torch.use_deterministic_algorithms` is off meanwhile: it refuses a tensor that fbgemm's linear layer
+    makes and fills, although sums of integers have one result only.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._before: list[tuple[str, int]] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._before.append((torch.backends.quantized.engine, torch.get_deterministic_debug_mode()))
+        torch.backends.quantized.engine = self.backend
+        torch.set_deterministic_debug_mode("default")
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                raise RuntimeError(
+                    f"Int8 networks run on the CPU, but {type(module).__name__} received a tensor on "
+                    f"{value.device}. Pass x.cpu(), and test with Trainer(accelerator='cpu')."
+                )
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        torch.backends.quantized.engine, deterministic = self._before.pop()
+        torch.set_deterministic_debug_mode(deterministic)

@@ -1,0 +1,74 @@
+"""`manifest.json` beside exported files: size and SHA-256 of each, so that a damaged one is refused unread.
+
+It detects corruption. It is no signature: whoever can alter a file can alter the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qat_lightning.base.atomic import replacing
+from qat_lightning.base.errors import Int8FileError
+
+MANIFEST = "manifest.json"
+
+
+def record(*paths: Path) -> None:
+    """Writes the checksums of files of one folder into its manifest, beside those already there."""
+    manifest = paths[0].with_name(MANIFEST)
+    entries = _entries(manifest) if manifest.is_file() else {}
+    entries |= {path.name: _entry(path.read_bytes()) for path in paths}
+    with replacing(manifest) as partial:
+        partial.write_text(json.dumps({"version": 1, "files": entries}, indent=2, sort_keys=True) + "\n")
+
+
+def read(path: Path, *, verify: bool = True) -> bytes:
+    """The content of a file, read once and compared with the manifest before anything parses it.
+
+    Args:
+        path: The file.
+        verify: Whether to compare. Without, nothing is known about the content.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        Int8FileError: There is no manifest, the file is not in it, or it is another than that was recorded.
+    """
+    content = path.read_bytes()
+    if not verify:
+        return content
+    manifest = path.with_name(MANIFEST)
+    if not manifest.is_file():
+        raise Int8FileError(
+            f"{path} has no {MANIFEST} beside it, so that nobody can tell whether it is whole. Copy the "
+            "manifest of the export along with it, or pass verify=False to read it as it is."
+        )
+    recorded = _entries(manifest).get(path.name)
+    if recorded is None:
+        raise Int8FileError(
+            f"{manifest} does not list {path.name}: files keep the names that they were exported under. "
+            "Rename it back, export it again, or pass verify=False to read it as it is."
+        )
+    found = _entry(content)
+    if found != recorded:
+        raise Int8FileError(
+            f"{path} is not the file that was exported: {MANIFEST} says {recorded['bytes']} bytes with "
+            f"SHA-256 {recorded['sha256'][:12]}…, but it has {found['bytes']} with {found['sha256'][:12]}…. "
+            "It was altered, truncated or replaced: copy or export it again."
+        )
+    return content
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _entries(manifest: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
+        _ = [(entry["bytes"], entry["sha256"][:12]) for entry in entries.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Int8FileError(f"{manifest} is damaged: {error!r}. Copy or export the files again.") from error
+    return entries

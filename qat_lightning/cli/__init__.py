@@ -1,0 +1,1 @@
+"""The commands `qat-train`, `qat-report` and `qat-bench`, and how Hydra configures them."""

@@ -1,0 +1,65 @@
+"""A float run before the run itself, so that one command trains float and then for int8 from its weights.
+
+It is a process of its own: a process starts the further ones of one distributed run only.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from qat_lightning.cli.launch import started_together
+
+_WANTED = "float_first.yaml"
+
+
+def weights_of_float_run(cfg: DictConfig) -> str:
+    """Trains in float what `cfg` describes, changed by its `float_first`, in the run's folder `float`.
+
+    Further processes of a distributed run, which start later, find it done. With `resume=auto` it goes on
+    where it was interrupted, or is not repeated.
+
+    Returns:
+        The weights to start from.
+
+    Raises:
+        ValueError: The processes of the run were all started together, by torchrun or srun.
+        RuntimeError: The float run failed.
+    """
+    folder = Path(cfg.output_dir).absolute() / "float"
+    _check_launcher()
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(_float_configuration(cfg, folder), folder / _WANTED, resolve=True)
+        command = [sys.executable, "-m", "qat_lightning.cli.float_run", str(folder / _WANTED)]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"The float run in {folder} ended with the exit status {done.returncode}; its own message is "
+                "above. With resume=auto and the same output folder the command goes on there."
+            )
+    return str(folder / "float.pt")
+
+
+def _float_configuration(cfg: DictConfig, folder: Path) -> DictConfig:
+    changed = copy.deepcopy(cfg)
+    OmegaConf.set_struct(changed, False)
+    changed.merge_with(cfg.float_first)
+    changed.output_dir, changed.float_first = str(folder), None
+    changed.quantization._target_ = None
+    return changed
+
+
+def _check_launcher() -> None:
+    launcher = started_together()
+    if launcher is not None:
+        raise ValueError(
+            f"float_first starts a run before this one, but {launcher} has started the processes of this one "
+            "already. Run the float training by itself (backend=float), then this with weights=…/float.pt "
+            "and float_first=null."
+        )

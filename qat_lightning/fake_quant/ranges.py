@@ -1,0 +1,69 @@
+"""What the observers of a prepared network have seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_lightning.base.errors import ConversionError
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
+
+
+def has_range(fake_quantize: Any) -> bool:
+    """Whether its observer follows a minimum and a maximum; one of fixed parameters does not."""
+    return hasattr(getattr(fake_quantize, "activation_post_process", None), "min_val")
+
+
+def has_histogram(fake_quantize: Any) -> bool:
+    """Whether its observer keeps a histogram, of which the extremes are only the ends."""
+    return hasattr(fake_quantize.activation_post_process, "histogram")
+
+
+def is_moving_average(fake_quantize: Any) -> bool:
+    """Whether its observer averages over batches, rather than keeping the extremes."""
+    return getattr(fake_quantize.activation_post_process, "averaging_constant", 1) != 1
+
+
+def set_range(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Sets what its observer has seen, and the scale and zero point that follow from it."""
+    observer = fake_quantize.activation_post_process
+    for buffer, value in ((observer.min_val, low), (observer.max_val, high)):
+        if buffer.numel() != value.numel():
+            buffer.resize_(value.shape)
+        buffer.copy_(value.view(buffer.shape))
+    if isinstance(fake_quantize, FakeQuantize):
+        fake_quantize.seen = has_seen_data(fake_quantize)
+        fake_quantize.refresh()
+        return
+    scale, zero_point = fake_quantize.calculate_qparams()
+    fake_quantize.scale.resize_(scale.shape).copy_(scale)
+    fake_quantize.zero_point.resize_(zero_point.shape).copy_(zero_point)
+
+
+def has_seen_data(fake_quantize: Any) -> bool:
+    """Whether a tensor has passed its observer."""
+    low = fake_quantize.activation_post_process.min_val
+    return bool(low.numel() and torch.isfinite(low).all())
+
+
+def check_observed(module: nn.Module) -> list[str]:
+    """Names the activation fake-quantizes inside a prepared `module` that never saw data.
+
+    Raises:
+        ConversionError: None of them saw any: there is no range to convert with.
+    """
+    activations = {
+        name: child
+        for name, child in fake_quantizes(module)
+        if not name.endswith("weight_fake_quant") and has_range(child)
+    }
+    unseen = [name for name, child in activations.items() if not has_seen_data(child)]
+    if activations and len(unseen) == len(activations):
+        raise ConversionError(
+            "A prepared network can be converted once its observers have seen data, but no batch "
+            "has passed through it in training mode. Train it for at least one step, or load a "
+            "checkpoint of a QAT run."
+        )
+    return unseen

@@ -1,0 +1,1 @@
+"""Eager mode: PyTorch's workflow for models that hold QuantStubs."""

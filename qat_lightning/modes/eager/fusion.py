@@ -1,0 +1,176 @@
+"""Which modules of a network are fused in eager mode: found in its forward, or listed and checked.
+
+Groups are those that torch.ao fuses for training: a convolution or linear layer with what follows it, so that
+the int8 network runs them as one operation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qat_lightning.base.errors import UntraceableError, nearest
+from qat_lightning.modes.base import Options
+from qat_lightning.modes.eager.graph_flow import traced, traced_parts
+from qat_lightning.modes.eager.watched_flow import watched
+from qat_lightning.modes.graph.flow import Flow, follower
+from qat_lightning.modes.graph.lines import users_line
+from qat_lightning.modes.graph.relu6 import is_inside, is_relu6_module
+
+Group = tuple[str, ...]
+
+_CONVS_AND_NORMS = (
+    (nn.Conv1d, nn.BatchNorm1d),
+    (nn.Conv2d, nn.BatchNorm2d),
+    (nn.Conv3d, nn.BatchNorm3d),
+)
+_FUSABLE: set[tuple[type[nn.Module], ...]] = {
+    *_CONVS_AND_NORMS,
+    *((conv, norm, nn.ReLU) for conv, norm in _CONVS_AND_NORMS),
+    *((conv, nn.ReLU) for conv, _ in _CONVS_AND_NORMS),
+    (nn.Linear, nn.ReLU),
+    (nn.Linear, nn.BatchNorm1d),
+    (nn.BatchNorm2d, nn.ReLU),
+    (nn.BatchNorm3d, nn.ReLU),
+}
+_POSSIBLE = (
+    "Possible are Conv1d, Conv2d or Conv3d with the BatchNorm of as many dimensions, with a ReLU, or with "
+    "both in this order; Linear with ReLU; Linear with BatchNorm1d; BatchNorm2d or BatchNorm3d with ReLU."
+)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def find_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
+    """The groups of modules that can be fused without changing what `network` computes.
+
+    Raises:
+        UntraceableError: The forward cannot be traced, there are no example inputs to watch it on, and so for
+            some batch-norms nobody knows what they follow.
+        ValueError: The network does not run on the example inputs.
+    """
+    kept = options.keep_float
+    try:
+        return _match(network, traced(network, kept), options)
+    except Exception as error:  # a forward meets proxies that it was not written for, and may raise anything
+        if options.example_inputs is not None:
+            return _match(network, watched(network, options.example_inputs, kept), options)
+        groups = _match(network, list(traced_parts(network, kept)), options)
+        fused = {name for group in groups for name in group}
+        norms = [n for n, m in network.named_modules() if isinstance(m, NORMS) and n not in fused]
+        unknown = [name for name in norms if not is_inside(name, kept)]
+        if unknown:
+            raise UntraceableError(_unknown(network, unknown, error)) from error
+        return groups
+
+
+def _unknown(network: nn.Module, norms: list[str], error: Exception) -> str:
+    return (
+        "In eager mode BatchNorm is fused into the layer that it follows, but torch.fx cannot trace "
+        f"{type(network).__name__}, so that this is unknown for {norms[:3]}{' …' if len(norms) > 3 else ''}: "
+        f"{error}\n  at {users_line(error, network)}\n"
+        "Pass example_inputs=(…,), on which one forward pass is watched (a LightningModule has "
+        "example_input_array for them); or list the fusions, as in fuse=[['conv1', 'bn1', 'relu1'], …]; or "
+        "rewrite that line and use mode='fx', which finds them in the graph."
+    )
+
+
+def _match(network: nn.Module, flows: Sequence[Flow], options: Options) -> tuple[Group, ...]:
+    """The longest fusable group from each module on, in the order of the forward."""
+    modules = dict(_candidates(network, options.keep_float))
+    taken: set[str] = set()
+    groups = []
+    for name in dict.fromkeys(name for flow in flows for name in flow.readers):
+        chain = list(_chain(name, flows, modules, taken))
+        while len(chain) > 1 and _obstacle([modules[n] for n in chain], options.replace_relu6):
+            chain.pop()
+        if len(chain) > 1:
+            groups.append(tuple(chain))
+            taken.update(chain)
+    return tuple(groups)
+
+
+def _chain(
+    name: str | None, flows: Sequence[Flow], modules: dict[str, nn.Module], taken: set[str]
+) -> Iterator[str]:
+    """`name` and the next two modules, as long as nobody else reads what lies between them."""
+    for _ in range(3):
+        if name is None or name not in modules or name in taken:
+            return
+        yield name
+        name = follower(name, flows)
+
+
+def _candidates(network: nn.Module, keep_float: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that may be replaced: in one place only, quantized, and with nothing attached to them."""
+    named = list(network.named_modules(remove_duplicate=False))
+    places = Counter(module for _, module in named)
+    for name, module in named:
+        attached = module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module)
+        if places[module] == 1 and not attached and not is_inside(name, keep_float):
+            yield name, module
+
+
+def _obstacle(modules: Sequence[Any], replace_relu6: bool) -> str | None:
+    """Why `modules` cannot be fused for training, or None."""
+    kinds = tuple(nn.ReLU if replace_relu6 and is_relu6_module(m) else type(m) for m in modules)
+    if any(is_relu6_module(m) for m in modules) and nn.ReLU not in kinds:
+        return "a ReLU6 is fused only where it becomes a ReLU (replace_relu6=True)"
+    if kinds not in _FUSABLE:
+        return "torch.ao cannot fuse these for training"
+    norm = next((m for m in modules if isinstance(m, NORMS)), None)
+    if norm is None:
+        return None
+    channels = getattr(modules[0], "out_features", getattr(modules[0], "out_channels", norm.num_features))
+    if norm.num_features != channels:
+        return f"the layer has {channels} output channels and the batch-norm {norm.num_features}"
+    if not norm.affine or not norm.track_running_stats:
+        return "the batch-norm needs affine=True and track_running_stats=True"
+    return None
+
+
+def check_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
+    """Returns the groups of `options.fuse` if each can be fused.
+
+    Raises:
+        TypeError: It is no list of groups of names.
+        ValueError: A name is unknown or in two groups, or torch.ao cannot fuse a group.
+    """
+    groups = options.fuse
+    if isinstance(groups, str) or any(isinstance(group, str) for group in groups):
+        raise TypeError(
+            "fuse must be 'auto' or a list of groups of module names, as in "
+            f"[['conv1', 'bn1', 'relu1']], but received {groups!r}."
+        )
+    known = dict(network.named_modules(remove_duplicate=False))
+    first: dict[nn.Module, str] = {}
+    for name in (name for group in groups for name in group):
+        if name not in known or not name:
+            raise ValueError(
+                f"fuse names the module {name!r}, which {type(network).__name__} does not have. "
+                f"{nearest(name, [n for n in known if n])}"
+            )
+        if known[name] in first:
+            other = first[known[name]]
+            same = "" if other == name else f", the same module as {other!r}"
+            raise ValueError(f"fuse names the module {name!r}{same} twice, but a module is fused once.")
+        first[known[name]] = name
+    for group in groups:
+        _check_group(group, [known[name] for name in group], options)
+    return tuple(tuple(group) for group in groups)
+
+
+def _check_group(group: Sequence[str], modules: list[nn.Module], options: Options) -> None:
+    floating = [name for name in group if is_inside(name, options.keep_float)]
+    if len(group) < 2:
+        reason: str | None = "a group has two or three modules"
+    elif floating and len(floating) < len(group):
+        reason = f"keep_float keeps {floating[0]!r} float and not the others"
+    else:
+        reason = _obstacle(modules, options.replace_relu6 and not floating)
+    if reason is not None:
+        kinds = ", ".join(type(module).__name__ for module in modules) or "no module"
+        raise ValueError(f"fuse has the group {list(group)} ({kinds}), but {reason}. {_POSSIBLE}")

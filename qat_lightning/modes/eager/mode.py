@@ -1,0 +1,116 @@
+"""Eager mode: the network's own code runs, with the stubs that its author wrote."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.ao import quantization as ao
+from torch.ao.nn import intrinsic as nni
+from torch.ao.nn import qat as nnqat
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import qat as nniqat
+from torch.ao.nn.intrinsic import quantized as nniq
+
+from qat_lightning.modes.base import Made, Options
+from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
+from qat_lightning.modes.eager.fusion import check_groups, find_groups
+from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
+from qat_lightning.modes.graph.lines import forward_line
+from qat_lightning.modes.graph.relu6 import replace_relu6_modules
+from qat_lightning.modes.layers.in_place import round_in_place
+from qat_lightning.modes.layers.input_grids import connect_traced
+from qat_lightning.modes.layers.trained import use_ours
+from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# torch.ao has these modules for training, and leaves them out of eager mode's tables.
+_TRAINED = ao.get_default_qat_module_mappings() | {nn.Conv1d: nnqat.Conv1d, nni.ConvReLU1d: nniqat.ConvReLU1d}
+_CONVERTED = ao.get_default_static_quant_module_mappings() | {
+    nnqat.Conv1d: nnq.Conv1d,
+    nniqat.ConvReLU1d: nniq.ConvReLU1d,
+}
+
+
+class EagerMode:
+    """`fuse_modules_qat`, `prepare_qat` and `convert`, in place."""
+
+    name = "eager"
+
+    def check(self, network: nn.Module, options: Options) -> Options:
+        """Raises if `network` lacks stubs, or cannot be fused; returns `options` with the groups to fuse."""
+        kind = type(network).__name__
+        stubs = [ao.QuantStub, ao.DeQuantStub]
+        missing = [
+            s.__name__ for s in stubs if not _holds(network, s) and not _holds(network, ao.QuantWrapper)
+        ]
+        if missing:
+            raise ValueError(
+                f"Eager mode needs QuantStub and DeQuantStub where int8 begins and ends, but {kind} "
+                f"has no {' and no '.join(missing)}. Use mode='fx', which needs none, or write them:\n"
+                "    self.quant, self.dequant = QuantStub(), DeQuantStub()   # in __init__\n"
+                "    x = self.quant(x); …; return self.dequant(x)            # in forward\n"
+                f"  at {forward_line(network)}"
+            )
+        if options.fuse != "auto":
+            return replace(options, fuse=check_groups(network, options))
+        if _owns_fuse_model(network):
+            return options
+        return replace(options, fuse=find_groups(network, options))
+
+    def functions(self, network: nn.Module, untraceable: str) -> None:
+        """Says that there is no graph to find functions in."""
+
+    def prepare(self, network: nn.Module, options: Options) -> Made:
+        """Fuses and prepares `network` in place."""
+        modes = {module: module.training for module in network.modules()}
+        network.train()  # torch.ao fuses and prepares for QAT in training mode only
+        relu6 = 0
+        if options.replace_relu6:
+            kept = (*options.keep_float, *hard_sigmoids(network))
+            relu6 = replace_relu6_modules(network, kept) + replace_relu6_calls(network, kept)
+        if options.fuse == "auto":
+            _call_fuse_model(network)
+        elif options.fuse:
+            ao.fuse_modules_qat(network, [list(group) for group in options.fuse], inplace=True)
+        configs = eager_qconfigs(options.backend, options.qconfig)
+        configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
+        configs |= {name: override_qconfig(value) for name, value in options.overrides.items()}
+        for name in options.keep_float:
+            keep_float(network.get_submodule(name), configs[""])
+        ao.propagate_qconfig_(network, configs)
+        compute_in_float(network)
+        ao.convert(network, _TRAINED, inplace=True, remove_qconfig=False)
+        ao.prepare(network, observer_non_leaf_module_list=set(_TRAINED.values()), inplace=True)
+        network.train()
+        use_ours(network)
+        round_in_place(network)
+        connect_traced(network)
+        for module, training in modes.items():
+            module.training = training
+        return Made(network, relu6=relu6)
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        """Converts a prepared network in place."""
+        return ao.convert(prepared, _CONVERTED, inplace=True)
+
+
+def _holds(network: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in network.modules())
+
+
+def _owns_fuse_model(network: nn.Module) -> bool:
+    return callable(getattr(network, "fuse_model", None))
+
+
+def _call_fuse_model(network: nn.Module) -> None:
+    """Calls the network's `fuse_model`, with `is_qat=True` where it takes that, as torchvision's do."""
+    if not _owns_fuse_model(network):
+        return
+    fuse_model: Any = network.fuse_model
+    if "is_qat" in inspect.signature(fuse_model).parameters:
+        fuse_model(is_qat=True)
+    else:
+        fuse_model()

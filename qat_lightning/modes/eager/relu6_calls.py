@@ -1,0 +1,108 @@
+"""ReLU6 becomes ReLU where the code of an eager network calls it: `F.relu6(x)` and `F.hardtanh(x, 0, 6)`.
+
+There is no graph to edit, so the modules whose code has such a call run it under a torch-function mode.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from qat_lightning.modes.graph.relu6 import clamped_to_six, is_inside
+from qat_lightning.modes.graph.subclass import with_forward
+
+
+class _AsRelu(TorchFunctionMode):
+    """Rectifies where the code inside clamps to 0…6."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = clamped_to_six(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if x is None else F.relu(x)
+
+
+class _AsItIs(TorchFunctionMode):
+    """Clamps inside the other mode, by a function that it does not know."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = clamped_to_six(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if x is None else torch.ops.aten.hardtanh(x, 0.0, 6.0)
+
+
+def replace_relu6_calls(network: nn.Module, kept: tuple[str, ...]) -> int:
+    """Makes the calls in the code of `network`'s modules, but of those that are `kept`, ReLUs, in place.
+
+    Returns:
+        The number of calls in that code.
+    """
+    count = 0
+    for name, module in network.named_modules():
+        calls = [called for code in _code_of(type(module)) for called in _clamps_in(code)]
+        if calls:
+            stays = is_inside(name, kept)
+            _run_under(module, _AsItIs if stays else _AsRelu)
+            count += 0 if stays else len(calls)
+    return count
+
+
+def hard_sigmoids(network: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose code adds a number, as a hard sigmoid does before its clamp."""
+    return tuple(
+        name
+        for name, module in network.named_modules()
+        if any("add_scalar" in code.co_names for code in _code_of(type(module)))
+    )
+
+
+def _run_under(module: nn.Module, mode: type[TorchFunctionMode]) -> None:
+    """Makes the `forward` of `module` run under `mode`, in place."""
+    users = type(module)
+
+    @functools.wraps(users.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with mode():
+            return users.forward(self, *args, **kwargs)
+
+    module.__class__ = with_forward(users, forward)
+
+
+def _code_of(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of the user's methods, and of the user's functions that they call."""
+    users = [each for each in kind.__mro__ if not _is_torchs(each.__module__)]
+    pending = [value for each in users for value in vars(each).values() if inspect.isfunction(value)]
+    seen: set[FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if function in seen or _is_torchs(function.__module__):
+            continue
+        seen.add(function)
+        yield function.__code__
+        globals_ = [function.__globals__.get(name) for name in function.__code__.co_names]
+        pending += [value for value in globals_ if inspect.isfunction(value)]
+
+
+def _is_torchs(module: str | None) -> bool:
+    return (module or "").split(".")[0] in ("torch", "builtins")
+
+
+def _clamps_in(code: CodeType) -> Iterator[str]:
+    """The clamps that `code` calls; one of `hardtanh` has a 6 in its statement, unlike one to -1…1."""
+    open_call = ""
+    for instruction in dis.get_instructions(code):
+        if instruction.argval == "relu6":
+            yield "relu6"
+        elif instruction.argval in ("hardtanh", "hardtanh_"):
+            open_call = instruction.argval
+        elif open_call and instruction.opname == "LOAD_CONST" and instruction.argval == 6:
+            yield open_call
+            open_call = ""
+        elif instruction.opname.startswith(("STORE_", "RETURN_", "POP_TOP")):
+            open_call = ""

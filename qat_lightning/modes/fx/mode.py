@@ -1,0 +1,177 @@
+"""FX graph mode: the network is traced, so additions, functional calls and fusions are found by themselves.
+
+`prepare_qat_fx` is its tracer, `fuse` and `prepare` in a row; here the last two follow a trace of
+our own, which keeps the difference between training and eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from torch import fx, nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
+from torch.ao.quantization.fx import fuse, prepare
+from torch.ao.quantization.quantize_fx import convert_fx
+
+from qat_lightning.modes.base import Made, Options
+from qat_lightning.modes.fx.own_copies import give_each_call_its_own
+from qat_lightning.modes.fx.shared_grid import share_grids
+from qat_lightning.modes.fx.unlowered import keep_unlowered
+from qat_lightning.modes.graph import behaviour, graft
+from qat_lightning.modes.graph.dropout import keep_grid_through_dropout
+from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
+from qat_lightning.modes.graph.hooks import check_hooks
+from qat_lightning.modes.graph.relu6 import name_relus_alike, replace_relu6_in_graph
+from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
+from qat_lightning.modes.layers.input_grids import connect
+from qat_lightning.modes.layers.trained import use_ours
+from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
+from qat_lightning.modes.trace.functional import write_out_padding
+from qat_lightning.modes.trace.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.trace.untraceable import trace_around
+
+_NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
+
+
+class FxMode:
+    """`prepare_qat_fx` and `convert_fx`, on a trace that keeps the network's behaviour."""
+
+    name = "fx"
+
+    def check(self, network: nn.Module, options: Options) -> Options:
+        """Raises if there is an explicit list of fusions, which a graph has no use for."""
+        if options.fuse != "auto":
+            raise ValueError(
+                "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
+                f"{options.fuse!r}. Leave it out, or use mode='eager'."
+            )
+        if graft.stays_itself(network):
+            _check_own_forward(network)
+        check_hooks(network)
+        return options
+
+    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
+        """Names of the functions that the graph of `network` calls."""
+        return called_functions(_trace(network, untraceable)[0].graph)
+
+    def prepare(self, network: nn.Module, options: Options) -> Made:
+        """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
+
+        Raises:
+            UntraceableError: `torch.fx` cannot trace the network.
+        """
+        kept = behaviour.attributes(network)
+        graph_module, scopes, untraceable = _trace(network, options.untraceable)
+        options = replace(options, keep_float=(*options.keep_float, *untraceable))
+        kept |= behaviour.unused_state(network, graph_module)
+        used = graft.targets(graph_module.graph)
+        own = graft.stays_itself(network)
+        keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
+        name_relus_alike(graph_module)
+        relu6 = 0
+        if options.replace_relu6:
+            relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
+        prepared = self._prepare(graph_module, scopes, options)
+        if own:
+            graft.graft(network, prepared, used)
+        else:
+            network = _finish(prepared, kept, type(network).__name__)
+        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()), relu6)
+
+    def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
+        """Fuses and prepares a graph."""
+        mapping = self._mapping(options)
+        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
+            mapping.set_module_name(name, None)
+        known = _backend_config()
+        fused = fuse(graph_module, is_qat=True, backend_config=known)
+        prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
+        keep_grid_through_dropout(prepared)
+        share_grids(prepared)
+        use_ours(prepared)
+        round_in_place(prepared)
+        connect(prepared, prepared.graph)
+        _place_on_device(prepared)
+        return prepared
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        """Converts a prepared graph into an int8 one, without what only training runs."""
+        if graft.is_grafted(prepared):
+            graft.regraft(prepared, _int8(graft.ungraft(prepared)))
+            return prepared
+        assert isinstance(prepared, fx.GraphModule)
+        kept = behaviour.attached(prepared)
+        return _finish(_int8(prepared), kept, kept[_NAME])
+
+    def _mapping(self, options: Options) -> QConfigMapping:
+        mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
+        for name, value in options.overrides.items():
+            mapping = mapping.set_module_name(name, override_qconfig(value))
+        for name in options.keep_float:
+            mapping = mapping.set_module_name(name, None)
+        return mapping
+
+
+def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
+    return trace_around(network) if untraceable == "float" else (*trace(network), {})
+
+
+@cache
+def _backend_config() -> BackendConfig:
+    """What torch.ao knows to quantize, but transposed convolutions.
+
+    It has no training module for them: their weights would be rounded in int8 alone, per tensor at that.
+    """
+    configs = get_native_backend_config().configs
+    names = ("ConvTranspose", "conv_transpose")
+    kept = [config for config in configs if not any(name in str(config.pattern) for name in names)]
+    return BackendConfig().set_backend_pattern_configs(kept)
+
+
+def _check_own_forward(network: nn.Module) -> None:
+    if type(network).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning.")):
+        raise ValueError(
+            f"{type(network).__name__} has layers of its own and no `forward` that calls them, so there is "
+            "nothing to trace. Write a `forward` and call self(x) in the steps, or put the layers into a "
+            "network of their own:\n"
+            "    self.model = nn.Sequential(…)   # in __init__\n"
+            "    y = self.model(x)               # in the steps"
+        )
+
+
+def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Converts a prepared graph; it is used up."""
+    evaluate_only(prepared)
+    restore_relus(prepared)
+    give_each_call_its_own(prepared)
+    keep_unlowered(prepared)
+    return convert_fx(prepared, backend_config=_backend_config())
+
+
+def _whole_modules(graph_module: fx.GraphModule) -> list[str]:
+    """Names of the modules that the graph calls as a whole, whose inner layers stay float with them."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return [
+        name
+        for name in called
+        if not isinstance(graph_module.get_submodule(name), QUANTIZABLE)
+        and holds_quantizable(graph_module.get_submodule(name))
+    ]
+
+
+def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx.GraphModule:
+    behaviour.attach(graph_module, {**kept, _NAME: name})
+    behaviour.mark_containers(graph_module, name)
+    type(graph_module).__name__ = name  # each graph module has a class of its own
+    return graph_module
+
+
+def _place_on_device(prepared: nn.Module) -> None:
+    """Moves the new fake-quantizes to where the network's parameters are."""
+    parameter = next(prepared.parameters(), None)
+    if parameter is not None and parameter.device.type != "meta":
+        prepared.to(parameter.device)

@@ -1,0 +1,27 @@
+"""A module that a graph calls twice becomes two int8 modules, each with the grid of its own output."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx
+
+from qat_lightning.modes.graph.nodes import grid_of
+
+
+def give_each_call_its_own(prepared: fx.GraphModule) -> None:
+    """Copies the modules that a prepared graph calls again, in place.
+
+    An int8 layer, batch-norm or hardswish holds the grid of its output. torch.ao makes one of a module,
+    however often it is called, with the grid of one of the calls.
+    """
+    called: dict[str, int] = {}
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or grid_of(prepared, node) is not None:
+            continue
+        name = str(node.target)
+        called[name] = count = called.get(name, 0) + 1
+        if count > 1:
+            node.target = f"{name}_call_{count}"
+            prepared.add_submodule(node.target, copy.deepcopy(prepared.get_submodule(name)))
+    prepared.recompile()

@@ -1,0 +1,1 @@
+"""Reading and editing `torch.fx` graphs, and putting them back in the place of a forward."""

@@ -1,0 +1,57 @@
+"""Who reads whose output in a network's forward.
+
+Of two modules that follow each other, the first may be fused with the second only if nobody else reads what
+lies between them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.modes.graph.relu6 import is_inside
+
+TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+
+
+@dataclass
+class Flow:
+    """One run of a forward.
+
+    Attributes:
+        calls: How often each module was called, by name.
+        readers: For each module what read its output: the names of modules, or None for anything else.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    readers: dict[str, list[str | None]] = field(default_factory=dict)
+
+
+def follower(name: str, flows: Sequence[Flow]) -> str | None:
+    """The module that alone reads the output of `name`, in every flow that calls one of the two, and once."""
+    readers = [flow.readers.get(name, []) for flow in flows if flow.calls[name]]
+    reader = readers[0][0] if readers and readers[0] else None
+    if reader is None or any(others != [reader] for others in readers):
+        return None
+    once = all(flow.calls[name] == flow.calls[reader] <= 1 for flow in flows)
+    return reader if once else None
+
+
+def is_leaf(module: nn.Module, name: str, keep_float: tuple[str, ...]) -> bool:
+    """Whether what happens inside `module` is its own affair. An Identity is nothing at all."""
+    if is_inside(name, keep_float) or isinstance(module, QuantStub | DeQuantStub | torch.jit.ScriptModule):
+        return True
+    package = type(module).__module__
+    return package.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, TRANSPARENT)
+
+
+def attributes(network: nn.Module) -> list[Any]:
+    """The values that modules hold as attributes, where a forward may have left something to read later."""
+    return [value for module in network.modules() for value in tree_leaves(vars(module))]

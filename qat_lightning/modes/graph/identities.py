@@ -1,0 +1,15 @@
+"""Identities, which stand for what a network leaves out: they keep their neighbours from being fused."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from qat_lightning.modes.graph.nodes import what
+
+
+def erase_identities(network: nn.Module, graph: fx.Graph) -> None:
+    """Takes the calls of `nn.Identity` out of a graph of `network`, in place."""
+    for node in list(graph.nodes):
+        if what(network, node) is nn.Identity:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)

@@ -1,0 +1,57 @@
+"""Lines of the user's code, as `file:line: code`: behind an error, a graph's node, a forward."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import linecache
+import traceback
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+_PACKAGE = Path(__file__).parents[2]
+# The package's own models and data are read as the user's: they can be changed for others.
+_OURS = (str(_PACKAGE / part) for part in ("inspection", "modes", "quantize", "fake_"))
+_NO_USERS = (str(Path(torch.__file__).parent), contextlib.__file__, "<", *_OURS)
+
+
+def users_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The last frame of the traceback outside PyTorch and this package: the line that the user can change."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+    return frames[-1] if frames else None
+
+
+def users_line(error: BaseException, network: nn.Module) -> str:
+    """The line of :func:`users_frame`, or the file of `network`'s class."""
+    frame = users_frame(error)
+    if frame is None:
+        return f"{inspect.getsourcefile(type(network))}"
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def forward_line(network: nn.Module) -> str:
+    """The line where the forward of `network`'s class begins."""
+    code = getattr(type(network).forward, "__code__", None)
+    if code is None:
+        return "an unknown line"
+    line = linecache.getline(code.co_filename, code.co_firstlineno).strip()
+    return f"{code.co_filename}:{code.co_firstlineno}: {line}"
+
+
+def stack_line(node: fx.Node) -> str:
+    """The line that made a node of a graph."""
+    lines = (node.stack_trace or "").splitlines()
+    frames = [(line.split('"', 2), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
+    users = [(place, code) for place, code in frames if is_users(place[1])]
+    if not users:
+        return "an unknown line"
+    (_, file, rest), code = users[-1]
+    return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file is neither PyTorch's nor this package's own, nor generated code."""
+    return not filename.startswith(_NO_USERS)

@@ -1,0 +1,194 @@
+"""The reference graph: a float copy of a prepared network with quantize/dequantize where it rounds.
+
+Works for every mode, since both keep their fake-quantizes and their fused layers as modules: each
+fake-quantize becomes a quantize/dequantize pair of `torch.ops.quantized_decomposed`, and each fused layer
+becomes a plain one, batch-norm folded in, with its weight stored as int8.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import fx, nn
+from torch.ao.quantization import FakeQuantizeBase
+from torch.nn import functional as F
+
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
+from qat_lightning.modes.graph.nodes import grid_of
+from qat_lightning.modes.layers.trained import settle_bias
+from qat_lightning.modes.trace.tracing import evaluate_only
+
+_OPS = torch.ops.quantized_decomposed
+
+
+class QuantizeDequantize(nn.Module):
+    """Rounds its input to a fixed grid, as two operations that an exporter can see.
+
+    Args:
+        fake_quantize: Has the grid: one for the tensor, or one for each channel.
+    """
+
+    def __init__(self, fake_quantize: Any) -> None:
+        super().__init__()
+        scale, zero_point = fake_quantize.calculate_qparams()
+        self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
+        self.bounds = _bounds(fake_quantize)
+        self.dtype = torch.int8 if self.bounds[0] < 0 else torch.uint8
+        if self.axis is None:
+            self.scale, self.zero_point = float(scale), int(zero_point)
+        else:
+            self.register_buffer("scale", scale.detach().float())
+            self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dequantize(self.quantize(x))
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Integers of a float tensor."""
+        quantize = _OPS.quantize_per_tensor if self.axis is None else _OPS.quantize_per_channel
+        return quantize(x, *self._grid())
+
+    def dequantize(self, integers: torch.Tensor) -> torch.Tensor:
+        """The floats that they stand for."""
+        dequantize = _OPS.dequantize_per_tensor if self.axis is None else _OPS.dequantize_per_channel
+        return dequantize(integers, *self._grid())
+
+    def _grid(self) -> tuple[Any, ...]:
+        axis = () if self.axis is None else (self.axis,)
+        return self.scale, self.zero_point, *axis, *self.bounds, self.dtype
+
+
+class ReferenceWeight(QuantizeDequantize):
+    """A weight that is stored as int8 and dequantized where it is used.
+
+    Args:
+        fake_quantize: The grid of the weight.
+        weight: In float32.
+    """
+
+    def __init__(self, fake_quantize: Any, weight: torch.Tensor) -> None:
+        super().__init__(fake_quantize)
+        self.register_buffer("int8", self.quantize(weight.detach().float()))
+
+    def forward(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The rounded weight; what is given is the float one, where a graph rounds it."""
+        integers: Any = self.int8
+        return self.dequantize(integers)
+
+
+class ReferenceLayer(nn.Module):
+    """A convolution or linear layer with such a weight.
+
+    Args:
+        layer: The float layer, with batch-norm folded in.
+        fake_quantize: The grid of its weight.
+        relu: Whether a ReLU is fused into it.
+    """
+
+    def __init__(self, layer: Any, fake_quantize: Any, relu: bool) -> None:
+        super().__init__()
+        self.layer, self.relu = layer, relu
+        self.weight = ReferenceWeight(fake_quantize, layer.weight)
+        del layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight()
+        if isinstance(self.layer, nn.Linear):
+            y = F.linear(x, weight, self.layer.bias)
+        else:
+            y = self.layer._conv_forward(x, weight, self.layer.bias)
+        return F.relu(y) if self.relu else y
+
+
+def _bounds(fake_quantize: Any) -> tuple[int, int]:
+    """The least and the greatest integer that a fake-quantize rounds to."""
+    if isinstance(fake_quantize, FakeQuantize):
+        return fake_quantize.bounds
+    observer = fake_quantize.activation_post_process
+    return int(observer.quant_min), int(observer.quant_max)
+
+
+def reference(prepared: nn.Module) -> nn.Module:
+    """Makes the reference graph of a prepared network, in eval mode on the CPU, of a copy."""
+    return _rebuilt(prepared, _reference_layer, _quantize_dequantize)
+
+
+def floating(prepared: nn.Module) -> nn.Module:
+    """The same without any rounding: the float network with the trained weights, batch-norm folded in."""
+    return _rebuilt(prepared, _float_layer, lambda child, weight: nn.Identity())
+
+
+def _rebuilt(
+    prepared: nn.Module,
+    layer: Callable[[Any], nn.Module],
+    rounding: Callable[[Any, torch.Tensor | None], nn.Module],
+) -> nn.Module:
+    module = copy.deepcopy(prepared).cpu().eval()
+    weights: dict[nn.Module, torch.Tensor] = {}
+    for network in list(module.modules()):
+        if isinstance(network, fx.GraphModule):
+            evaluate_only(network)
+            weights |= _rounded_weights(network)
+        elif is_grafted(network):
+            graph_module = ungraft(network)
+            evaluate_only(graph_module)
+            weights |= _rounded_weights(graph_module)
+            regraft(network, graph_module)
+    with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
+        _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), layer)
+        _replace_each(
+            module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, weights.get(m))
+        )
+    return module
+
+
+def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
+    """The fake-quantizes that round a parameter, which a function of the graph then gets, and these."""
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    return {
+        grid: parameters[read.target]
+        for read in graph_module.graph.nodes
+        if read.op == "get_attr" and read.target in parameters
+        for user in read.users
+        if (grid := grid_of(graph_module, user)) is not None
+    }
+
+
+def _reference_layer(child: Any) -> nn.Module:
+    settle_bias(child)
+    plain = child.to_float()
+    fused = isinstance(plain, nn.Sequential)
+    layer = ReferenceLayer(plain[0] if fused else plain, child.weight_fake_quant, relu=fused)
+    # Eager mode keeps the fake-quantize of a layer's output in a child that a forward hook calls.
+    if hasattr(child, "activation_post_process"):
+        layer.activation_post_process = child.activation_post_process
+        layer._forward_hooks.update(child._forward_hooks)
+    return layer.eval()
+
+
+def _float_layer(child: Any) -> nn.Module:
+    return child.to_float().eval()
+
+
+def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:
+    if not bool(child.fake_quant_enabled.any()):
+        return nn.Identity()
+    return QuantizeDequantize(child) if weight is None else ReferenceWeight(child, weight)
+
+
+def _replace_each(
+    module: nn.Module, chosen: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]
+) -> None:
+    """Replaces the chosen modules; one that is registered twice (a shared observer) stays shared."""
+    made: dict[nn.Module, nn.Module] = {}
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if name and chosen(child):
+            parent, _, leaf = name.rpartition(".")
+            made[child] = made.get(child) or make(child)
+            setattr(module.get_submodule(parent), leaf, made[child])

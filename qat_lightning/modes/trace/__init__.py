@@ -1,0 +1,1 @@
+"""From a float network to a graph that follows `train()` and `eval()`."""

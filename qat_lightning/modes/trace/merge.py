@@ -1,0 +1,116 @@
+"""Merges the graph that eval mode runs into the one that training mode runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from qat_lightning.base.errors import UntraceableError
+from qat_lightning.modes.graph.by_mode import ByMode, OutputByMode, by_mode
+from qat_lightning.modes.graph.lines import stack_line
+
+
+def merge(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[str, Any]:
+    """Merges `evaluate` into `graph`, in place, and returns the scopes of the nodes it made.
+
+    Raises:
+        UntraceableError: Eval mode calls a layer in a way that training mode does not.
+    """
+    return _Merge(network, graph, evaluate).run()
+
+
+class _Merge:
+    """The two graphs, and which node of one is which of the other."""
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> None:
+        self.network, self.graph, self.evaluate = network, graph, evaluate
+        self.twin: dict[fx.Node, fx.Node] = {}
+        self.scopes: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Does it, and returns the scopes of the nodes it made."""
+        remaining = list(self.graph.nodes)
+        unmatched = []
+        for node in self.evaluate.nodes:
+            if node.op == "output":
+                continue
+            match = next((i for i, n in enumerate(remaining) if self._same_call(node, n)), None)
+            if match is None:
+                unmatched.append(node)
+                self._copy(node)
+            else:
+                self.twin[node] = remaining[match]
+                del remaining[: match + 1]
+        self._choose_arguments()
+        self._choose_output()
+        self.graph.lint()
+        return self.scopes
+
+    def _same_call(self, evaluate: fx.Node, train: fx.Node) -> bool:
+        if (evaluate.op, evaluate.target) != (train.op, train.target):
+            return False
+        inputs = [self.twin.get(node) for node in evaluate.all_input_nodes]
+        return inputs == train.all_input_nodes and (
+            evaluate.op not in ("placeholder", "get_attr", "call_module")
+            or self._arguments(evaluate) == (train.args, train.kwargs)
+        )
+
+    def _arguments(self, evaluate: fx.Node) -> tuple[Any, Any]:
+        """The arguments of an eval node, in terms of the training graph's nodes."""
+        return (
+            fx.node.map_arg(evaluate.args, self.twin.__getitem__),
+            fx.node.map_arg(evaluate.kwargs, self.twin.__getitem__),
+        )
+
+    def _copy(self, node: fx.Node) -> None:
+        """Brings a node that only eval mode has into the training graph, just before the output."""
+        if node.op == "call_module" and _keeps_state(self.network.get_submodule(str(node.target))):
+            raise UntraceableError(
+                f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
+                f"that training mode does not, at {stack_line(node)}. One graph cannot do both: make "
+                "the call the same in both modes, or name the submodules to quantize (modules=[…]).",
+                str(node.target).rpartition(".")[0],
+                stack_line(node),
+            )
+        with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
+            self.twin[node] = self.graph.node_copy(node, self.twin.__getitem__)
+            self.scopes[self.twin[node].name] = ("", type(None))
+
+    def _choose_arguments(self) -> None:
+        for evaluate, train in self.twin.items():
+            arguments = self._arguments(evaluate)
+            if train.op in ("call_function", "call_method") and arguments != (
+                train.args,
+                train.kwargs,
+            ):
+                self._replace(train, by_mode(train, *arguments))
+
+    def _replace(self, node: fx.Node, module: nn.Module) -> None:
+        name = f"{node.name}_by_mode"
+        self.network.add_module(name, module)
+        with self.graph.inserting_before(node):
+            tensors = tuple(node.all_input_nodes) if isinstance(module, ByMode) else node.args[:1]
+            new = self.graph.call_module(name, tensors)
+        new.meta = dict(node.meta)
+        self.scopes[new.name] = (name, type(module))
+        node.replace_all_uses_with(new)
+        for evaluate, train in self.twin.items():
+            if train is node:
+                self.twin[evaluate] = new
+        self.graph.erase_node(node)
+
+    def _choose_output(self) -> None:
+        outputs = next(iter(reversed(self.graph.nodes))), next(iter(reversed(self.evaluate.nodes)))
+        train, evaluate = outputs[0].args[0], self._arguments(outputs[1])[0][0]
+        if train == evaluate and type(train) is type(evaluate):
+            return
+        self.network.add_module("output_by_mode", OutputByMode())
+        with self.graph.inserting_before(outputs[0]):
+            new = self.graph.call_module("output_by_mode", (train, evaluate))
+        self.scopes[new.name] = ("output_by_mode", OutputByMode)
+        outputs[0].args = (new,)
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())

@@ -1,0 +1,83 @@
+"""A trace records operations on tensors and nothing else: what else a forward does happens once, for ever.
+
+A random number drawn in Python, or a counter that a forward advances, would be frozen at the value that the
+trace met. Both are found by comparing before and after, and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.base import random_state
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Impure(ValueError):
+    """A forward did something that a graph would not repeat.
+
+    Attributes:
+        module: The module that it did it to; None where that is not known.
+    """
+
+    def __init__(self, message: str, module: nn.Module | None = None) -> None:
+        super().__init__(message)
+        self.module = module
+
+
+@contextmanager
+def records_nothing_else(network: nn.Module) -> Iterator[None]:
+    """Raises a `ValueError` if the block draws random numbers or changes the modules; both are undone."""
+    random_before, plain_before = random_state.capture(), _plain(network)
+    buffers = {module: dict(module._buffers) for module in network.modules()}
+    try:
+        yield
+    finally:
+        random_after, plain_after = random_state.capture(), _plain(network)
+        random_state.restore(random_before)
+        assigned = _undo(plain_before, plain_after, buffers)
+    if assigned:
+        raise Impure(f"its forward assigns to {assigned[1]!r}, and a graph would not", assigned[0])
+    if not same_state(random_before, random_after):
+        raise Impure("its forward draws random numbers while it is traced, and a graph would repeat them")
+
+
+def _plain(network: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    return {
+        (module, name): value
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and name != "training"
+    }
+
+
+def _undo(before: Any, after: Any, buffers: dict[nn.Module, dict[str, Any]]) -> tuple[nn.Module, str] | None:
+    """Puts attributes and buffers back, and says of one that was changed whose it is, and its name."""
+    changed = None
+    for (module, name), value in before.items():
+        if after.get((module, name), value) != value or isinstance(vars(module).get(name), fx.Proxy):
+            setattr(module, name, value)
+            changed = module, name
+    for module, kept in buffers.items():
+        for name, value in kept.items():
+            if module._buffers.get(name) is not value or isinstance(vars(module).get(name), fx.Proxy):
+                vars(module).pop(name, None)
+                module._buffers[name] = value
+                changed = module, name
+    return changed
+
+
+def same_state(left: Any, right: Any) -> bool:
+    """Whether two random states are equal."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return all(same_state(value, right[key]) for key, value in left.items())
+    if isinstance(left, list | tuple):
+        return all(same_state(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)

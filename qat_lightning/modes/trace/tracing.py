@@ -1,0 +1,235 @@
+"""Turns a float network into a `torch.fx` graph that still follows `train()` and `eval()`.
+
+A trace records one run, so whatever `forward` decides by `self.training` is decided once and for
+all: a network traced in training mode drops out in eval, too. Here it is traced twice, in training
+and in eval mode, and the two graphs are merged into one:
+
+- a call whose literal arguments differ, such as `F.dropout(x, 0.5, True)` and `F.dropout(x, 0.5,
+  False)`, becomes a small module that picks its arguments by its own `training` flag;
+- outputs that differ (a tuple with auxiliary logits in training, a tensor in eval) are both
+  computed, and a last small module returns the one that fits. Conversion keeps the eval one alone.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.ao.nn.intrinsic import _FusedModule
+from torch.ao.nn.quantized import FXFloatFunctional
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+
+from qat_lightning.base import random_state
+from qat_lightning.base.errors import UntraceableError
+from qat_lightning.modes.graph.by_mode import OutputByMode
+from qat_lightning.modes.graph.dropout import remove_dropout
+from qat_lightning.modes.graph.identities import erase_identities
+from qat_lightning.modes.graph.lines import users_frame
+from qat_lightning.modes.graph.mutation import read_what_was_written
+from qat_lightning.modes.trace.calls import Whole
+from qat_lightning.modes.trace.functional import read_facts_elsewhere, write_out_arguments
+from qat_lightning.modes.trace.merge import merge
+from qat_lightning.modes.trace.norm_acts import parted_norms
+from qat_lightning.modes.trace.own_layers import call_plain_layers
+from qat_lightning.modes.trace.purity import Impure, records_nothing_else, same_state
+from qat_lightning.modes.trace.transformers import traceable_transformers
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def reads_training(module: nn.Module) -> bool:
+    """Whether the forward of `module`'s class looks at `self.training`."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any(
+        step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "training"
+        for step in dis.get_instructions(code)
+    )
+
+
+def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same type and values."""
+    return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
+
+
+def holds_quantizable(module: nn.Module) -> bool:
+    """Whether there is a convolution or a linear layer in `module`, or it is one."""
+    return any(isinstance(child, QUANTIZABLE) for child in module.modules())
+
+
+class _Tracer(QuantizationTracer):  # type: ignore[misc]
+    """torch.ao's tracer, with more leaves.
+
+    A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path)
+    stays whole: nothing is lost, and its own flag keeps deciding.
+    """
+
+    def __init__(self, whole: Whole) -> None:
+        super().__init__([], [])
+        self.whole = whole
+        self.failed: tuple[Exception | None, str] = None, ""
+        self.drew = ""
+
+    def create_arg(self, a: Any) -> Any:
+        """Names a constant tensor as the trace before named an equal one, so that the graphs agree."""
+        if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
+            for name, value in vars(self.root).items():
+                if name.startswith("_tensor_constant") and same_tensor(a, value):
+                    self.tensor_attrs[a] = name
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
+        before = random_state.capture()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if error is not self.failed[0]:
+                self.failed = error, self.path_of_module(m)
+            raise
+        if not self.drew and not same_state(before, random_state.capture()):
+            self.drew = self.path_of_module(m)
+        return result
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            super().is_leaf_module(m, module_qualified_name)
+            or module_qualified_name in self.whole.modules
+            or isinstance(m, FXFloatFunctional | _FusedModule)
+            or (reads_training(m) and not holds_quantizable(m))
+        )
+
+
+def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces `network` into a graph that behaves like it in training and in eval mode.
+
+    Args:
+        network: A float network. Its modules and parameters are shared with the result.
+
+    Returns:
+        The graph module, and the scope (module name and type) of each node, which torch.ao uses to
+        find the qconfig of a function call.
+
+    Raises:
+        UntraceableError: `torch.fx` cannot trace it, or the two traces cannot be merged; the
+            message names the file and the line.
+    """
+    try:
+        return trace_with(network, Whole())
+    except UntraceableError:
+        leaves = frozenset(
+            name for name, module in network.named_modules() if name and reads_training(module)
+        )
+        if not leaves:
+            raise
+        return trace_with(network, Whole(leaves))
+
+
+def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces as :func:`trace` does; `whole`, and what turns out not to be traceable, become one call each."""
+    with parted_norms(network):
+        return _trace_parted(network, whole)
+
+
+def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
+    tracer = _Tracer(whole)
+    try:
+        with traceable_transformers(network):
+            with _mode(network, training=True):
+                graph = _trace_once(tracer, network)
+            with _mode(network, training=False):
+                eval_graph = _trace_once(_Tracer(whole), network)
+    except UntraceableError as error:
+        more = whole.and_culprit(error.__cause__, network, holds_quantizable)
+        if more is None:
+            raise
+        return _trace_parted(network, more)
+    scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
+    erase_identities(network, graph)
+    read_what_was_written(network, graph)
+    write_out_arguments(graph)
+    plain = call_plain_layers(network, graph)
+    read_facts_elsewhere(network, graph)
+    graph_module = fx.GraphModule(network, graph, type(network).__name__)
+    for name, layer in plain.items():
+        graph_module.set_submodule(name, layer)
+    return graph_module, scopes
+
+
+@contextmanager
+def _mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Puts every module into one mode, and each back into its own afterwards."""
+    before = {module: module.training for module in network.modules()}
+    for module in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
+    try:
+        with records_nothing_else(network), tracer.whole.recorded():
+            graph = tracer.trace(network, concrete_args=defaults(network))
+    except Exception as error:
+        frame = users_frame(error)
+        where = inspect.getsourcefile(type(network)) if frame is None else _line(frame, frame.filename)
+        raise UntraceableError(
+            f"torch.fx cannot trace {type(network).__name__}: {error}\n"
+            f"  at {where}\n"
+            "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
+            "or on earlier calls. Either rewrite that line, or keep the part float and quantize the rest "
+            "(modules=[…] names the submodules to quantize), or give the network QuantStubs and use "
+            "mode='eager'.",
+            _part(error, tracer),
+            "" if frame is None else _line(frame, Path(frame.filename).name),
+        ) from error
+    names = list(inspect.signature(network.forward).parameters)
+    for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
+        if node.target.lstrip("*").startswith(f"{name}_"):
+            node.target = name  # a specialized argument keeps its name, so that it can be passed by it
+    return graph
+
+
+def defaults(network: nn.Module) -> dict[str, Any] | None:
+    """The optional arguments of `forward` that decide paths: a graph has the path of the default.
+
+    Passing another value to the graph raises, instead of silently taking the wrong path.
+    """
+    parameters = inspect.signature(network.forward).parameters.values()
+    kinds = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
+
+
+def _part(error: Exception, tracer: _Tracer) -> str:
+    """Name of the innermost module at fault for an error of a trace."""
+    if not isinstance(error, Impure):
+        return tracer.failed[1] if error is tracer.failed[0] else ""
+    names = (name for name, module in tracer.root.named_modules() if module is error.module)
+    return next(names, tracer.drew)
+
+
+def _line(frame: traceback.FrameSummary, file: str) -> str:
+    return f"{file}:{frame.lineno}: {frame.line}"
+
+
+def evaluate_only(graph_module: fx.GraphModule) -> None:
+    """Leaves in a prepared graph, in place, what eval mode runs: for conversion and export."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and isinstance(
+            graph_module.get_submodule(str(node.target)), OutputByMode
+        ):
+            node.replace_all_uses_with(node.args[1])
+            graph_module.graph.erase_node(node)
+    remove_dropout(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()

@@ -1,0 +1,49 @@
+"""Batch-norms as they were prepared, after Lightning or torch has made others of them.
+
+`Trainer(sync_batchnorm=True)` replaces every batch-norm after `setup` by a `SyncBatchNorm`, and after fit
+by one of Lightning's own class. Neither remembers whether it was a BatchNorm1d, 2d or 3d, of which
+conversion makes different int8 modules. So `prepare` notes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_lightning.modes.graph import behaviour
+
+_ATTRIBUTE = "_batch_norms"
+
+
+class LocalBatchNorm(_BatchNorm):
+    """A batch-norm over this process alone, of any number of dimensions."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Takes any."""
+
+
+def note_batch_norms(network: nn.Module) -> None:
+    """Makes the classes of the batch-norms inside `network` an attribute of it and of its copies."""
+    named = network.named_modules(remove_duplicate=False)
+    noted = {name: type(module) for name, module in named if isinstance(module, _BatchNorm)}
+    if isinstance(network, fx.GraphModule):
+        behaviour.attach(network, {_ATTRIBUTE: noted})
+    else:
+        setattr(network, _ATTRIBUTE, noted)
+
+
+def restore_batch_norms(network: nn.Module) -> None:
+    """Gives each batch-norm in a prepared network the class that was noted, in place."""
+    present = dict(network.named_modules(remove_duplicate=False))
+    noted: dict[str, type[nn.Module]] = getattr(network, _ATTRIBUTE, {})
+    for name, kind in noted.items():
+        if isinstance(present.get(name), _BatchNorm):
+            present[name].__class__ = kind
+
+
+def make_local(module: nn.Module) -> None:
+    """Makes those batch-norms inside `module` local that are still synchronized, in place."""
+    for child in module.modules():
+        if isinstance(child, nn.SyncBatchNorm):
+            child.__class__ = LocalBatchNorm  # type: ignore[assignment]

@@ -1,0 +1,73 @@
+"""`convert`: a prepared network becomes an int8 one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+from torch import nn
+
+from qat_lightning.base.backends import engine, run_on_engine
+from qat_lightning.base.errors import ConversionError
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.fake_quant.phases import evaluate
+from qat_lightning.fake_quant.ranges import check_observed
+from qat_lightning.modes import MODES
+from qat_lightning.modes.layers.kernels import pack_weights
+from qat_lightning.modes.layers.trained import use_theirs
+from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
+from qat_lightning.quantize.copies import copy_of, replace_submodule
+from qat_lightning.quantize.finiteness import first_nonfinite_weight
+from qat_lightning.quantize.recipe import attach, quantized_networks
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def convert(module: ModuleT) -> ModuleT:
+    """Converts the prepared network, or every prepared network inside a module, to int8.
+
+    Step 6 of PyTorch's workflow. The given module is not changed: a copy is converted, on the CPU
+    and in eval mode, and each int8 network in it runs on the engine of its recipe.
+
+    Args:
+        module: A network that :func:`prepare` made, or a module (a LightningModule) that holds
+            some.
+
+    Returns:
+        The copy with int8 networks.
+
+    Raises:
+        ConversionError: There is nothing prepared in it, or no data has passed through it in
+            training.
+    """
+    prepared = [net for _, net, recipe in quantized_networks(module) if not recipe.int8]
+    if not prepared:
+        raise ConversionError(
+            f"convert takes a network that `prepare` made, or a module that holds one, but received "
+            f"{type(module).__name__}, which holds none."
+        )
+    for network in prepared:
+        check_observed(network)
+        weight = first_nonfinite_weight(network)
+        if weight is not None:
+            raise ConversionError(f"{weight!r} holds a NaN or an infinity, which int8 has no number for.")
+    return convert_in_place(copy_of(module))
+
+
+def convert_in_place(module: ModuleT) -> ModuleT:
+    """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
+    module = module.cpu().eval()
+    make_local(module)
+    use_theirs(module)
+    evaluate(module)
+    for name, network, recipe in list(quantized_networks(module)):
+        if recipe.int8:
+            continue
+        restore_batch_norms(network)
+        with quiet_torch_ao(), engine(recipe.backend):
+            converted = MODES[recipe.mode].convert(network)
+        pack_weights(converted, recipe.backend)
+        attach(converted, dataclasses.replace(recipe, int8=True))
+        run_on_engine(converted, recipe.backend)
+        module = replace_submodule(module, name, converted.eval())
+    return module

@@ -1,0 +1,101 @@
+"""Finds the first tensor of a prepared network that held a NaN or an infinity.
+
+Raising inside `forward` would break `torch.compile` and make a GPU wait at every layer, so that each
+fake-quantize only sets a flag; here all flags are read in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.modes.graph.graft import graphs
+from qat_lightning.modes.graph.nodes import module_of
+
+_FIX = "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
+
+
+class Watch:
+    """Looks for numbers that are none in prepared networks; asked at every step, so without a search.
+
+    Args:
+        networks: The networks, by name.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._networks = networks
+        self._grids = [m for n in networks.values() for m in n.modules() if isinstance(m, FakeQuantize)]
+
+    def clear(self) -> None:
+        """Forgets what earlier runs met."""
+        for grid in self._grids:
+            grid.nonfinite.zero_()
+
+    def check(self, step: int) -> None:
+        """Raises a `FloatingPointError` if a NaN or an infinity was observed."""
+        if not self._grids or not bool(torch.cat([grid.nonfinite for grid in self._grids]).any()):
+            return
+        for name, network in self._networks.items():
+            tensor = first_nonfinite(network)
+            if tensor is not None:
+                raise FloatingPointError(
+                    f"A NaN or an infinity appeared in {tensor} of {name or 'the module'!r}, at or before "
+                    f"step {step}; no range has taken it in. {_FIX}"
+                )
+
+    def check_weights(self, step: int) -> None:
+        """Raises a `FloatingPointError` if one is in a weight."""
+        for name, network in self._networks.items():
+            weight = first_nonfinite_weight(network)
+            if weight is not None:
+                raise FloatingPointError(
+                    f"{weight!r} of {name or 'the module'!r} holds a NaN or an infinity at step {step}, so "
+                    f"no checkpoint is written: the last one is from before it. {_FIX}"
+                )
+
+
+def first_nonfinite(network: nn.Module) -> str | None:
+    """Names the first tensor in execution order that was observed with a NaN or an infinity."""
+    named = list(_in_execution_order(network))
+    if not named:
+        return None
+    flags = torch.cat([grid.nonfinite for _, grid in named]).tolist()
+    return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
+
+
+def first_nonfinite_weight(network: nn.Module) -> str | None:
+    """Names the first parameter with a NaN or an infinity in it. Frozen observers set no flag."""
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
+    return next((name for name, each in zip(names, finite, strict=True) if not each), None)
+
+
+def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """A graph's own order; in eager mode the order in which the modules were registered."""
+    graph = next((graph for module, graph in graphs(network) if module is network), None)
+    if graph is None:
+        for name, module in network.named_modules():
+            if isinstance(module, FakeQuantize):
+                yield _describe(name), module
+        return
+    for node in graph.nodes:
+        called = module_of(network, node)
+        if isinstance(called, FakeQuantize):
+            yield _input_of(node), called
+        elif isinstance(getattr(called, "weight_fake_quant", None), FakeQuantize):
+            yield f"the weight of {node.target!r}", called.weight_fake_quant
+
+
+def _input_of(node: fx.Node) -> str:
+    source = node.all_input_nodes[0]
+    if source.op == "placeholder":
+        return f"the input {source.target!r}"
+    return f"the output of {str(source.target if source.op == 'call_module' else source.name)!r}"
+
+
+def _describe(name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    return f"the weight of {owner!r}" if leaf == "weight_fake_quant" else f"the output of {owner!r}"

@@ -1,0 +1,232 @@
+"""Prepares the networks inside a module, each in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from qat_lightning.base.backends import check_backend
+from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.modes import MODES, check_mode, check_untraceable, choose_mode
+from qat_lightning.modes.graph.graft import calls
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, qconfig_name
+from qat_lightning.quantize.copies import replace_submodule
+from qat_lightning.quantize.example_inputs import example_inputs_of
+from qat_lightning.quantize.floating import check_not_quantized
+from qat_lightning.quantize.prepare import prepare
+from qat_lightning.quantize.recipe import Recipe, quantized_networks, recipe_of, recipes_in
+from qat_lightning.quantize.selection import (
+    FloatPattern,
+    check_modules,
+    find_networks,
+    split_overrides,
+    split_patterns,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prepare; the callback's arguments of the same names."""
+
+    backend: str
+    qconfig: QConfigLike | None
+    mode: str
+    modules: Sequence[str] | None
+    keep_float: Sequence[FloatPattern]
+    fuse: str | Sequence[Sequence[str]]
+    replace_relu6: bool
+    overrides: Overrides | None
+    untraceable: str
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        check_qconfig(self.qconfig)
+        check_mode(self.mode)
+        check_untraceable(self.untraceable)
+        for name in ("modules", "keep_float"):
+            if isinstance(getattr(self, name), str):
+                value = getattr(self, name)
+                raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
+        if self.modules is not None and (not self.modules or len(set(self.modules)) < len(self.modules)):
+            raise ValueError(
+                "modules must name at least one submodule, each once, or be None for all networks, but "
+                f"received {list(self.modules)}."
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :func:`qat_lightning.prepare` takes of them."""
+        return {name: value for name, value in vars(self).items() if name != "modules"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One prepared network.
+
+    Attributes:
+        name: Its name in the module, `""` for the module itself.
+        network: The network.
+        recipe: How it was prepared.
+        reason: Why in that mode.
+    """
+
+    name: str
+    network: nn.Module
+    recipe: Recipe
+    reason: str
+
+    def __str__(self) -> str:
+        kept = f", {len(self.recipe.keep_float)} kept float" if self.recipe.keep_float else ""
+        if self.recipe.untraceable:
+            kept += f", not traceable and float: {', '.join(self.recipe.untraceable)}"
+        if self.recipe.relu6:
+            kept += f", {self.recipe.relu6} ReLU6 became ReLU"
+        return (
+            f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
+            f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"
+        )
+
+
+def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
+    """Prepares the networks that `settings` select, in place; those already prepared are kept.
+
+    Raises:
+        ValueError: Nothing is found, a network cannot be prepared, or one was prepared differently
+            before.
+    """
+    names = network_names(module, settings)
+    networks = [module.get_submodule(name) for name in names]
+    floating = [n for n in networks if recipe_of(n) is None]
+    own = dict(zip(floating, _split(floating, settings), strict=True)) if floating else {}
+    return [
+        _again(name, network, settings)
+        if network not in own
+        else _prepare(module, name, network, own[network])
+        for name, network in zip(names, networks, strict=True)
+        if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
+    ]
+
+
+def prepare_when_loaded(module: nn.Module, settings: Settings, *, keep_as_loaded: bool = False) -> None:
+    """Prepares a float `module` as soon as the weights of a QAT run are loaded into it, and not before.
+
+    Args:
+        module: The module.
+        settings: How to prepare it.
+        keep_as_loaded: Whether what that run kept float stays float, too.
+    """
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(getattr(hook, "hook", None), "func", None) is _prepare_for for hook in hooks):
+        module.register_load_state_dict_pre_hook(partial(_prepare_for, settings, keep_as_loaded))
+
+
+def keeping_as(settings: Settings, recipes: Mapping[str, Recipe]) -> Settings:
+    """`settings` that keep float what these recipes do, too."""
+    names = dict.fromkeys(name for recipe in recipes.values() for name in recipe.keep_float)
+    return replace(settings, keep_float=(*settings.keep_float, *names))
+
+
+def _prepare_for(
+    settings: Settings, keep_as_loaded: bool, module: nn.Module, state_dict: dict[str, Any], *_: Any
+) -> None:
+    recipes = recipes_in(state_dict)
+    if not recipes or next(quantized_networks(module), None) is not None:
+        return
+    if "" in network_names(module, settings):  # its own keys are being loaded already
+        kind = type(module).__name__
+        raise RecipeMismatchError(
+            f"The weights are of a QAT run, and this {kind}, which has layers of its own, is float. Read "
+            f"them with qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to "
+            "the Trainer, without ckpt_path."
+        )
+    prepare_module(module, keeping_as(settings, recipes) if keep_as_loaded else settings)
+
+
+def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
+    """For each network, the settings with those names in them that it has."""
+
+    def functions(network: nn.Module) -> frozenset[str] | None:
+        return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
+
+    kept = split_patterns(networks, settings.keep_float, functions)
+    overrides = split_overrides(networks, settings.overrides or {})
+    return [replace(settings, keep_float=k, overrides=o) for k, o in zip(kept, overrides, strict=True)]
+
+
+def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
+    """The names of the networks to prepare in `module`; the module itself, if it is one, is `""` and first.
+
+    Raises:
+        ValueError: There is nothing to quantize.
+    """
+    recipe = recipe_of(module)
+    if settings.modules is not None and recipe is None:
+        return check_modules(module, settings.modules)
+    found = find_networks(module)
+    if recipe is not None or found.loose:
+        mode = choose_mode(module, settings.mode)[0] if recipe is None else recipe.mode
+        others = [] if mode == "eager" else [n for n in found.networks if not calls(module, n)]
+        return ("", *others)
+    if not found.networks:
+        check_not_quantized(module)
+        raise ValueError(
+            f"{type(module).__name__} holds no network with convolutions or linear layers, so there is "
+            "nothing to quantize. A network that `setup` builds does not exist yet when the callback "
+            "prepares it: build it in `__init__`, or in `configure_model`:\n"
+            "    def configure_model(self):\n"
+            "        if self.model is None:\n"
+            "            self.model = build()"
+        )
+    return found.networks
+
+
+def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
+    """A network that was prepared before: by an earlier fit, or by the user."""
+    recipe = recipe_of(network)
+    assert recipe is not None
+    with quiet_torch_ao():
+        qconfig = qconfig_name(settings.qconfig)
+    wanted = {"backend": settings.backend, "qconfig": qconfig}
+    if settings.mode != "auto":
+        wanted["mode"] = settings.mode
+    wrong = {k: v for k, v in wanted.items() if getattr(recipe, k) != v}
+    if recipe.int8 or wrong:
+        raise ValueError(
+            f"The network {name or type(network).__name__!r} is quantized already, "
+            + (
+                "converted to int8"
+                if recipe.int8
+                else f"with {', '.join(f'{k}={getattr(recipe, k)!r}' for k in wrong)}"
+            )
+            + f", but this run asks for {wanted}. Start from the float network, or ask for the same."
+        )
+    return Prepared(name, network, recipe, "prepared before")
+
+
+def _prepare(
+    module: nn.Module,
+    name: str,
+    network: nn.Module,
+    settings: Settings,
+) -> Prepared:
+    mode, reason = choose_mode(network, settings.mode)
+    options = settings.options | {"mode": mode}
+    try:
+        prepared = prepare(network, **options)
+    except UntraceableError:
+        inputs = example_inputs_of(module, name) if mode == "eager" else None
+        if inputs is None:
+            raise
+        prepared = prepare(network, **options, example_inputs=inputs)
+    replace_submodule(module, name, prepared)
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    if prepared is module and mode == "fx":
+        outside = [n for n in find_networks(module).loose if not calls(module, n)]
+        reason += f"; {', '.join(outside)} stay float, since forward does not call them" if outside else ""
+    return Prepared(name, prepared, recipe, reason)

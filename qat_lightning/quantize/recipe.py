@@ -1,0 +1,195 @@
+"""The recipe of a prepared network: everything that decides its graph and its grid, as JSON.
+
+It travels with the network's state dict under the key `_qat_recipe` (its JSON as a uint8 tensor, so
+that tools which expect tensors in a state dict find one), and is compared whenever a state dict is
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.base.errors import RecipeMismatchError
+from qat_lightning.modes.graph import behaviour
+
+STATE_KEY = "_qat_recipe"
+FULL_BYTES = "quint8 [0, 255]"
+"""How the grid of activations that fill their byte is described."""
+_ATTRIBUTE = "qat_recipe"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network was prepared.
+
+    Attributes:
+        backend: The engine it is converted for.
+        mode: `"eager"` or `"fx"`.
+        qconfig: `"default"`, or the fingerprint of one's own QConfig, which has to be passed again.
+        keep_float: Resolved names of the submodules and functions that stayed float.
+        fuse: `"auto"`, or the groups that were asked for or found.
+        replace_relu6: Whether ReLU6 became ReLU.
+        layers: Names of the layers whose weights are quantized.
+        grid: For each fake-quantize its observer, scheme, dtype and range of integers.
+        overrides: What single layers were prepared with: a backend, or the fingerprint of a QConfig.
+        relu6: How many ReLU6 became ReLU; not compared.
+        untraceable: Name and line of each part that could not be traced, and so stayed float.
+        int8: Whether the network has been converted.
+        versions: Of the packages that made it; not compared.
+    """
+
+    backend: str
+    mode: str
+    qconfig: str
+    keep_float: tuple[str, ...]
+    fuse: str | tuple[tuple[str, ...], ...]
+    replace_relu6: bool
+    layers: tuple[str, ...]
+    grid: dict[str, str]
+    int8: bool = False
+    overrides: dict[str, str] = field(default_factory=dict)
+    untraceable: tuple[str, ...] = ()
+    relu6: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fills_bytes(self) -> bool:
+        """Whether activations have 8 bits, for which int8 kernels overflow on CPUs without VNNI."""
+        return any(FULL_BYTES in grid for grid in self.grid.values())
+
+    def to_json(self) -> str:
+        """The recipe as JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe that `to_json` wrote; fields of later versions are ignored."""
+        values: dict[str, Any] = json.loads(text)
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name in ("keep_float", "layers", "untraceable"):
+            fields[name] = tuple(fields.get(name, ()))
+        if not isinstance(fields["fuse"], str):
+            fields["fuse"] = tuple(tuple(group) for group in fields["fuse"])
+        return cls(**fields)
+
+    def to_tensor(self) -> torch.Tensor:
+        """The recipe's JSON as a one-dimensional uint8 tensor."""
+        return torch.tensor(list(self.to_json().encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: torch.Tensor) -> Recipe:
+        """The recipe that `to_tensor` wrote."""
+        return cls.from_json(bytes(tensor.tolist()).decode())
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Says in words where two recipes give different graphs or grids. Empty if they fit."""
+        found = [
+            f"{name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
+            for name in ("mode", "int8")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        found += _compare_names("quantized layers", set(self.layers), set(other.layers))
+        if not found:
+            found += _compare_names("fake-quantizes", set(self.grid), set(other.grid))
+        changed = [n for n, g in self.grid.items() if other.grid.get(n, g) != g]
+        if changed:
+            first = changed[0]
+            found.append(
+                f"{len(changed)} grids differ, the first being {first!r}: {self.grid[first]} here and "
+                f"{other.grid[first]} there"
+            )
+        return found
+
+
+def _compare_names(what: str, here: set[str], there: set[str]) -> list[str]:
+    if here == there:
+        return []
+    only_here, only_there = sorted(here - there)[:3], sorted(there - here)[:3]
+    return [f"the {what} differ: only here {only_here}, only there {only_there}"]
+
+
+def attach(network: nn.Module, recipe: Recipe) -> None:
+    """Makes `recipe` part of `network`: of its state dict, its copies, and of what may be loaded into it."""
+    if isinstance(network, fx.GraphModule):
+        behaviour.attach(network, {_ATTRIBUTE: recipe})
+    else:
+        setattr(network, _ATTRIBUTE, recipe)
+    if _save not in network._state_dict_hooks.values():
+        network.register_state_dict_post_hook(_save)
+        network.register_load_state_dict_pre_hook(_load)
+
+
+def recipe_of(network: nn.Module) -> Recipe | None:
+    """The recipe that `network` was prepared with, or None if it is float."""
+    return getattr(network, _ATTRIBUTE, None)
+
+
+def quantized_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe]]:
+    """Yields name, network and recipe of every prepared or int8 network in `module`, or of itself."""
+    for name, child in module.named_modules():
+        recipe = recipe_of(child)
+        if recipe is not None:
+            yield name, child, recipe
+
+
+def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
+    """The recipes in a state dict, by the name of the network (`""` for the whole)."""
+    return {
+        key.removesuffix(STATE_KEY).rstrip("."): Recipe.from_tensor(value)
+        for key, value in state_dict.items()
+        if key == STATE_KEY or key.endswith("." + STATE_KEY)
+    }
+
+
+def refuse_prepared_states(module: nn.Module) -> None:
+    """Makes a float module refuse the state dict of a prepared one with words, instead of a list of keys."""
+    hooks = module._load_state_dict_pre_hooks.values()
+    if not any(getattr(each, "hook", None) is _refuse_prepared for each in hooks):
+        module.register_load_state_dict_pre_hook(_refuse_prepared)
+
+
+def _refuse_prepared(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    floating = {name for name, child in module.named_modules() if recipe_of(child) is None}
+    kind = type(module).__name__
+    for name in recipes_in({key.removeprefix(prefix): value for key, value in state_dict.items()}):
+        if name in floating:
+            raise RecipeMismatchError(
+                f"This checkpoint is of a QAT run, in which {name or kind!r} is prepared for quantization, "
+                f"but here it is float. Call module = qat_lightning.load_qat_checkpoint(path, {kind}(…)) and "
+                "use that module without ckpt_path; to go on with the training, call "
+                "trainer.fit(ckpt_path=…) with the QuantizationAwareTraining callback."
+            )
+
+
+def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    recipe = recipe_of(module)
+    if recipe is not None:
+        state_dict[prefix + STATE_KEY] = recipe.to_tensor()
+
+
+def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    recipe = recipe_of(module)
+    stored = state_dict.pop(prefix + STATE_KEY, None)
+    if recipe is None:
+        return
+    if stored is None:
+        raise RecipeMismatchError(
+            f"The network {prefix.rstrip('.') or type(module).__name__!r} is prepared for quantization, "
+            "and this state dict was made by one that is not: a float checkpoint. Load float weights into "
+            "the module before trainer.fit, by load_from_checkpoint or load_state_dict (on the command line "
+            "weights=…), and leave ckpt_path out; or resume from a checkpoint of a QAT run."
+        )
+    differences = recipe.differences(Recipe.from_tensor(stored))
+    if differences:
+        raise RecipeMismatchError(
+            "This state dict was made with another quantization recipe than the network "
+            f"{prefix.rstrip('.') or type(module).__name__!r} is prepared with: "
+            f"{'; '.join(differences)}. Prepare it with the same backend, mode, qconfig, keep_float, "
+            "target_drop and fuse, or start again from the float weights."
+        )

@@ -1,0 +1,90 @@
+"""Which checkpoint a run can go on from: the newest that is whole, and with which it goes on exactly."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from qat_lightning.run.progress import has_begun, is_between_steps
+
+
+def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str | None:
+    """Finds the checkpoint to pass as `trainer.fit(ckpt_path=…)` after an interruption.
+
+    That is the newest in `folder` and the folders in it, by the time of writing. Files that are damaged,
+    half written or hold weights alone are passed over, with a line that says so. So are those written in the
+    middle of a training step (by OnExceptionCheckpoint), from which a run would not go on exactly, unless
+    there is nothing else.
+
+    Args:
+        folder: Where the run writes its checkpoints; it need not exist.
+        weights_only: As for `trainer.fit`: False reads checkpoints with hyperparameters that are objects, and
+            runs the code in them.
+
+    Returns:
+        The path, or None where there is no such checkpoint: then a run starts from the beginning.
+
+    Example::
+
+        trainer.fit(module, ckpt_path=latest_checkpoint("checkpoints"))
+    """
+    return newest_usable(checkpoints_in(Path(folder)), weights_only=weights_only)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder and those in it, the newest first."""
+    return sorted((p for p in folder.rglob("*.ckpt") if p.is_file()), key=_written, reverse=True)
+
+
+def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | None:
+    """The first of `paths` that a run goes on from exactly, else the first from which it goes on."""
+    inexact = None
+    for path in paths:
+        try:
+            if is_between_steps(_read(path, weights_only)):
+                return str(path)
+            inexact = inexact or str(path)
+            raise _Unusable(
+                "it was written in the middle of a training step, from which no run goes on exactly"
+            )
+        except _Unusable as flaw:
+            rank_zero_info(f"Passing over the checkpoint {path}: {flaw}")
+    if inexact is not None:
+        rank_zero_info(f"There is no better checkpoint than {inexact}")
+    return inexact
+
+
+class _Unusable(Exception):
+    """Says what keeps a run from going on from a file."""
+
+
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    try:
+        # Mapped, it costs little however large it is; its index, at the end of the file, has to be there.
+        content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        if weights_only and zipfile.is_zipfile(path):
+            raise _Unusable("it holds objects, which weights_only=False would read, and run code") from error
+        raise _Unusable("it is damaged or half written") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise _Unusable("it is no checkpoint of Lightning")
+    missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]
+    if missing:
+        raise _Unusable(f"it holds weights alone: {', '.join(missing)} are missing")
+    try:
+        begun = has_begun(content)
+    except (KeyError, TypeError) as error:
+        raise _Unusable("it is of a Lightning whose loops had another form") from error
+    if not begun:
+        raise _Unusable("it was written before the first step")
+    return content
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns

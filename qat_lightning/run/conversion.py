@@ -1,0 +1,157 @@
+"""The end of a run: rank 0 converts and writes, and every rank comes out with the same result."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import torch
+
+from qat_lightning.base.atomic import replacing
+from qat_lightning.base.errors import ConversionError
+from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.quantize.convert import convert, convert_in_place
+from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.int8_file import load_packed
+from qat_lightning.run.chosen_weights import Choice, choose_weights
+from qat_lightning.run.distributed.together import fail_together
+
+Write = Callable[[pl.LightningModule, pl.LightningModule, dict[str, float]], Sequence[Path]]
+
+
+class Outcome(NamedTuple):
+    """What a conversion gave.
+
+    Attributes:
+        module: The int8 LightningModule, on the CPU in eval mode.
+        files: What was written, `int8.pt` first; empty where nothing is, or out of this rank's reach.
+        source: The checkpoint whose weights it has, or `"last"`.
+        why: Why those.
+        trained: On rank 0, the LightningModule with the weights that were converted, still prepared.
+    """
+
+    module: pl.LightningModule
+    files: tuple[Path, ...]
+    source: str
+    why: str
+    trained: pl.LightningModule | None = None
+
+
+class _Message(NamedTuple):
+    """What rank 0 tells the others: the failure, or the outcome with the int8 state as bytes."""
+
+    failure: str | None
+    state: bytes = b""
+    files: tuple[tuple[str, int, int], ...] = ()
+    source: str = ""
+    why: str = ""
+
+
+def convert_on_all_ranks(
+    trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write, folder: Path
+) -> Outcome:
+    """Converts on rank 0, and gives every rank the same int8 module, or the same error.
+
+    The int8 state travels by broadcast, so that the ranks need no common file system.
+
+    Args:
+        trainer: The Trainer at the end of fit.
+        module: The trained LightningModule; it is not changed.
+        which: `"best"` or `"last"`.
+        write: Writes the files, given the module with the chosen weights, its int8 copy and what is known of
+            these weights; returns them.
+        folder: Where the trained weights go if this fails and the run has written no checkpoint.
+
+    Raises:
+        ConversionError: On every rank, if it failed on rank 0.
+        RankError: If another rank could not take over the result.
+    """
+    outcome, message, failure = None, None, None
+    if trainer.is_global_zero:
+        try:
+            outcome = _convert(trainer, module, which, write)
+            message = _tell(outcome) if trainer.world_size > 1 else None
+        except Exception as error:  # whatever it is, the other ranks wait for word of it
+            failure, message = error, _Message(_explain(error, _rescue(trainer, module, folder)))
+    if trainer.world_size > 1:
+        message = trainer.strategy.broadcast(message)
+    if message is not None and message.failure is not None:
+        raise ConversionError(message.failure) from failure
+    with fail_together("taking over the int8 network from rank 0"):
+        if outcome is None:
+            assert message is not None
+            outcome = _receive(module, message)
+    return outcome
+
+
+def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write) -> Outcome:
+    choice = choose_weights(trainer, which)
+    chosen = _with_weights(module, choice)
+    int8 = convert(chosen)
+    return Outcome(
+        int8, tuple(write(chosen, int8, choice.metrics)), choice.path or "last", choice.why, chosen
+    )
+
+
+def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningModule:
+    if choice.checkpoint is None:
+        return module
+    module = copy_of(module).cpu()
+    module.on_load_checkpoint(choice.checkpoint)
+    module.load_state_dict(choice.checkpoint["state_dict"], strict=module.strict_loading)
+    return module
+
+
+def _tell(outcome: Outcome) -> _Message:
+    buffer = io.BytesIO()
+    torch.save(outcome.module.state_dict(), buffer)
+    files = tuple(_identify(path.absolute()) for path in outcome.files)
+    return _Message(None, buffer.getvalue(), files, outcome.source, outcome.why)
+
+
+def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
+    int8 = convert_in_place(copy_of(module))
+    with quiet_torch_ao():
+        load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
+    # On a file system of its own there is no such file, or that of another run.
+    seen = tuple(Path(file[0]) for file in message.files if _is_there(file))
+    return Outcome(int8, seen, message.source, message.why)
+
+
+def _is_there(file: tuple[str, int, int]) -> bool:
+    path = Path(file[0])
+    return path.is_file() and _identify(path) == file
+
+
+def _identify(file: Path) -> tuple[str, int, int]:
+    """What tells a file from one of the same name on another file system."""
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns
+
+
+def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> str:
+    """Sees to it that the trained weights are in a file, and says in which."""
+    written = [getattr(each, "best_model_path", "") for each in trainer.checkpoint_callbacks]
+    if any(written):
+        return "The trained weights are safe in the run's checkpoints"
+    path = folder / "trained.ckpt"
+    try:
+        with replacing(path) as partial:
+            torch.save({"state_dict": module.state_dict()}, partial)
+    except OSError as error:
+        return (
+            f"The run has written no checkpoint, and {path} could not be written either ({error}): the "
+            "trained weights are in the module that fit was given alone. Save them with torch.save"
+        )
+    return f"The run has written no checkpoint, so the trained weights were written to {path}"
+
+
+def _explain(failure: Exception, weights: str) -> str:
+    return (
+        f"The trained network could not be converted to int8 and written: {failure} "
+        f"({type(failure).__name__}). {weights}; `load_qat_checkpoint` reads them back for another "
+        "conversion."
+    )

@@ -1,0 +1,1 @@
+"""Several processes, one result: ranges are merged, grids compared, failures shared."""

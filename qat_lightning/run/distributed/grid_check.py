@@ -1,0 +1,77 @@
+"""Raises on every rank if the grid of any fake-quantize differs between ranks by as much as one bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from qat_lightning.base.errors import RankMismatchError
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.run.distributed.together import gather, several_processes
+
+
+def check_same_grids(module: nn.Module) -> None:
+    """Compares scales, zero points, ranges and switches of all ranks.
+
+    One small collective; only where the digests differ do the ranks exchange more, to find what does.
+
+    Raises:
+        RankMismatchError: On every rank, naming the first fake-quantize that differs.
+    """
+    if not several_processes():
+        return
+    values = [(f"{name} {what}", value) for name, grid in fake_quantizes(module) for what, value in _of(grid)]
+    if not values:
+        return
+    digest = torch.tensor([_digest([value for _, value in values])], device=values[0][1].device)
+    digests = [torch.empty_like(digest) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(digests, digest)
+    if len({int(each) for each in digests}) > 1:
+        raise RankMismatchError(f"{_first_difference(values)} {_FIX}")
+
+
+def _of(grid: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What has to be the same on all ranks; that a NaN was met is news of one rank."""
+    for name, buffer in grid.named_buffers():
+        if name != "nonfinite":
+            yield name, buffer.detach()
+    if isinstance(grid, FakeQuantize):  # the attributes are what it goes by
+        yield "switches", torch.tensor([grid.observing, grid.rounding])
+
+
+def _digest(values: Sequence[Tensor]) -> int:
+    """A number that stands for the bits of `values`; one transfer from each device."""
+    found = hashlib.blake2b(digest_size=8)
+    for device in dict.fromkeys(value.device for value in values):
+        flat = [v.reshape(-1).contiguous().view(torch.uint8) for v in values if v.device == device]
+        found.update(torch.cat(flat).cpu().numpy().tobytes())
+    return int.from_bytes(found.digest(), "big", signed=True)
+
+
+def _first_difference(values: Sequence[tuple[str, Tensor]]) -> str:
+    """Says what differs first, and how; every rank calls it."""
+    names = gather([name for name, _ in values])
+    if any(each != names[0] for each in names):
+        return "The ranks' networks have different fake-quantizes."
+    digests = gather([_digest([value]) for _, value in values])
+    index = next(i for i, each in enumerate(zip(*digests, strict=True)) if len(set(each)) > 1)
+    other = next(rank for rank, each in enumerate(digests) if each[index] != digests[0][index])
+    ranks = gather(values[index][1].flatten().tolist())
+    name, _, what = values[index][0].partition(" ")
+    ours, theirs = ranks[0], ranks[other]
+    if len(ours) == len(theirs) > 1:
+        channel = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), 0)
+        what, ours, theirs = f"{what}[{channel}]", ours[channel], theirs[channel]
+    return (
+        f"The grid of {name!r} is not the same on all ranks: its {what} is {ours!r} on rank 0 and {theirs!r} "
+        f"on rank {other}."
+    )
+
+
+_FIX = (
+    "All ranks have to train on one grid, and something changed it on some of them only. Look for code that "
+    "depends on the rank, and switches, loads or overwrites parts of the network."
+)

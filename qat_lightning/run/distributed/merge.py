@@ -1,0 +1,102 @@
+"""Merges the ranges that each process of a distributed run has observed, so that all have one grid.
+
+DistributedDataParallel broadcasts rank 0's buffers at every forward, which would throw away what
+the other ranks observed. The buffers of fake-quantizes are kept out of that broadcast, and merged
+in one collective where a common grid is needed: before a validation, a checkpoint, a freeze and the
+conversion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.ranges import has_histogram, has_range, is_moving_average, set_range
+from qat_lightning.run.distributed.grid_check import check_same_grids
+from qat_lightning.run.distributed.together import several_processes
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
+    """Makes DistributedDataParallel leave the buffers of every fake-quantize in `module` alone.
+
+    Must happen before `module` is wrapped. What the user has listed stays listed. Histograms cannot be
+    merged by their extremes: they stay in the broadcast, so that all ranks go on from rank 0's.
+    """
+    names = {
+        f"{name}.{buffer}"
+        for name, child in fake_quantizes(module)
+        if not has_histogram(child)
+        for buffer, _ in child.named_buffers()
+    }
+    setattr(module, _IGNORED, sorted(names.union(getattr(module, _IGNORED, ()))))
+
+
+def merge_ranges(module: nn.Module) -> None:
+    """Gives all processes the ranges that all of them observed together.
+
+    A minimum is the least of the ranks', a maximum the greatest; of moving averages it is the mean, of
+    histograms the first rank's. A rank whose observer saw no data contributes nothing. One all-gather of
+    one flat tensor; every rank then computes the same numbers in the same order, so that the grids are equal
+    bit for bit, which is checked. Without distributed training it does nothing.
+
+    Raises:
+        RankMismatchError: On every rank, if a grid is not the same on all.
+    """
+    if not several_processes():
+        return
+    children = {name: child for name, child in fake_quantizes(module) if has_range(child)}
+    seen = [_seen_by(module, name, child) for name, child in children.items()]
+    if seen:
+        flat = torch.cat(seen)
+        gathered = flat.new_empty(distributed.get_world_size(), flat.numel())
+        distributed.all_gather(list(gathered.unbind()), flat)
+        for child, rows in zip(children.values(), gathered.split([s.numel() for s in seen], 1), strict=True):
+            (_take_histogram if has_histogram(child) else _take_range)(child, rows)
+    check_same_grids(module)
+
+
+def _seen_by(module: nn.Module, name: str, child: Any) -> Tensor:
+    """The minima and maxima of one observer, infinite where it saw nothing, and its histogram."""
+    observer = child.activation_post_process
+    low, high = observer.min_val.flatten(), observer.max_val.flatten()
+    if has_histogram(child):
+        return torch.cat([low, high, observer.histogram])
+    if low.numel():
+        return torch.cat([low, high])
+    # A per-channel observer knows its size from its first tensor; the other ranks' may have seen
+    # one.
+    layer: Any = module.get_submodule(name.removesuffix(".weight_fake_quant"))
+    channels = layer.weight.shape[0]
+    return torch.cat([low.new_full((channels,), torch.inf), high.new_full((channels,), -torch.inf)])
+
+
+def _take_range(child: Any, rows: Tensor) -> None:
+    low, high = _merged(*rows.chunk(2, dim=1), mean=is_moving_average(child))
+    if torch.isfinite(low).all():  # else no rank has seen anything
+        set_range(child, low, high)
+
+
+def _take_histogram(child: Any, rows: Tensor) -> None:
+    """The first rank's that has seen anything: histograms of other ranges have no common bins."""
+    found = next((row for row in rows if torch.isfinite(row[:2]).all()), None)
+    if found is not None:
+        child.activation_post_process.histogram.copy_(found[2:])
+        set_range(child, found[:1], found[1:2])
+
+
+def _merged(lows: Tensor, highs: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]:
+    if not mean:
+        return lows.amin(0), highs.amax(0)
+    seen = torch.isfinite(lows) & torch.isfinite(highs)
+    return _mean(lows, seen, torch.inf), _mean(highs, seen, -torch.inf)
+
+
+def _mean(values: Tensor, seen: Tensor, nothing: float) -> Tensor:
+    """In float64, in which the mean of equal numbers is that number: a frozen range stays what it is."""
+    mean = torch.where(seen, values, 0).double().sum(0) / seen.sum(0)
+    return mean.to(values.dtype).masked_fill(~seen.any(0), nothing)

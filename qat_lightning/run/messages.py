@@ -1,0 +1,74 @@
+"""What the callback says: a line for each thing that happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from qat_lightning.base import cpu
+from qat_lightning.base.schedule import Phase, ResolvedSchedule, Schedule
+from qat_lightning.quantize.recipe import Recipe
+from qat_lightning.run import trainer_facts
+
+_HIGH_LEARNING_RATE = 1e-3
+
+
+def replaced(name: str) -> str:
+    """What is said where a prepared network was thrown away."""
+    return (
+        f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
+        "float network would be trained. `configure_model` is called more than once and must leave alone "
+        "what exists:\n"
+        "    def configure_model(self):\n"
+        f"        if self.{name or 'model'} is not None:\n"
+        "            return\n"
+        f"        self.{name or 'model'} = build()"
+    )
+
+
+def overflow(recipes: Iterable[Recipe]) -> str | None:
+    """What is said where int8 kernels overflow on this CPU with activations of 8 bits."""
+    if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
+        return None
+    return (
+        "This CPU has no VNNI, so that sums of activations of 8 bits overflow: PyTorch's int8 network runs "
+        "on slower kernels here that do not, ONNX Runtime needs session.x64quantprecision=1, and OpenVINO "
+        "has no such option. For CPUs like this use backend='x86'"
+    )
+
+
+def warn_of_unreached(
+    trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
+) -> None:
+    """Warns of what is to happen beyond the end of the run, once: `warned` holds what it warned of."""
+    epochs = trainer_facts.epochs(trainer)
+    for name in resolved.never_reached(epochs, trainer_facts.steps(trainer)):
+        if name not in warned:
+            warned.add(name)
+            rank_zero_warn(
+                f"{name}={getattr(asked, name)} lies beyond the end of this run ({epochs:g} epochs), so it "
+                "will not happen."
+            )
+
+
+def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
+    """Says in one line each what begins with `phase`, and returns it in short."""
+    began = []
+    when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
+    if before is None and trainer.global_step > 0:
+        when = "since before this start, as in the checkpoint"
+    if phase.fake_quant and before is not None and not before.fake_quant:
+        rank_zero_info(f"Fake-quantization is on {when}")
+        if trainer.current_epoch > 0:  # else it is the end of the calibration, which every run has
+            began.append("fake-quantization on")
+    if not phase.observe and (before is None or before.observe):
+        rank_zero_info(f"Observers are frozen {when}")
+        began.append("observers frozen")
+    if phase.freeze_bn and (before is None or not before.freeze_bn):
+        rate = trainer_facts.highest_learning_rate(trainer)
+        high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
+        rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")
+        began.append("batch-norm frozen")
+    return began

@@ -1,0 +1,238 @@
+"""The accuracy target of a run: before it begins, a search finds the layers that stay float.
+
+Networks are prepared in `setup`, before Lightning restores a checkpoint, and before it says whether it will.
+So the layers of a resumed run are not known there. They are in the recipe that its weights bring: as these
+are loaded, networks that were prepared otherwise are prepared anew, and what the search has found is
+forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.base.errors import RecipeMismatchError, TargetError
+from qat_lightning.quantize.copies import replace_submodule
+from qat_lightning.quantize.networks import Settings, keeping_as, network_names, prepare_module
+from qat_lightning.quantize.recipe import recipe_of, recipes_in
+from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast
+from qat_lightning.run.distributed.together import fail_together, gather
+from qat_lightning.run.parts.target_search import ARGUMENTS, search, what_to_measure
+
+
+class Found(NamedTuple):
+    """What a search has found: names for `keep_float`, or the error that counts unless weights are loaded."""
+
+    names: tuple[str, ...] = ()
+    failure: Exception | None = None
+
+
+class Target:
+    """Searches for the layers that stay float, and gives a resumed run those that it began with.
+
+    Args:
+        drop: How many points of the metric int8 may lose; None for no target.
+        metric: Its name, or None for the one that a ModelCheckpoint monitors.
+        mode: `"max"` or `"min"`, or None for that of the callback that monitors it.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of the wrong type.
+    """
+
+    def __init__(self, drop: float | None, metric: str | None, mode: str | None) -> None:
+        if drop is not None:
+            if isinstance(drop, bool) or not isinstance(drop, int | float):
+                raise TypeError(f"target_drop must be a number of points or None, but received {drop!r}.")
+            if not 0 <= drop < math.inf:
+                raise ValueError(f"target_drop must be at least 0 points and finite, but received {drop}.")
+        if metric is not None and not isinstance(metric, str):
+            raise TypeError(
+                "target_metric must be the name of a metric that `validation_step` logs, or None, but "
+                f"received {metric!r}. qat_lightning.keep_for_target takes functions."
+            )
+        if mode not in ("max", "min", None):
+            raise ValueError(f"target_mode must be 'max', 'min' or None, but received {mode!r}.")
+        self._drop, self._metric, self._mode = drop, metric, mode
+        self._found = Found()
+        self._stored: _Stored | None = None
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a target."""
+        return self._drop is not None
+
+    # Before the run.
+
+    def choose(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        settings: Settings,
+        earlier: Collection[nn.Module],
+    ) -> Settings:
+        """Searches on rank 0, for all ranks; call it on every one.
+
+        Args:
+            trainer: The Trainer, in `setup`.
+            module: The module, whose networks are about to be prepared.
+            settings: How.
+            earlier: The networks that an earlier fit has prepared, with which this one goes on.
+
+        Returns:
+            `settings` with the layers that were found in `keep_float`.
+        """
+        self._leave()
+        if self._drop is None:
+            return settings
+        with fail_together("searching for the layers to keep float"):
+            networks = {name: module.get_submodule(name) for name in network_names(module, settings)}
+            if earlier and all(network in earlier for network in networks.values()):
+                self._raise_failure()
+                return settings
+            _check_float(networks.values())
+            # A module that is a network itself cannot be put back.
+            repeatable = "" not in networks
+            announced = repeatable and bool(trainer.ckpt_path)
+            failure = _not_loaded(trainer) if announced else None
+            found = Found(failure=failure)
+            if trainer.is_global_zero and not announced:
+                found = self._search(trainer, module, settings)
+        self._found = gather(found)[0]
+        self._stored = _Stored(settings, _sharing_copies(module, networks) if repeatable else None)
+        self._handle = module.register_load_state_dict_pre_hook(self._stored)
+        return replace(settings, keep_float=(*settings.keep_float, *self._found.names))
+
+    def settle(self, module: pl.LightningModule) -> bool:
+        """Ends the time in which weights may be loaded that decide the layers.
+
+        Returns:
+            Whether networks were prepared anew.
+
+        Raises:
+            TargetError: The search has failed, and no weights were loaded. The networks are float again.
+        """
+        stored = self._stored
+        self._leave()
+        if stored is None:
+            return False
+        if stored.loaded is not None:
+            self._found = Found(stored.loaded)
+        elif self._found.failure is not None:
+            stored.put_back(module)
+            self._raise_failure()
+        return stored.anew
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was asked for and found, as plain values."""
+        return None if self._drop is None else {"drop": self._drop, "kept": list(self._found.names)}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Says where the target of a resumed run is not the one that it began with."""
+        began = None if state is None else state["drop"]
+        if self._drop is not None and began != self._drop:
+            rank_zero_warn(
+                f"The run was started with target_drop={began} and keeps its layers; the one asked for now, "
+                f"{self._drop}, has no effect. Start anew from the weights to change it."
+            )
+
+    def _search(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> Found:
+        assert self._drop is not None
+        metric, mode = what_to_measure(trainer, self._metric, self._mode)
+        try:
+            return Found(search(trainer, module, settings, self._drop, metric, mode))
+        except TargetError as error:
+            return Found(failure=error.with_traceback(None))  # which would keep all copies alive
+
+    def _raise_failure(self) -> None:
+        if self._found.failure is not None:
+            raise self._found.failure
+
+    def _leave(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._stored = self._handle = None
+
+
+class _Stored:
+    """A load-state-dict pre-hook that prepares networks as those were that the weights are of.
+
+    Attributes:
+        loaded: What these kept float; None before weights are loaded.
+        anew: Whether networks were prepared anew.
+    """
+
+    def __init__(self, settings: Settings, networks: dict[str, nn.Module] | None) -> None:
+        self.loaded: tuple[str, ...] | None = None
+        self.anew = False
+        self._settings, self._networks = settings, networks
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Compares the recipes. `module` is the one that was hooked, or a copy of it."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        stored = recipes_in(own)
+        if not stored:
+            return
+        self.loaded = tuple(dict.fromkeys(chain.from_iterable(r.keep_float for r in stored.values())))
+        if not any(_differs(module, name, recipe.keep_float) for name, recipe in stored.items()):
+            return
+        if self._networks is None:
+            raise RecipeMismatchError(
+                f"The run that is resumed keeps {list(self.loaded)} float, and the search on the weights "
+                f"that this {type(module).__name__} was built with has found others. It has layers of its "
+                f"own, so that it cannot be prepared anew. Pass keep_float={list(self.loaded)} instead of "
+                f"{ARGUMENTS}."
+            )
+        self.put_back(module)
+        prepare_module(module, keeping_as(self._settings, stored))
+        keep_out_of_ddp_broadcast(module)
+        self.anew = True
+        rank_zero_info(f"Kept float by the run that is resumed: {', '.join(self.loaded) or 'nothing'}")
+
+    def put_back(self, module: nn.Module) -> None:
+        """Puts the float networks back into `module`, unless it is one itself."""
+        for name, network in (self._networks or {}).items():
+            replace_submodule(module, name, network)
+
+
+def _differs(module: nn.Module, name: str, keep_float: Iterable[str]) -> bool:
+    try:
+        recipe = recipe_of(module.get_submodule(name))
+    except AttributeError:  # weights of another module, which the loading says itself
+        return False
+    return recipe is not None and set(recipe.keep_float) != set(keep_float)
+
+
+def _sharing_copies(module: nn.Module, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies of float networks that share their parameters and buffers, and take no memory for them."""
+    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    return copy.deepcopy(networks, shared)  # type: ignore[arg-type]
+
+
+def _check_float(networks: Iterable[nn.Module]) -> None:
+    for network in networks:
+        if recipe_of(network) is not None:
+            raise ValueError(
+                f"target_drop decides which layers stay float before a network is prepared, but this "
+                f"{type(network).__name__} is prepared already. Start from the float network, or leave out "
+                f"{ARGUMENTS}: the layers that are float in it stay so."
+            )
+
+
+def _not_loaded(trainer: pl.Trainer) -> Exception:
+    return MisconfigurationException(
+        f"trainer.ckpt_path announces weights, {trainer.ckpt_path}, so that the layers to keep float were "
+        "expected of them, but none were loaded. Use a new Trainer, or set trainer.ckpt_path = None before "
+        "fit."
+    )

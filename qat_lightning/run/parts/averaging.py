@@ -1,0 +1,136 @@
+"""Lightning's averaging of weights: which grid the averaged weights have.
+
+`WeightAveraging` averages the buffers as it averages the parameters. An average of activations' ranges is a
+range; one of scales, zero points and flags is nothing. So the grids of activations are made of their averaged
+ranges, and those of weights, which would lag behind, of the averaged weights.
+`StochasticWeightAveraging` ends with an epoch for the batch-norm statistics of its weights, in which the
+grids follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+from qat_lightning.base.schedule import Phase
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
+from qat_lightning.fake_quant.ranges import has_histogram, has_range, set_range
+from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.run import trainer_facts
+from qat_lightning.run.distributed.merge import merge_ranges
+
+Average = Callable[[Any, Any, Any], Any]
+
+
+def adopt(trainer: pl.Trainer) -> None:
+    """Makes the averages of this run average numbers, and copy what is none: counts, zero points and flags.
+
+    Raises:
+        MisconfigurationException: The ranges of a network cannot be averaged.
+    """
+    for average in _averages(trainer):
+        for name, child in fake_quantizes(average):
+            if has_range(child) and (not isinstance(child, FakeQuantize) or has_histogram(child)):
+                raise MisconfigurationException(
+                    "Weight averaging needs ranges that can be averaged: a minimum and a maximum of fixed "
+                    f"size, but {name.removeprefix('module.')!r} is a {type(child).__name__} with "
+                    f"{type(child.activation_post_process).__name__}. Leave `qconfig` out, or make it of "
+                    "qat_lightning's FakeQuantize with a minimum-maximum observer."
+                )
+        average.multi_avg_fn = _of_numbers(average.multi_avg_fn, average.avg_fn)
+
+
+def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Makes the grids of averaged weights from their averaged ranges, or where those saw nothing `module`'s.
+
+    Lightning averages after each step, and uses the average in validations, checkpoints and at the end.
+    """
+    if trainer.state.fn != "fit":
+        return
+    for average in _averages(trainer):
+        if next(average.parameters()).device == module.device:  # else the processes cannot exchange it
+            merge_ranges(average)
+        pairs = zip(fake_quantizes(average), fake_quantizes(module), strict=True)
+        mine: Any
+        theirs: Any
+        for (_, mine), (_, theirs) in pairs:
+            mine.observer_enabled.copy_(theirs.observer_enabled)
+            mine.fake_quant_enabled.copy_(theirs.fake_quant_enabled)
+            if not has_range(mine):
+                mine.scale.copy_(theirs.scale)
+            elif seen := _range(mine) or _range(theirs):
+                set_range(mine, *seen)
+        _fit_grids_to_weights(average)
+
+
+def finish(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Makes the grids of the weights that SWA has put into `module` at the end."""
+    if any(isinstance(c, StochasticWeightAveraging) for c in trainer_facts.callbacks(trainer)):
+        _fit_grids_to_weights(module)
+
+
+def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
+    """`phase`, or what it is in the epoch in which SWA estimates the statistics of the averaged weights."""
+    estimating = any(
+        isinstance(c, StochasticWeightAveraging)
+        and c._model_contains_batch_norm
+        and trainer.current_epoch == c.swa_end + 1
+        for c in trainer_facts.callbacks(trainer)
+    )
+    return phase._replace(observe=True, freeze_bn=False) if estimating else phase
+
+
+def _averages(trainer: pl.Trainer) -> Iterator[AveragedModel]:
+    for callback in trainer_facts.callbacks(trainer):
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            yield callback._average_model
+
+
+def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The range that was observed, or None where nothing was."""
+    observer = fake_quantize.activation_post_process
+    low, high = observer.min_val, observer.max_val
+    return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None
+
+
+@torch.no_grad()
+def _fit_grids_to_weights(module: nn.Module) -> None:
+    """Gives each weight the grid of its own magnitude, as a forward does while observers are on."""
+    layer: Any
+    for layer in module.modules():
+        grid = getattr(layer, "weight_fake_quant", None)
+        if not isinstance(grid, FakeQuantize) or grid.axis != 0:
+            continue
+        if isinstance(layer, Undivided):
+            grid.seen = False
+            layer._observe(grid.magnitude(layer.weight))
+        elif not hasattr(layer, "bn"):
+            grid.observe(layer.weight)
+
+
+def _of_numbers(many: Average | None, one: Average | None) -> Average:
+    """An averaging function as `AveragedModel` takes it, which copies whatever is not floating point."""
+
+    def one_by_one(averages: Any, values: Any, count: Any) -> None:
+        assert one is not None
+        for average, value in zip(averages, values, strict=True):
+            average.copy_(one(average, value, count))
+
+    given = many or (one_by_one if one is not None else get_swa_multi_avg_fn())
+
+    @torch.no_grad()
+    def update(averages: Any, values: Any, count: Any) -> None:
+        if averages[0].is_floating_point():
+            given(averages, values, count)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return update

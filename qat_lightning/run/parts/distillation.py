@@ -1,0 +1,286 @@
+"""Distillation: a frozen float teacher adds a divergence of its logits to whatever loss the user trains.
+
+The user's `training_step` stays what it is. Lightning hands the loss to no hook that could replace it, so the
+term enters where it acts: the backward of the loss reaches the network's logits, and there the gradient of
+the term is added to it, scaled as the loss is. By the chain rule that is the gradient of the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from qat_lightning.analysis.inputs import is_redirected
+from qat_lightning.base import random_state
+from qat_lightning.run import trainer_facts
+from qat_lightning.run.parts import teachers
+
+METRIC = "train/distillation"
+
+
+class Term(NamedTuple):
+    """What one call of a network adds to the loss.
+
+    Attributes:
+        value: The term.
+        gradient: Its gradient by the logits.
+        size: The size of the batch.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    size: int
+
+
+class Distillation:
+    """Runs the teachers beside the networks that learn from them, and adds their term to the gradient.
+
+    Args:
+        teacher: As the callback takes it.
+        weight: What the divergence is multiplied by.
+        temperature: What both networks' logits are divided by.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of the wrong type.
+    """
+
+    def __init__(self, teacher: teachers.TeacherLike, weight: float, temperature: float) -> None:
+        for name, value in (("teacher_weight", weight), ("teacher_temperature", temperature)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, but received {value!r}.")
+            if not (0 < value < math.inf):
+                fix = " For no distillation, pass teacher=None." if name == "teacher_weight" else ""
+                raise ValueError(f"{name} must be above 0 and finite, but received {value}.{fix}")
+        self._asked = teachers.copied(teacher)
+        self._weight, self._temperature = float(weight), float(temperature)
+        self._taken: dict[str, nn.Module] = {}
+        self._teachers: dict[nn.Module, nn.Module] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._fingerprint: str | None = None
+        self._resumed: list[dict[str, Any] | None] = []
+        self._hooks: list[RemovableHandle] = []
+        self._answers: dict[nn.Module, Tensor] = {}
+        self._added: list[Term] = []
+        self._loss_scale: float | None = None  # None outside the backward of a loss
+        self._scaler: Any = None
+        self._steps_before: int | None = None  # None once a term has reached a gradient
+
+    # Before the run.
+
+    def take(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Takes the teachers of the networks `names`, which are about to be prepared."""
+        self._taken = teachers.take(self._asked, module, names, self._teachers)
+        self._resumed = []
+
+    def pair(self, networks: Mapping[str, nn.Module]) -> None:
+        """Gives the prepared `networks` the teachers that were taken."""
+        self._taken = {name: teacher for name, teacher in self._taken.items() if name in networks}
+        self._teachers = {networks[name]: teacher for name, teacher in self._taken.items()}
+        self._names = {networks[name]: name for name in self._taken}
+        self._fingerprint = teachers.fingerprint(self._taken) if self._taken else None
+
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Moves the teachers to where the run is, and checks that they are those of a resumed run.
+
+        Raises:
+            MisconfigurationException: The module is compiled.
+            ValueError: The run that is resumed had another teacher.
+        """
+        if self._teachers:
+            if trainer_facts.is_compiled(module):
+                raise MisconfigurationException(
+                    "Distillation adds to the gradient by hooks on the networks, which compiled code would "
+                    "not call reliably. Leave torch.compile out, or the teacher."
+                )
+            for teacher in self._teachers.values():
+                teacher.to(module.device)
+            if teachers.share(self._teachers.values()):
+                self._fingerprint = teachers.fingerprint(self._taken)
+            self._steps_before = trainer.global_step
+        self._check_resumed()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a resumed run has to have in common with this one: plain values, and no weights."""
+        if self._fingerprint is None:
+            return None
+        return {"weights": self._fingerprint, "weight": self._weight, "temperature": self._temperature}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Keeps what the resumed run had until the teachers are there to compare."""
+        self._resumed = [state]
+
+    def _check_resumed(self) -> None:
+        resumed, self._resumed = self._resumed, []
+        own = self.state_dict()
+        if not resumed or resumed[0] == own:
+            return
+        raise ValueError(
+            "A resumed run has to go on with the teacher that it began with, but it began with "
+            f"{_words(resumed[0])}, and this one has {_words(own)}. Build the module with the same starting "
+            "weights as at the first start, before the checkpoint is loaded, and pass the same arguments; or "
+            "start anew from the checkpoint's weights, without ckpt_path."
+        )
+
+    # At every training batch. The hooks exist in it alone, or copies of the networks would have them.
+
+    def begin_batch(self) -> None:
+        """Begins to listen to the networks."""
+        self.stop()
+        for network in self._teachers:
+            self._hooks.append(network.register_forward_pre_hook(self._ask, with_kwargs=True))
+            self._hooks.append(network.register_forward_hook(self._listen))
+
+    def begin_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Notes how the loss is scaled whose backward is about to begin."""
+        self._loss_scale = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+
+    def end_backward(self) -> None:
+        """Leaves every other backward, such as that of a gradient penalty, alone."""
+        self._loss_scale = self._scaler = None
+
+    def end_batch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Logs the term, and stops to listen.
+
+        Raises:
+            MisconfigurationException: Weights have changed, and no term has had a part in it.
+        """
+        added = self._added
+        self.stop()
+        if added:
+            self._steps_before = None
+            module.log(
+                METRIC,
+                torch.stack([term.value for term in added]).sum(),
+                on_step=False,
+                on_epoch=True,
+                batch_size=added[0].size,
+                sync_dist=trainer.world_size > 1,
+            )
+        elif self._steps_before is not None and trainer.global_step > self._steps_before:
+            names = ", ".join(map(self._name, self._teachers))
+            raise MisconfigurationException(
+                f"The optimizer has made a step, and the teacher of {names} had no part in its gradient. "
+                "`training_step` has to call the network in training mode and with gradients, and its loss "
+                "to depend on the output; with manual optimization, call self.manual_backward(loss) instead "
+                "of loss.backward()."
+            )
+
+    def stop(self) -> None:
+        """Stops to listen."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._added = [], []
+        self._answers.clear()
+        self.end_backward()
+
+    def end(self) -> None:
+        """Stops, and frees the device."""
+        self.stop()
+        for teacher in self._teachers.values():
+            teacher.cpu()
+
+    # The term.
+
+    def _ask(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Asks the teacher before the network runs, which may overwrite its input."""
+        if not network.training or not torch.is_grad_enabled() or is_redirected(network):
+            return
+        if any(isinstance(v, Tensor) and v.grad_fn is not None for v in tree_leaves((args, kwargs))):
+            raise ValueError(
+                f"The input of {self._name(network)} comes out of other trained layers, so that its teacher "
+                "would be asked something else than the float network was. Put both into one network, as in "
+                'nn.Sequential(backbone, head), or name those that learn: teacher={"model": "self"}.'
+            )
+        with torch.no_grad(), random_state.kept():
+            args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+            output = self._teachers[network](*args, **kwargs)
+            self._answers[network] = _logits(output, f"the teacher of {self._name(network)}")
+
+    def _listen(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Compares the network's logits with its teacher's, and waits for their gradient."""
+        answer = self._answers.pop(network, None)
+        if answer is None:
+            return
+        logits = _logits(output, self._name(network))
+        if logits.shape != answer.shape:
+            raise ValueError(
+                f"The logits of {self._name(network)} have the shape {tuple(logits.shape)}, but those of its "
+                f"teacher {tuple(answer.shape)}. A teacher has the same classes, and the same resolution."
+            )
+        if logits.requires_grad:
+            value, gradient = divergence(logits, answer, self._temperature)
+            term = Term(self._weight * value, self._weight * gradient, len(logits))
+            logits.register_hook(partial(self._add, term))
+
+    def _add(self, term: Term, gradient: Tensor) -> Tensor | None:
+        if self._loss_scale is None or any(term is added for added in self._added):
+            return None
+        self._added.append(term)
+        own = term.gradient * self._loss_scale
+        if self._scaler is not None:
+            own = self._scaler.scale(own)
+        return gradient + own.to(gradient.dtype)
+
+    def _name(self, network: nn.Module) -> str:
+        return repr(self._names[network] or type(network).__name__)
+
+
+@torch.no_grad()
+def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`temperature`² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature)), in float32.
+
+    Hinton et al., https://arxiv.org/abs/1503.02531; squared, since the gradient shrinks by it.
+
+    Args:
+        logits: Batch x classes, or batch x classes x height x width.
+        teacher: The same of the teacher.
+        temperature: Above 1 the less likely classes count more.
+
+    Returns:
+        Its mean over batch (and pixels), and the gradient of that by `logits`.
+    """
+    ours, theirs = (F.log_softmax(each.float() / temperature, dim=1) for each in (logits, teacher))
+    count = logits.numel() / logits.shape[1]
+    value = F.kl_div(ours, theirs, reduction="sum", log_target=True) * (temperature**2 / count)
+    return value, (ours.exp() - theirs.exp()) * (temperature / count)
+
+
+def _logits(output: Any, whose: str) -> Tensor:
+    """The logits in what a network returns: it, or the first of a tuple, a list or a dict."""
+    first = output
+    if isinstance(output, Mapping):
+        first = next(iter(output.values()), None)
+    elif isinstance(output, tuple | list):
+        first = next(iter(output), None)
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            "Distillation compares logits, which a network returns as a tensor, or as the first of a tuple "
+            f"or a dict, but {whose} returns a {type(output).__name__} that begins with none."
+        )
+    if first.ndim not in (2, 4) or first.shape[1] < 2 or not first.is_floating_point():
+        raise ValueError(
+            "Distillation compares logits of batch x classes, or of batch x classes x height x width, of at "
+            f"least two classes, but {whose} returns {first.dtype} of {tuple(first.shape)}."
+        )
+    return first
+
+
+def _words(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "no teacher"
+    return (
+        f"a teacher of weights {state['weights'][:12]} (teacher_weight={state['weight']}, "
+        f"teacher_temperature={state['temperature']})"
+    )

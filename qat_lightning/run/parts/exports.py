@@ -1,0 +1,136 @@
+"""The files that a run ends with, one for each runtime that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from qat_lightning.analysis.inputs import Inputs, arguments_of
+from qat_lightning.base.errors import ConversionError, nearest
+from qat_lightning.export import export_onnx, export_openvino, load_runtime
+from qat_lightning.export.extras import require
+from qat_lightning.modes.graph.subclass import with_forward
+from qat_lightning.quantize.copies import replace_submodule
+from qat_lightning.quantize.example_inputs import example_inputs_of
+from qat_lightning.quantize.int8_file import save_int8
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+FORMATS = ("torch", "onnx", "openvino")
+METRICS_KEY = "qat_lightning.metrics"
+
+
+class Exports:
+    """Which formats to write, and the inputs that their graphs are traced and checked with.
+
+    Args:
+        formats: Some of :data:`FORMATS`.
+
+    Raises:
+        TypeError: `formats` is no sequence.
+        ValueError: A format is unknown.
+    """
+
+    def __init__(self, formats: Sequence[str]) -> None:
+        if isinstance(formats, str) or not isinstance(formats, Sequence):
+            raise TypeError(
+                f"export must be a list of formats, as in export=['onnx'], but received {formats!r}."
+            )
+        for each in formats:
+            if each not in FORMATS:
+                raise ValueError(
+                    f"export takes {', '.join(FORMATS)}, but received {each!r}. {nearest(each, FORMATS)}"
+                )
+        self.formats = tuple(formats)
+        self.inputs: dict[str, Inputs] = {}
+
+    @property
+    def need_inputs(self) -> bool:
+        """Whether there is a graph to trace."""
+        return any(each != "torch" for each in self.formats)
+
+    def check(self) -> None:
+        """Raises a `MissingExtraError` if a package is not installed that a format needs."""
+        if self.need_inputs:
+            require("onnx", "onnxscript", "onnxruntime", purpose="Exporting to ONNX")
+        if "openvino" in self.formats:
+            require("openvino", purpose="Exporting to OpenVINO")
+
+    def write(
+        self,
+        module: nn.Module,
+        int8: nn.Module,
+        names: Sequence[str],
+        folder: Path,
+        metrics: Mapping[str, float],
+    ) -> list[Path]:
+        """Writes them all.
+
+        Args:
+            module: The module with the trained networks.
+            int8: The same, converted.
+            names: Names of the networks in it. Where there are several, a graph's file has its network's.
+            folder: Where to write.
+            metrics: What graphs are to say of themselves, beside the recipe.
+
+        Returns:
+            The files, `int8.pt` first.
+
+        Raises:
+            ConversionError: A graph does not compute what was trained, or there are no inputs to trace it
+                with.
+        """
+        metadata = {METRICS_KEY: json.dumps(dict(metrics))}
+        written = [save_int8(int8, folder / "int8.pt")] if "torch" in self.formats else []
+        for each, export, suffix in (("onnx", export_onnx, "onnx"), ("openvino", export_openvino, "xml")):
+            for name in names if each in self.formats else ():
+                part = f".{name}" if len(names) > 1 else ""
+                arguments = self._arguments(module, name)
+                path = folder / f"int8{part}.{suffix}"
+                written.append(export(module.get_submodule(name), path, arguments, metadata=metadata))
+        return written
+
+    def shipped(self, module: ModuleT, path: Path, names: Sequence[str]) -> ModuleT:
+        """Puts what a graph's file holds in the place of the network that it was made from, in place."""
+        parts = path.stem.split(".", 1)
+        name = parts[1] if len(parts) > 1 else names[0]
+        runtime = load_runtime(path)
+        return replace_submodule(module, name, runtime) if name else _run_by(module, runtime)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inputs, where a checkpoint can hold them, for a run that is resumed after its last step."""
+        if not self.need_inputs or not all(map(_is_plain, tree_leaves(list(self.inputs.values())))):
+            return {}
+        return {name: {"args": inputs.args, "kwargs": inputs.kwargs} for name, inputs in self.inputs.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes them over."""
+        self.inputs |= {name: Inputs(tuple(each["args"]), each["kwargs"]) for name, each in state.items()}
+
+    def _arguments(self, module: nn.Module, name: str) -> Any:
+        """The arguments of a network, by name where its `forward` names them all."""
+        if name in self.inputs:
+            return arguments_of(module.get_submodule(name), self.inputs[name])
+        found = example_inputs_of(module, name)
+        if found is None:
+            raise ConversionError(
+                f"No batch has reached the network {name or type(module).__name__!r}, so there is nothing to "
+                "trace its graph with. Give the LightningModule an example_input_array."
+            )
+        return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, torch.Tensor | int | float | str)
+
+
+def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:
+    """Makes the `forward` of `module`, which is a network itself, that of a runtime, in place."""
+    module.__class__ = with_forward(type(module), staticmethod(runtime.forward))  # type: ignore[assignment]
+    return module

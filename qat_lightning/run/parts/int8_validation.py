@@ -1,0 +1,41 @@
+"""Validation of the int8 network while it is trained: what would be shipped if the run ended here."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+from qat_lightning.analysis.scoring import lone_trainer, validate
+from qat_lightning.base import random_state
+from qat_lightning.quantize.convert import convert
+
+_PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
+
+
+def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """Scores a converted copy of `module` with its own `validation_step` and metrics, on the CPU.
+
+    Neither the module nor its loaders' workers nor any random generator is disturbed. Under distributed
+    training every rank scores its share of the data.
+
+    Args:
+        trainer: The Trainer, at the end of a validation epoch.
+        module: The LightningModule that is trained, with its prepared networks.
+
+    Returns:
+        For each metric that the module logs, by its name without a leading `val`: `val_int8/<name>`, what
+        int8 reaches, and `quantization_gap/<name>`, what fake-quantization reaches minus that.
+    """
+    expected = trainer.callback_metrics
+    with random_state.kept(), torch.inference_mode(False), torch.no_grad():
+        alone = lone_trainer(
+            limit_val_batches=trainer.limit_val_batches, default_root_dir=trainer.default_root_dir
+        )
+        logged = validate(alone, convert(module), trainer.val_dataloaders)
+    scores: dict[str, float] = {}
+    for name, value in logged.items():
+        short = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
+        scores[f"val_int8/{short}"] = value
+        if name in expected:
+            scores[f"quantization_gap/{short}"] = float(expected[name]) - value
+    return scores

@@ -1,0 +1,146 @@
+"""The search of a run for the layers that its target takes: what is measured, on which data, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+from qat_lightning.analysis.keep_for_target import keep_for_target
+from qat_lightning.base import random_state
+from qat_lightning.base.errors import TargetError
+from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.networks import Settings
+from qat_lightning.run import trainer_facts
+
+ARGUMENTS = "target_drop, target_metric and target_mode"
+
+
+def what_to_measure(trainer: pl.Trainer, metric: str | None, mode: str | None) -> tuple[str, str]:
+    """The metric and its mode: as asked for, else as the callbacks monitor it, ModelCheckpoints first.
+
+    Raises:
+        MisconfigurationException: Neither tells.
+    """
+    callbacks = trainer_facts.callbacks(trainer)
+    monitored = [
+        (each.monitor, each.mode)
+        for kind in (ModelCheckpoint, EarlyStopping)
+        for each in callbacks
+        if isinstance(each, kind) and each.monitor
+    ]
+    if metric is None:
+        metric = next((name for name, _ in monitored), None)
+    if metric is None:
+        raise MisconfigurationException(
+            "target_drop needs a metric, and no ModelCheckpoint monitors one. Pass its name, as "
+            'target_metric="val_accuracy", and target_mode="max" or "min".'
+        )
+    mode = mode or next((mode for name, mode in monitored if name == metric), None)
+    if mode is None:
+        raise MisconfigurationException(
+            f"target_drop has to know whether more or less of {metric!r} is better, and no ModelCheckpoint "
+            'monitors it. Pass target_mode="max" or "min".'
+        )
+    return metric, mode
+
+
+def search(
+    trainer: pl.Trainer, module: pl.LightningModule, settings: Settings, drop: float, metric: str, mode: str
+) -> tuple[str, ...]:
+    """Searches on the device and the validation data of a run, in this process alone.
+
+    The data that ranges are calibrated on is the validation's too: batches of the training data would come
+    with their augmentation, and drawing them would move the state of what counts them for a resume.
+
+    Args:
+        trainer: The Trainer, in `setup`.
+        module: The float module; it is not changed.
+        settings: How it is to be prepared.
+        drop: As `target_drop` of :func:`qat_lightning.keep_for_target`.
+        metric: What the module's `validation_step` logs.
+        mode: `"max"` or `"min"`.
+
+    Raises:
+        TargetError: The layers that may stay float are not enough, or the module is not trained.
+        MisconfigurationException: There is no validation data, or more than one loader.
+    """
+    with random_state.kept():
+        loader = _validation_loader(trainer)
+        alone = copy_of(module).to(trainer.strategy.root_device)
+        _check_trained(alone)
+        for each in alone.modules():
+            if isinstance(each, Metric):  # would wait for the other processes
+                each.distributed_available_fn = _never
+        return keep_for_target(
+            alone,
+            loader,
+            metric,
+            target_drop=drop,
+            higher_is_better=mode == "max",
+            modules=settings.modules,
+            **settings.options,
+        )
+
+
+class _First:
+    """The first batches of a loader, read anew at every pass."""
+
+    def __init__(self, loader: Iterable[Any], count: int) -> None:
+        self._loader, self._count = loader, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._loader, self._count)
+
+
+def _validation_loader(trainer: pl.Trainer) -> Iterable[Any]:
+    """What the Trainer validates on: one loader, and of it as much as `limit_val_batches` says."""
+    try:
+        data = trainer_facts.validation_data(trainer)
+    except Exception as error:
+        raise MisconfigurationException(
+            "target_drop needs the validation data before LightningModule.setup runs, but asking for it "
+            f"failed: {error!r}. Make it in the datamodule's `setup`, or in `val_dataloader` itself."
+        ) from error
+    limit = trainer.limit_val_batches
+    if data is None or not limit:
+        raise MisconfigurationException(
+            "target_drop measures a metric on the validation data, but this run has none: no "
+            f"val_dataloader, or limit_val_batches=0. Give it some, or leave out {ARGUMENTS}."
+        )
+    combined = data if isinstance(data, CombinedLoader) else CombinedLoader(data, "sequential")
+    if len(combined.flattened) != 1:
+        raise MisconfigurationException(
+            f"target_drop takes one validation loader, but this run has {len(combined.flattened)}. Pass "
+            "keep_float=qat_lightning.keep_for_target(module, loader, metric) instead, with one of them."
+        )
+    (loader,) = combined.flattened
+    if isinstance(limit, int):
+        return _First(loader, limit)
+    return loader if limit == 1.0 else _First(loader, int(limit * len(loader)))
+
+
+def _check_trained(module: nn.Module) -> None:
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    if norms and not any(_has_seen_data(each) for each in norms):
+        raise TargetError(
+            "target_drop compares int8 with the float network that the training starts from, but this one is "
+            "not trained: no batch-norm in it has seen data, so that its metric says nothing. Load trained "
+            f"weights first (on the command line weights=…), or leave out {ARGUMENTS}."
+        )
+
+
+def _has_seen_data(norm: Any) -> bool:
+    return bool(norm.running_mean.any() or (norm.running_var != 1).any())
+
+
+def _never() -> bool:
+    return False

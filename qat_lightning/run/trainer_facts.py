@@ -1,0 +1,108 @@
+"""What the callback asks of a Trainer: whether it can be used, how long its run is, how far it has come."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from qat_lightning.quantize.floating import is_compiled as holds_compiled
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raises a `MisconfigurationException` where parameters, processes or float32 are out of reach."""
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            "Quantization-aware training needs every parameter whole on every rank, but "
+            f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
+        )
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise MisconfigurationException(
+            "Ranges and int8 conversion need float32 weights, but precision is "
+            f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
+        )
+    synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
+    if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
+            "the CPU, leave it out."
+        )
+    start_method = getattr(trainer.strategy.launcher, "_start_method", None)
+    if start_method is not None:
+        raise MisconfigurationException(
+            f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
+            "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
+            "device."
+        )
+
+
+def epochs(trainer: pl.Trainer) -> float:
+    """Epochs of the whole run, infinite where there is no limit."""
+    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+
+
+def steps(trainer: pl.Trainer) -> float:
+    """Steps of the whole run in the unit of :func:`steps_done`, infinite where there is no limit."""
+    if _counts_batches(trainer):
+        return trainer.num_training_batches * epochs(trainer)
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    return min(limit, _accumulated_steps(trainer) or trainer.estimated_stepping_batches)
+
+
+def steps_done(trainer: pl.Trainer) -> int:
+    """Steps that the run has done: of the optimizer, or with manual optimization batches.
+
+    With manual optimization a batch may step several optimizers, or none, and Lightning's global step counts
+    each; only in batches is the length of a run of so many epochs known.
+    """
+    if _counts_batches(trainer):
+        return max(trainer.fit_loop.total_batch_idx, 0)
+    return trainer.global_step
+
+
+def _accumulated_steps(trainer: pl.Trainer) -> int | None:
+    """Steps of a run whose gradient accumulation changes by epoch, which Lightning does not foresee."""
+    found = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    if not found or not math.isfinite(trainer.num_training_batches * epochs(trainer)):
+        return None
+    factors = [found[0].get_accumulate_grad_batches(epoch) for epoch in range(int(epochs(trainer)))]
+    return sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+
+
+def _counts_batches(trainer: pl.Trainer) -> bool:
+    return not trainer.lightning_module.automatic_optimization and math.isfinite(epochs(trainer))
+
+
+def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """All callbacks of the run, in the order in which Lightning calls them."""
+    return list(vars(trainer)["callbacks"])
+
+
+def is_compiled(module: pl.LightningModule) -> bool:
+    """Whether `module` was passed compiled, or holds a compiled network."""
+    return module._compiler_ctx is not None or holds_compiled(module)
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> Path:
+    """Where the run's checkpoints go, or its root folder where there are none."""
+    beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(beside or trainer.default_root_dir)
+
+
+def validation_data(trainer: pl.Trainer) -> Any:
+    """The validation loaders as the user gave them, whole: not a rank's share. None where there are none."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
+def highest_learning_rate(trainer: pl.Trainer) -> float:
+    """The highest learning rate of any parameter group at the moment."""
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return float(max(rates, default=0.0))

@@ -1,0 +1,1 @@
+"""What `qat-train` trains: data modules, networks by name, and an image classifier."""
