@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, prepare
-from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast, merge_ranges
 
 VARIANTS = ("bare", "bare, observers aside", "callback")
 LAYERS = (8, 32, 128)

@@ -21,7 +21,6 @@ from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base.schedule import Phase, ResolvedSchedule, Schedule
 from qat_lightning.fake_quant.phases import ObserversOff, average_over, enter, keep_inputs
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.quantize.finiteness import Watch
 from qat_lightning.quantize.int8_file import load_int8
 from qat_lightning.quantize.networks import (
     Prepared,
@@ -30,12 +29,13 @@ from qat_lightning.quantize.networks import (
     prepare_module,
     prepare_when_loaded,
 )
+from qat_lightning.quantize.nonfinite import NonFiniteWatch
 from qat_lightning.quantize.selection import FloatPattern
 from qat_lightning.report.curves import Curves
 from qat_lightning.run import checks, messages, progress, trainer_facts
 from qat_lightning.run.conversion import convert_on_all_ranks
-from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast, merge_ranges
-from qat_lightning.run.distributed.together import fail_together
+from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.run.distributed.processes import fail_together
 from qat_lightning.run.parts import averaging
 from qat_lightning.run.parts.accuracy_target import Target
 from qat_lightning.run.parts.distillation import Distillation
@@ -213,7 +213,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._resolved: ResolvedSchedule | None = None
         self._phase: Phase | None = None
         self._warned: set[str] = set()
-        self._watch = Watch({})
+        self._watch = NonFiniteWatch({})
         self._observers_off = ObserversOff()
         self._random_states = RandomStates()
         self._first_batch = FirstBatch()
@@ -301,7 +301,7 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Logs the teacher's term, and tries the networks out with what the first batch gave them."""
         self._distillation.end_batch(trainer, pl_module)
-        self._first_batch.try_out(trainer, rehearse=self.preflight)
+        self._first_batch.try_out(trainer, dry_run=self.preflight)
         self.exports.inputs |= self._first_batch.inputs
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -472,7 +472,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._prepared = prepared
         self._distillation.pair(self._networks)
         keep_out_of_ddp_broadcast(pl_module)
-        self._watch = Watch(self._networks)
+        self._watch = NonFiniteWatch(self._networks)
         self._watch.clear()
         for each in prepared:
             rank_zero_info(f"Prepared {each}")
@@ -509,7 +509,7 @@ class QuantizationAwareTraining(pl.Callback):
         for prepared in self._prepared:
             enter(prepared.network, phase)
         self._phase = phase
-        for what in messages.report(trainer, before, phase):
+        for what in messages.announce(trainer, before, phase):
             self._run_report.curves.mark(trainer.current_epoch, what)
 
     def _calibrate(self, trainer: pl.Trainer) -> None:

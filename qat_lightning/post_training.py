@@ -19,7 +19,7 @@ from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.networks import Settings, prepare_module
 from qat_lightning.quantize.selection import FloatPattern
 from qat_lightning.run import checks
-from qat_lightning.run.distributed.merge import merge_ranges
+from qat_lightning.run.distributed.merge_ranges import merge_ranges
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -90,7 +90,7 @@ class PostTrainingQuantization(pl.Callback):
                 "elsewhere."
             )
         self.int8_module, self._twin = None, copy_of(pl_module)
-        with random_state.kept():
+        with random_state.preserved():
             names = [prepared.name for prepared in prepare_module(self._twin, self.settings)]
         only_observe(self._twin.eval())
         self._handles = [
@@ -111,7 +111,7 @@ class PostTrainingQuantization(pl.Callback):
         assert self._twin is not None
         twin, self._twin = self._twin, None
         self._stop()
-        with torch.inference_mode(False), torch.no_grad(), random_state.kept():
+        with torch.inference_mode(False), torch.no_grad(), random_state.preserved():
             merge_ranges(twin)
             set_enabled(twin, observer=False, fake_quant=True)
             self.int8_module = convert(twin)

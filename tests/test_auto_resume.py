@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from qat_lightning.cli.auto_resume import SameStart, Start, find_start, record
+from qat_lightning.cli.auto_resume import SameStart, Start, find_start, save_config
 from qat_lightning.cli.launch import pass_on
 from qat_lightning.cli.train import train
 from qat_lightning.run.checkpoints import checkpoints_in
@@ -87,7 +87,7 @@ def test_another_configuration_in_the_same_folder_is_an_error(interrupted: Path)
 
 def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_taken(interrupted: Path) -> None:
     cfg = configure(interrupted, "trainer.max_epochs=1", "resume=auto")
-    record(cfg, Start(interrupted))  # started anew, and killed at once
+    save_config(cfg, Start(interrupted))  # started anew, and killed at once
     assert find_start(cfg) == Start(interrupted)
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_keeps_its_checkpoints(interrupted: Path) -> None:
     (interrupted / ".int8.pt.1234.partial").touch()
     (interrupted / "metrics.json").write_text("{}")
     cfg = configure(interrupted, "trainer.max_epochs=2", f"ckpt_path={interrupted}/checkpoints/last.ckpt")
-    record(cfg, find_start(cfg))  # longer than before, and killed at once
+    save_config(cfg, find_start(cfg))  # longer than before, and killed at once
     again = configure(interrupted, "trainer.max_epochs=2", "resume=auto")
     assert find_start(again).checkpoint == str(interrupted / "checkpoints/last.ckpt")
     assert [path.name for path in interrupted.iterdir() if path.name[0] != "." and path.is_file()] == [

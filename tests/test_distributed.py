@@ -16,10 +16,10 @@ from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, RankError, convert, load_int8, prepare, save_int8
 from qat_lightning.fake_quant.phases import freeze_bn_statistics
-from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.run.distributed.grid_check import check_same_grids
-from qat_lightning.run.distributed.merge import merge_ranges
-from qat_lightning.run.distributed.together import fail_together
+from qat_lightning.run.distributed.merge_ranges import merge_ranges
+from qat_lightning.run.distributed.processes import fail_together
 from tests.networks import CLASSES, Residual, Stubbed, images, same_state, train_steps
 from tests.processes import run_all
 from tests.runs import TinyModule, trainer
@@ -189,7 +189,7 @@ def test_synchronized_batch_norm_inside_fused_modules(
     """One process has nobody to synchronize with, so that all has to be the same, bit for bit."""
     plain = prepare(build())
     sync = synchronized(plain)
-    fused: list[Any] = [module for module in sync.modules() if isinstance(module, Undivided)]
+    fused: list[Any] = [module for module in sync.modules() if isinstance(module, FusedConvBn)]
     assert fused
     assert all(type(module.bn) is nn.SyncBatchNorm for module in fused)
     assert sync.state_dict().keys() == plain.state_dict().keys()

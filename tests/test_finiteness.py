@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import ConversionError, QuantizationAwareTraining, convert, prepare
-from qat_lightning.quantize.finiteness import first_nonfinite
+from qat_lightning.quantize.nonfinite import first_nonfinite
 from tests.networks import CASES, Case, train_steps
 from tests.runs import TinyModule, trainer
 

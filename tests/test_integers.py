@@ -16,13 +16,13 @@ from torchvision import models
 
 from qat_lightning import convert, prepare
 from qat_lightning.fake_quant.phases import set_enabled
-from qat_lightning.modes.layers.integer_arithmetic import Integers, input_grid, on_grid
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_grid, on_grid
 from qat_lightning.modes.layers.reference import reference
 from tests.networks import CLASSES, Stubbed, StubbedLayers, images, layers_that_differ, sqnr, train_steps
 
 
 def layers(prepared: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in prepared.named_modules() if isinstance(m, Integers)}
+    return {name: m for name, m in prepared.named_modules() if isinstance(m, IntegerArithmetic)}
 
 
 def known(prepared: nn.Module) -> dict[str, bool]:

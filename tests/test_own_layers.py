@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.export.load import load_graph
 from qat_lightning.fake_quant.phases import set_enabled
-from qat_lightning.modes.layers.integer_arithmetic import Integers
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic
 from tests.networks import CLASSES, images, same_state, sqnr, train_steps
 
 
@@ -136,7 +136,7 @@ def test_the_network_that_was_prepared_is_as_it_was(norm: Any) -> None:
 def test_a_convolution_a_norm_and_its_activation_are_one_layer() -> None:
     prepared = prepare(Own())
     assert type(prepared.get_submodule("conv")).__name__ == "ConvBnReLU2d"
-    assert isinstance(prepared.get_submodule("head"), Integers)
+    assert isinstance(prepared.get_submodule("head"), IntegerArithmetic)
     assert not functions(prepared) & {F.conv2d, F.linear, F.batch_norm, torch._assert}
     assert not alone(prepared)
 
@@ -156,8 +156,8 @@ def test_a_weight_that_is_computed_stays_a_function() -> None:
 def test_each_can_be_kept_float(keep: Any) -> None:
     prepared = prepare(Own(), keep_float=[keep])
     kept = prepared.get_submodule("conv")
-    assert not isinstance(kept, Integers) or keep in ("norm", BatchNormAct2d)
-    assert isinstance(prepared.get_submodule("head"), Integers)
+    assert not isinstance(kept, IntegerArithmetic) or keep in ("norm", BatchNormAct2d)
+    assert isinstance(prepared.get_submodule("head"), IntegerArithmetic)
 
 
 def test_int8_follows(tmp_path: Path) -> None:

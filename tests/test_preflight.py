@@ -23,7 +23,7 @@ from torchvision import models
 
 from qat_lightning import PreflightError, QuantizationAwareTraining, convert, preflight, prepare
 from qat_lightning.analysis.inputs import Inputs
-from qat_lightning.analysis.preflight.dry_run import rehearse
+from qat_lightning.analysis.preflight.dry_run import dry_run
 from tests.networks import CASES, Case, ConvBnRelu, Residual
 from tests.runs import TinyModule, trainer
 
@@ -263,7 +263,7 @@ def _draws() -> list[Any]:
 def test_synchronized_batch_norm_is_tried_alone() -> None:
     prepared = nn.SyncBatchNorm.convert_sync_batchnorm(prepare(ConvBnRelu()))
     assert any(isinstance(module, nn.SyncBatchNorm) for module in prepared.modules())
-    assert rehearse("model", prepared, Inputs((X,), {})).layers == 1
+    assert dry_run("model", prepared, Inputs((X,), {})).layers == 1
 
 
 def test_nothing_is_disturbed() -> None:

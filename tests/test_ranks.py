@@ -22,7 +22,7 @@ from torch.ao.quantization.observer import (
 from qat_lightning import prepare
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.qconfig import default_qconfig
-from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast, merge_ranges
+from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast, merge_ranges
 
 WEIGHT = FakeQuantize.with_args(
     observer=PerChannelMinMaxObserver,

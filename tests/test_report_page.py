@@ -187,7 +187,7 @@ def test_pyplot_is_not_imported_and_the_backend_is_not_chosen() -> None:
     code = """
 import sys, matplotlib
 from tests import reports
-from qat_lightning.report.page import render
+from qat_lightning.report.page.html import render
 sys.modules["matplotlib.pyplot"] = None  # torchmetrics imports it
 render(reports.realistic())
 assert matplotlib.get_backend(auto_select=False) is None

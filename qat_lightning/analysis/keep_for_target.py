@@ -99,7 +99,7 @@ def keep_for_target(
     _check(module, target_drop, max_layers)
     check_metric(module, metric)
     sign = 1 if higher_is_better else -1
-    with random_state.kept(), torch.inference_mode(False), torch.no_grad():
+    with random_state.preserved(), torch.inference_mode(False), torch.no_grad():
         calibration = Batches(dataloader, calibration_batches)
         search = _Search(module, settings, calibration, metric, Batches(dataloader, batches), sign)
         return search.run(samples, target_drop, max_layers)

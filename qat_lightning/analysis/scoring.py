@@ -40,7 +40,7 @@ def validate(alone: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[s
     return {name: float(value) for result in results for name, value in result.items()}
 
 
-def evaluate(
+def score_on_test(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     *,

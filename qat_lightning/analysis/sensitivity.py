@@ -93,7 +93,7 @@ def sensitivity(
     check_counts(samples=samples, batches=batches, calibration_batches=calibration_batches)
     if metric is not None:
         check_metric(module, metric)
-    with random_state.kept(), torch.inference_mode(False), torch.no_grad():
+    with random_state.preserved(), torch.inference_mode(False), torch.no_grad():
         simulation = simulate(module, settings, Batches(dataloader, calibration_batches))
         scored = None if metric is None else Batches(dataloader, batches)
 

@@ -13,7 +13,7 @@ from torch import nn
 from qat_lightning.analysis.batches import Batches, collect_inputs, inputs_of
 from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
-from qat_lightning.fake_quant.phases import average_over, evaluate, only_observe, set_enabled
+from qat_lightning.fake_quant.phases import average_over, only_observe, set_enabled, set_eval
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.networks import Settings, prepare_module
@@ -65,7 +65,7 @@ def simulate(
     """
     copied = _prepared(copy_of(module), settings, batches)
     networks = {name: network for name, network, _ in quantized_networks(copied)}
-    evaluate(copied)
+    set_eval(copied)
     if inputs is None:
         set_enabled(copied, observer=False, fake_quant=False)
         inputs = collect_inputs(copied, networks, batches)
@@ -103,7 +103,7 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
     for handle in handles:
         handle.remove()
     average_over(network, None)
-    evaluate(network)
+    set_eval(network)
 
 
 def _prepared(module: nn.Module, settings: Settings, batches: Batches) -> nn.Module:

@@ -16,7 +16,7 @@ from qat_lightning.base.errors import Int8FileError
 MANIFEST = "manifest.json"
 
 
-def record(*paths: Path) -> None:
+def add(*paths: Path) -> None:
     """Writes the checksums of files of one folder into its manifest, beside those already there."""
     manifest = paths[0].with_name(MANIFEST)
     entries = _entries(manifest) if manifest.is_file() else {}

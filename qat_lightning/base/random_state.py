@@ -37,7 +37,7 @@ def restore(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def preserved() -> Iterator[None]:
     """Puts every generator back at the end of the block, whatever was drawn in it."""
     state = capture()
     try:

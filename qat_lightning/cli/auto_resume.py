@@ -78,7 +78,7 @@ def find_start(cfg: DictConfig) -> Start:
     return Start(folder)
 
 
-def record(cfg: DictConfig, start: Start) -> None:
+def save_config(cfg: DictConfig, start: Start) -> None:
     """Writes the configuration of a run that starts, and removes the results of one that it replaces.
 
     In a run that goes on the file keeps its time: checkpoints older than it are those of another run.

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat_lightning.base.atomic import replacing
-from qat_lightning.cli.bench_files import Benched, batches_of, common_signatures, example_of, load
+from qat_lightning.cli.bench_files import BenchFile, batches_of, common_signatures, example_of, load
 from qat_lightning.cli.console import ignore_advice, kilobytes
 from qat_lightning.export.executed import in_words
 from qat_lightning.report.content import Machine, Speed
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             partial.write_text(json.dumps(_content(speeds, by_name, machine), indent=1) + "\n")
 
 
-def _try(file: Benched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _try(file: BenchFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         with torch.inference_mode():
             file.network(*args, **kwargs)
@@ -100,7 +100,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _table(speeds: Sequence[Speed], files: dict[str, Benched], machine: Machine) -> Table:
+def _table(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machine) -> Table:
     threads = f"{machine.threads} thread{'s' * (machine.threads > 1)} on {machine.cores} cores"
     table = Table(title=f"{machine.cpu} ({', '.join(machine.features) or 'features unknown'}), {threads}")
     table.add_column("file", overflow="fold")
@@ -121,7 +121,7 @@ def _table(speeds: Sequence[Speed], files: dict[str, Benched], machine: Machine)
     return table
 
 
-def _notes(speeds: Sequence[Speed], files: dict[str, Benched], machine: Machine) -> list[str]:
+def _notes(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machine) -> list[str]:
     """Why int8 may be no faster, and whether the figures can be trusted."""
     notes = [
         f"{name}: {in_words(each.float_operations)}." for name, each in files.items() if each.float_operations
@@ -135,7 +135,7 @@ def _notes(speeds: Sequence[Speed], files: dict[str, Benched], machine: Machine)
     return notes
 
 
-def _content(speeds: Sequence[Speed], files: dict[str, Benched], machine: Machine) -> dict[str, Any]:
+def _content(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machine) -> dict[str, Any]:
     return {
         "version": VERSION,
         "machine": dataclasses.asdict(machine),

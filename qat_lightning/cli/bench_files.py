@@ -27,7 +27,7 @@ _GRAPHS = (".onnx", ".xml")
 
 
 @dataclass(frozen=True)
-class Benched:
+class BenchFile:
     """A loaded file.
 
     Attributes:
@@ -49,7 +49,7 @@ class Benched:
     float_operations: Counter[str]
 
 
-def load(path: Path, *, threads: int, verify: bool) -> Benched:
+def load(path: Path, *, threads: int, verify: bool) -> BenchFile:
     """Reads an exported file, of int8 or of float.
 
     Args:
@@ -69,10 +69,10 @@ def load(path: Path, *, threads: int, verify: bool) -> Benched:
         raise FileNotFoundError(f"There is no file {path}.")
     if path.suffix == ".pt":
         network, size = _rebuilt(path, verify=verify), path.stat().st_size
-        return Benched(path, "PyTorch", network, True, size, None, Counter())
+        return BenchFile(path, "PyTorch", network, True, size, None, Counter())
     runtime = load_graph(path, threads=threads, verify=verify)
     weights = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
-    return Benched(
+    return BenchFile(
         path=path,
         runtime=runtime.name,
         network=RuntimeNetwork(runtime).eval(),
@@ -100,7 +100,7 @@ def _rebuilt(path: Path, *, verify: bool) -> nn.Module:
 
 
 def common_signatures(
-    files: Sequence[Benched], shape: Sequence[int] | None, *, verify: bool
+    files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> list[Signature]:
     """The inputs that all files take, every dimension but the batch's filled in.
 
@@ -157,7 +157,7 @@ def batches_of(
     return [only]
 
 
-def example_of(signatures: Sequence[Signature], files: Iterable[Benched]) -> Inputs:
+def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> Inputs:
     """Random inputs, by name where the networks of `.pt` files know the names."""
     fixed = {each.shape[0] for each in signatures if each.shape}
     size = next(each for each in count(2) if each not in fixed)  # so that only the batch's dimension has it
@@ -169,7 +169,7 @@ def example_of(signatures: Sequence[Signature], files: Iterable[Benched]) -> Inp
 
 
 def _said_beside(
-    files: Sequence[Benched], shape: Sequence[int] | None, *, verify: bool
+    files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> tuple[Path, list[Signature]]:
     """`shape`, or else what a graph beside a `.pt` file says."""
     first = files[0].path

@@ -12,14 +12,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from qat_lightning.analysis.scoring import evaluate
+from qat_lightning.analysis.scoring import score_on_test
 from qat_lightning.cli import resolvers
 from qat_lightning.cli.auto_resume import CONFIG, METRICS
 from qat_lightning.cli.console import ignore_advice
-from qat_lightning.cli.report_of_run import caught, ended
+from qat_lightning.cli.report_of_run import caught, finished_run
 from qat_lightning.quantize.convert import convert
 from qat_lightning.quantize.int8_file import load_qat_checkpoint
-from qat_lightning.report.build import JSON, Ended, publish, write
+from qat_lightning.report.build import JSON, FinishedRun, publish, write
 from qat_lightning.report.content import Report
 from qat_lightning.report.curves import Curves
 from qat_lightning.report.terminal import print_report
@@ -71,7 +71,7 @@ def rebuild(folder: Path, *, measure: bool = False) -> Path:
     return publish(_run_in(folder), folder)
 
 
-def _run_in(folder: Path) -> Ended:
+def _run_in(folder: Path) -> FinishedRun:
     """What `qat-train` left in a folder, wherever that has been moved to."""
     resolvers.register()
     cfg = OmegaConf.load(folder / CONFIG)
@@ -84,8 +84,8 @@ def _run_in(folder: Path) -> Ended:
     data = instantiate(cfg.data, _convert_="all")
     trained = load_qat_checkpoint(checkpoint, instantiate(cfg.classifier, _convert_="all"))
     with caught(trained) as inputs:
-        evaluate(trained, data, limit_test_batches=1)
-    return ended(cfg, metrics, trained, convert(trained), inputs, _curves(checkpoint))
+        score_on_test(trained, data, limit_test_batches=1)
+    return finished_run(cfg, metrics, trained, convert(trained), inputs, _curves(checkpoint))
 
 
 def _checkpoint(folder: Path, recorded: str) -> Path:

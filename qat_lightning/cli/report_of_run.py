@@ -12,7 +12,7 @@ from torch import nn
 
 from qat_lightning.analysis.inputs import Catcher, Inputs
 from qat_lightning.quantize.recipe import quantized_networks
-from qat_lightning.report.build import Ended
+from qat_lightning.report.build import FinishedRun
 from qat_lightning.report.content import Score
 from qat_lightning.report.curves import Curves
 from qat_lightning.run.parts.scores import RUNTIMES, SAMPLES
@@ -31,14 +31,14 @@ def caught(module: nn.Module) -> Iterator[Caught]:
     found |= {networks[network]: inputs for network, inputs in catcher.caught.items()}
 
 
-def ended(
+def finished_run(
     cfg: DictConfig,
     metrics: Mapping[str, Any],
     trained: nn.Module,
     int8: nn.Module,
     inputs: Caught,
     curves: Curves,
-) -> Ended:
+) -> FinishedRun:
     """Puts together what the report of a run needs.
 
     Args:
@@ -51,7 +51,7 @@ def ended(
     """
     network = str(cfg.model.get("_target_", "")).rpartition(".")[2]
     name = cfg.model.get("name", "")
-    return Ended(
+    return FinishedRun(
         title=" ".join(filter(None, (type(trained).__name__, network, name))),
         source=str(metrics["checkpoint"]),
         trained=trained,

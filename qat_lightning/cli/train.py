@@ -19,21 +19,21 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qat_lightning.analysis.preflight.preflight import preflight_with
-from qat_lightning.analysis.scoring import evaluate, lone_trainer
+from qat_lightning.analysis.scoring import lone_trainer, score_on_test
 from qat_lightning.base import random_state
 from qat_lightning.base.atomic import replacing
 from qat_lightning.cli import resolvers
-from qat_lightning.cli.auto_resume import METRICS, SameStart, Start, find_start, record
+from qat_lightning.cli.auto_resume import METRICS, SameStart, Start, find_start, save_config
 from qat_lightning.cli.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.cli.float_first import weights_of_float_run
 from qat_lightning.cli.float_weights import load_weights
 from qat_lightning.cli.launch import leave_process_group, one_job, pass_on
 from qat_lightning.cli.lock import sole_writer
-from qat_lightning.cli.report_of_run import Caught, caught, ended
+from qat_lightning.cli.report_of_run import Caught, caught, finished_run
 from qat_lightning.export.load import size_of
 from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.quantize.recipe import refuse_prepared_states
-from qat_lightning.report.build import Ended, publish
+from qat_lightning.report.build import FinishedRun, publish
 from qat_lightning.run.requeue import RequeueBetweenSteps
 
 resolvers.register()
@@ -108,7 +108,7 @@ def train(cfg: DictConfig) -> Metrics:
             return {}
         trainer = _trainer(cfg, [SameStart(start), RequeueBetweenSteps(), *([qat] if qat else [])])
         if trainer.is_global_zero:
-            record(cfg, start)
+            save_config(cfg, start)
         metrics = _start(cfg, qat, classifier, data, trainer)
         _fit(trainer, classifier, data, cfg.ckpt_path)
         leave_process_group()
@@ -122,7 +122,7 @@ def train(cfg: DictConfig) -> Metrics:
             metrics["exported"] = _score_files(cfg, qat, data, trainer)
         _write(cfg, metrics)
         if cfg.report and qat is not None and qat.int8_module is not None:
-            _report(ended(cfg, metrics, classifier, qat.int8_module, inputs, qat.curves), cfg)
+            _report(finished_run(cfg, metrics, classifier, qat.int8_module, inputs, qat.curves), cfg)
         return metrics
 
 
@@ -196,11 +196,11 @@ def _without_training(
     ptq = PostTrainingQuantization(**vars(qat.settings))
     limit = trainer.limit_val_batches
     batches = min(limit, _CALIBRATION) if isinstance(limit, int) else _CALIBRATION
-    with random_state.kept():
+    with random_state.preserved():
         alone = lone_trainer(callbacks=[ptq], limit_val_batches=batches)
         alone.validate(classifier, datamodule=data, verbose=False)
     assert ptq.int8_module is not None
-    return evaluate(ptq.int8_module, data, limit_test_batches=trainer.limit_test_batches)
+    return score_on_test(ptq.int8_module, data, limit_test_batches=trainer.limit_test_batches)
 
 
 def _finish_float(
@@ -227,7 +227,7 @@ def _finish_quantized(
         metrics["fake_quant_accuracy"] = _evaluate_like(trainer, classifier, data)
     if qat.int8_module is not None:
         limit = trainer.limit_test_batches
-        metrics["int8_accuracy"] = evaluate(qat.int8_module, data, limit_test_batches=limit)
+        metrics["int8_accuracy"] = score_on_test(qat.int8_module, data, limit_test_batches=limit)
     if qat.int8_path is not None:
         metrics["int8_path"] = str(qat.int8_path)
         metrics["int8_bytes"] = qat.int8_path.stat().st_size
@@ -241,12 +241,12 @@ def _score_files(
     scores = {}
     for path in qat.exported:
         module = qat.shipped(instantiate(cfg.classifier, _convert_="all"), path)
-        accuracy = evaluate(module, data, limit_test_batches=trainer.limit_test_batches)
+        accuracy = score_on_test(module, data, limit_test_batches=trainer.limit_test_batches)
         scores[str(path)] = {"accuracy": accuracy, "bytes": size_of(path)}
     return scores
 
 
-def _report(run: Ended, cfg: DictConfig) -> None:
+def _report(run: FinishedRun, cfg: DictConfig) -> None:
     """Writes and prints the report; whatever fails there, the results of the run are written already."""
     try:
         log.info(f"Report: {publish(run, Path(cfg.output_dir))}")
@@ -258,7 +258,7 @@ def _report(run: Ended, cfg: DictConfig) -> None:
 
 
 def _evaluate_like(trainer: Trainer, classifier: LightningModule, data: LightningDataModule) -> float:
-    return evaluate(
+    return score_on_test(
         classifier,
         data,
         device=trainer.strategy.root_device,

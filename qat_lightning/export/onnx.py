@@ -61,7 +61,7 @@ def export_onnx(
         content = partial.read_bytes()
         for optimize in (False, True):  # as it is written, node by node, and as it will be run
             example.check(OnnxRuntime(content, optimize=optimize), path, min_sqnr)
-    manifest.record(path)
+    manifest.add(path)
     return path
 
 

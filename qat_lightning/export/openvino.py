@@ -59,7 +59,7 @@ def export_openvino(
         partial.write_bytes(weights)
     with replacing(path) as partial:
         partial.write_bytes(xml)
-    manifest.record(path, path.with_suffix(".bin"))
+    manifest.add(path, path.with_suffix(".bin"))
     return path
 
 

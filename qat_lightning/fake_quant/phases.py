@@ -45,7 +45,7 @@ def average_over(module: nn.Module, batches: int | None) -> None:
             child.average_over(batches)
 
 
-def evaluate(module: nn.Module) -> None:
+def set_eval(module: nn.Module) -> None:
     """`eval`, of fake-quantizes too: fused modules with frozen statistics do not pass it on."""
     module.eval()
     for _, child in fake_quantizes(module):

@@ -6,11 +6,11 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub, QuantWrapper
 
 from qat_lightning.base.errors import nearest
-from qat_lightning.modes.base import Made, Mode, Options
+from qat_lightning.modes.base import Mode, ModeResult, Options
 from qat_lightning.modes.eager.mode import EagerMode
 from qat_lightning.modes.fx.mode import FxMode
 
-__all__ = ["MODES", "Made", "Mode", "Options", "check_mode", "check_untraceable", "choose_mode"]
+__all__ = ["MODES", "Mode", "ModeResult", "Options", "check_mode", "check_untraceable", "choose_mode"]
 
 MODES: dict[str, Mode] = {mode.name: mode for mode in (EagerMode(), FxMode())}
 

@@ -36,7 +36,7 @@ class Options:
     example_inputs: tuple[Any, ...] | None = None
 
 
-class Made(NamedTuple):
+class ModeResult(NamedTuple):
     """What a mode makes of a float network.
 
     Attributes:
@@ -65,7 +65,7 @@ class Mode(Protocol):
     def functions(self, network: nn.Module, untraceable: str) -> frozenset[str] | None:
         """Names of the functions that `network` calls; None where the mode has no graph to tell from."""
 
-    def prepare(self, network: nn.Module, options: Options) -> Made:
+    def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses `network` and inserts fake-quantization. The result may share its modules."""
 
     def convert(self, prepared: nn.Module) -> nn.Module:

@@ -10,14 +10,14 @@ from torch import nn
 from qat_lightning.base.backends import engine, run_on_engine
 from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.quiet import quiet_torch_ao
-from qat_lightning.fake_quant.phases import evaluate
+from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.fake_quant.ranges import check_observed
 from qat_lightning.modes import MODES
 from qat_lightning.modes.layers.kernels import pack_weights
 from qat_lightning.modes.layers.trained import use_theirs
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
-from qat_lightning.quantize.finiteness import first_nonfinite_weight
+from qat_lightning.quantize.nonfinite import first_nonfinite_weight
 from qat_lightning.quantize.recipe import attach, quantized_networks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -59,7 +59,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
     module = module.cpu().eval()
     make_local(module)
     use_theirs(module)
-    evaluate(module)
+    set_eval(module)
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:
             continue

@@ -41,7 +41,7 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
         lambda v: v.to(parameter.device, copy=True) if isinstance(v, torch.Tensor) else v, example
     )
     try:
-        with torch.no_grad(), random_state.kept():
+        with torch.no_grad(), random_state.preserved():
             _call(twin, example)
     except Exception as error:
         raise ValueError(

@@ -54,7 +54,7 @@ def save_int8(module: nn.Module, path: str | Path) -> Path:
     content = {"format": _FORMAT, "version": 1, "state_dict": module.state_dict()}
     with replacing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-    manifest.record(path)
+    manifest.add(path)
     return path
 
 

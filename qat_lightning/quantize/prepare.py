@@ -11,7 +11,7 @@ from torch import nn
 from qat_lightning.base.backends import check_backend, engine
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, Made, Options, check_mode, check_untraceable, choose_mode
+from qat_lightning.modes import MODES, ModeResult, Options, check_mode, check_untraceable, choose_mode
 from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, describe, qconfig_name
 from qat_lightning.quantize.batch_norms import note_batch_norms
@@ -100,7 +100,7 @@ def _check_example_inputs(example_inputs: object) -> None:
         )
 
 
-def _recipe(made: Made, mode: str, options: Options) -> Recipe:
+def _recipe(made: ModeResult, mode: str, options: Options) -> Recipe:
     grid = {name: describe(child) for name, child in fake_quantizes(made.network)}
     suffix = ".weight_fake_quant"
     layers = tuple(name.removesuffix(suffix) for name in grid if name.endswith(suffix))

@@ -22,7 +22,7 @@ Functions = Callable[[nn.Module], frozenset[str] | None]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundNetworks:
     """What a LightningModule holds.
 
     Attributes:
@@ -34,7 +34,7 @@ class Found:
     loose: tuple[str, ...]
 
 
-def find_networks(module: nn.Module) -> Found:
+def find_networks(module: nn.Module) -> FoundNetworks:
     """Finds the networks and the loose layers of `module`; metrics are neither."""
     networks, loose = [], []
     for name, child in _children(module):
@@ -42,7 +42,7 @@ def find_networks(module: nn.Module) -> Found:
             loose.append(name)
         elif holds_quantizable(child):
             networks.append(name)
-    return Found(tuple(networks), tuple(loose))
+    return FoundNetworks(tuple(networks), tuple(loose))
 
 
 def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -17,10 +17,10 @@ from qat_lightning.quantize.batch_norms import restore_batch_norms
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.report.content import Report, Score
 from qat_lightning.report.curves import Curves
+from qat_lightning.report.file_speeds import file_speeds
 from qat_lightning.report.findings import findings
 from qat_lightning.report.machine import describe as describe_machine
 from qat_lightning.report.networks import describe
-from qat_lightning.report.race import race
 from qat_lightning.report.terminal import print_report
 
 JSON, HTML = "report.json", "report.html"
@@ -28,7 +28,7 @@ _PACKAGES = ("qat-lightning", "torch", "lightning", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedRun:
     """What is left of a run.
 
     Attributes:
@@ -52,12 +52,12 @@ class Ended:
     curves: Curves = field(default_factory=Curves)
 
 
-def build(run: Ended) -> Report:
+def build(run: FinishedRun) -> Report:
     """Looks at every layer and measures every file, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     module = copy_of(run.trained).cpu().eval()
     restore_batch_norms(module)
-    raced = race(module, run.int8, run.inputs, run.files, threads)
+    measured = file_speeds(module, run.int8, run.inputs, run.files, threads)
     report = Report(
         title=run.title,
         created=f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -65,7 +65,7 @@ def build(run: Ended) -> Report:
         versions={name: found for name in _PACKAGES if (found := _version(name))},
         machine=describe_machine(threads),
         scores=tuple(run.scores),
-        speeds=raced.speeds,
+        speeds=measured.speeds,
         epochs=tuple(run.curves.epochs),
         marks=tuple(run.curves.marks),
         networks=tuple(
@@ -73,10 +73,10 @@ def build(run: Ended) -> Report:
             for name, inputs in run.inputs.items()
         ),
     )
-    return replace(report, findings=findings(report, raced.float_operations))
+    return replace(report, findings=findings(report, measured.float_operations))
 
 
-def publish(run: Ended, folder: Path) -> Path:
+def publish(run: FinishedRun, folder: Path) -> Path:
     """Builds the report of a run, writes it to `folder`, and prints it.
 
     Returns:

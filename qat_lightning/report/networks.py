@@ -7,7 +7,7 @@ from torch import nn
 
 from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight import inventory
-from qat_lightning.analysis.preflight.whereabouts import call_lines
+from qat_lightning.analysis.preflight.call_location import call_lines
 from qat_lightning.quantize.recipe import recipe_of
 from qat_lightning.report.content import Network
 from qat_lightning.report.layers import measure_layers

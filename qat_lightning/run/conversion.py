@@ -17,12 +17,12 @@ from qat_lightning.quantize.convert import convert, convert_in_place
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.int8_file import load_packed
 from qat_lightning.run.chosen_weights import Choice, choose_weights
-from qat_lightning.run.distributed.together import fail_together
+from qat_lightning.run.distributed.processes import fail_together
 
 Write = Callable[[pl.LightningModule, pl.LightningModule, dict[str, float]], Sequence[Path]]
 
 
-class Outcome(NamedTuple):
+class ConversionResult(NamedTuple):
     """What a conversion gave.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Message(NamedTuple):
 
 def convert_on_all_ranks(
     trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write, folder: Path
-) -> Outcome:
+) -> ConversionResult:
     """Converts on rank 0, and gives every rank the same int8 module, or the same error.
 
     The int8 state travels by broadcast, so that the ranks need no common file system.
@@ -87,11 +87,11 @@ def convert_on_all_ranks(
     return outcome
 
 
-def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write) -> Outcome:
+def _convert(trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write) -> ConversionResult:
     choice = choose_weights(trainer, which)
     chosen = _with_weights(module, choice)
     int8 = convert(chosen)
-    return Outcome(
+    return ConversionResult(
         int8, tuple(write(chosen, int8, choice.metrics)), choice.path or "last", choice.why, chosen
     )
 
@@ -105,20 +105,20 @@ def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningMod
     return module
 
 
-def _tell(outcome: Outcome) -> _Message:
+def _tell(outcome: ConversionResult) -> _Message:
     buffer = io.BytesIO()
     torch.save(outcome.module.state_dict(), buffer)
     files = tuple(_identify(path.absolute()) for path in outcome.files)
     return _Message(None, buffer.getvalue(), files, outcome.source, outcome.why)
 
 
-def _receive(module: pl.LightningModule, message: _Message) -> Outcome:
+def _receive(module: pl.LightningModule, message: _Message) -> ConversionResult:
     int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
         load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
     # On a file system of its own there is no such file, or that of another run.
     seen = tuple(Path(file[0]) for file in message.files if _is_there(file))
-    return Outcome(int8, seen, message.source, message.why)
+    return ConversionResult(int8, seen, message.source, message.why)
 
 
 def _is_there(file: tuple[str, int, int]) -> bool:

@@ -53,7 +53,7 @@ def warn_of_unreached(
             )
 
 
-def report(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
+def announce(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
     """Says in one line each what begins with `phase`, and returns it in short."""
     began = []
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from qat_lightning.analysis.preflight.whereabouts import Whereabouts, line_of_error
+from qat_lightning.analysis.preflight.call_location import CallLocation, line_of_error
 from qat_lightning.base.errors import PreflightError
 
 _NO_KERNEL = re.compile(r"Could not run '([\w:.]+)' with arguments from the '(\w+)' backend")
@@ -29,7 +29,9 @@ class _Words(NamedTuple):
     fix: str
 
 
-def explain(error: Exception, network: nn.Module, name: str, stage: str, here: Whereabouts) -> PreflightError:
+def explain(
+    error: Exception, network: nn.Module, name: str, stage: str, here: CallLocation
+) -> PreflightError:
     """Makes of an `error` in a rehearsal one that says where it comes from and what fixes it.
 
     Args:

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight import inventory
+from qat_lightning.analysis.preflight.call_location import call_lines, follow
 from qat_lightning.analysis.preflight.diagnosis import explain
 from qat_lightning.analysis.preflight.network_report import NetworkReport
-from qat_lightning.analysis.preflight.whereabouts import call_lines, follow
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.phases import set_enabled
@@ -26,7 +26,7 @@ from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.recipe import recipe_of
 
 
-def rehearse(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
+def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
     """Does once what a run will do: a training step, conversion, and an int8 forward.
 
     Args:

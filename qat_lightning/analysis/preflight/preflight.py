@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from qat_lightning.analysis.inputs import Catcher, Inputs, first_samples
-from qat_lightning.analysis.preflight.dry_run import rehearse, stage
+from qat_lightning.analysis.preflight.call_location import call_lines
+from qat_lightning.analysis.preflight.dry_run import dry_run, stage
 from qat_lightning.analysis.preflight.network_report import NetworkReport
-from qat_lightning.analysis.preflight.whereabouts import call_lines
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError, UntraceableError
 from qat_lightning.modes.qconfig import Overrides, QConfigLike
@@ -77,7 +77,7 @@ def preflight(
 def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:
     """:func:`preflight` with the settings of a callback."""
     inputs = _as_inputs(example_inputs)
-    with random_state.kept():
+    with random_state.preserved():
         names = _names(module, settings)
         floating = copy_of(module).cpu()
         caught = _network_inputs(floating, names, inputs)
@@ -89,7 +89,7 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
                 raise
             name, line = named
             raise PreflightError(f"{error}\n  {name!r} is called at {line}", path=name, line=line) from error
-        return [rehearse(name, network, caught[name]) for name, network in prepared if name in caught]
+        return [dry_run(name, network, caught[name]) for name, network in prepared if name in caught]
 
 
 def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:

@@ -24,7 +24,7 @@ def traced(network: nn.Module, keep_float: tuple[str, ...], prefix: str = "") ->
     flows = []
     for training in (True, False):
         twin = copy.deepcopy(network).train(training)
-        with random_state.kept():
+        with random_state.preserved():
             graph = _Tracer(keep_float, prefix).trace(twin, concrete_args=defaults(twin))
         kept = {proxy.node for proxy in attributes(twin) if isinstance(proxy, fx.Proxy)}
         flows.append(_flow_of(graph, kept, prefix))

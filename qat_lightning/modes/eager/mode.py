@@ -14,7 +14,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
-from qat_lightning.modes.base import Made, Options
+from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.eager.fusion import check_groups, find_groups
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
@@ -63,7 +63,7 @@ class EagerMode:
     def functions(self, network: nn.Module, untraceable: str) -> None:
         """Says that there is no graph to find functions in."""
 
-    def prepare(self, network: nn.Module, options: Options) -> Made:
+    def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}
         network.train()  # torch.ao fuses and prepares for QAT in training mode only
@@ -90,7 +90,7 @@ class EagerMode:
         connect_traced(network)
         for module, training in modes.items():
             module.training = training
-        return Made(network, relu6=relu6)
+        return ModeResult(network, relu6=relu6)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Converts a prepared network in place."""

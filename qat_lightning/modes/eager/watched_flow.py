@@ -26,7 +26,7 @@ def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, 
         ValueError: The network does not run on `inputs`.
     """
     try:
-        with random_state.kept():
+        with random_state.preserved():
             flows = [_watch(network, inputs, keep_float, training=False)]
             with suppress(Exception):
                 flows.append(_watch(network, inputs, keep_float, training=True))

@@ -17,7 +17,7 @@ from torch.ao.quantization.backend_config import BackendConfig, get_native_backe
 from torch.ao.quantization.fx import fuse, prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from qat_lightning.modes.base import Made, Options
+from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.fx.own_copies import give_each_call_its_own
 from qat_lightning.modes.fx.shared_grid import share_grids
 from qat_lightning.modes.fx.unlowered import keep_unlowered
@@ -58,7 +58,7 @@ class FxMode:
         """Names of the functions that the graph of `network` calls."""
         return called_functions(_trace(network, untraceable)[0].graph)
 
-    def prepare(self, network: nn.Module, options: Options) -> Made:
+    def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
 
         Raises:
@@ -80,7 +80,7 @@ class FxMode:
             graft.graft(network, prepared, used)
         else:
             network = _finish(prepared, kept, type(network).__name__)
-        return Made(network, tuple(f"{name} ({line})" for name, line in untraceable.items()), relu6)
+        return ModeResult(network, tuple(f"{name} ({line})" for name, line in untraceable.items()), relu6)
 
     def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
         """Fuses and prepares a graph."""

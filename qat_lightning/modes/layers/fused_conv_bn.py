@@ -20,10 +20,10 @@ from torch.ao.nn.intrinsic import qat as nniqat
 
 from qat_lightning.fake_quant.fake_quantize import EPS
 from qat_lightning.fake_quant.numerics import rectify, round_weight
-from qat_lightning.modes.layers.integer_arithmetic import Integers
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic
 
 
-class Undivided(Integers):
+class FusedConvBn(IntegerArithmetic):
     """The forward of a fused pair whose weight has a per-channel symmetric grid."""
 
     weight: torch.Tensor
@@ -96,42 +96,42 @@ class Undivided(Integers):
         return round_weight(self.weight, scale, grid.bounds, inside=grid.observing)
 
 
-class ConvBn1d(Undivided, nniqat.ConvBn1d):
+class ConvBn1d(FusedConvBn, nniqat.ConvBn1d):
     """`nn.Conv1d` and `nn.BatchNorm1d`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._forward(x)
 
 
-class ConvBn2d(Undivided, nniqat.ConvBn2d):
+class ConvBn2d(FusedConvBn, nniqat.ConvBn2d):
     """`nn.Conv2d` and `nn.BatchNorm2d`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._forward(x)
 
 
-class ConvBn3d(Undivided, nniqat.ConvBn3d):
+class ConvBn3d(FusedConvBn, nniqat.ConvBn3d):
     """`nn.Conv3d` and `nn.BatchNorm3d`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._forward(x)
 
 
-class ConvBnReLU1d(Undivided, nniqat.ConvBnReLU1d):
+class ConvBnReLU1d(FusedConvBn, nniqat.ConvBnReLU1d):
     """`nn.Conv1d`, `nn.BatchNorm1d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rectify(self._forward(x), in_place=True)
 
 
-class ConvBnReLU2d(Undivided, nniqat.ConvBnReLU2d):
+class ConvBnReLU2d(FusedConvBn, nniqat.ConvBnReLU2d):
     """`nn.Conv2d`, `nn.BatchNorm2d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rectify(self._forward(x), in_place=True)
 
 
-class ConvBnReLU3d(Undivided, nniqat.ConvBnReLU3d):
+class ConvBnReLU3d(FusedConvBn, nniqat.ConvBnReLU3d):
     """`nn.Conv3d`, `nn.BatchNorm3d` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.nodes import module_of
-from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 
 
 def round_in_place(prepared: nn.Module) -> None:
@@ -59,7 +59,7 @@ def _sole_readers(graph_module: fx.GraphModule) -> list[FakeQuantize]:
         fake_quantize = module_of(graph_module, node)
         if isinstance(fake_quantize, FakeQuantize):
             source = node.all_input_nodes[0]
-            replaceable = source.target is rectify or isinstance(module_of(graph_module, source), Undivided)
+            replaceable = source.target is rectify or isinstance(module_of(graph_module, source), FusedConvBn)
             calls[fake_quantize].append(replaceable and len(source.users) == 1)
     return [fake_quantize for fake_quantize, replaceable in calls.items() if all(replaceable)]
 
@@ -71,4 +71,4 @@ def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | 
 
 def _keeps_its_rounding(module: nn.Module) -> bool:
     """Whether an eager layer's output goes to its fake-quantize, by a hook, and nowhere else."""
-    return isinstance(module, Undivided) and len(module._forward_hooks) == 1
+    return isinstance(module, FusedConvBn) and len(module._forward_hooks) == 1

@@ -16,7 +16,7 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import module_of, what
-from qat_lightning.modes.layers.integer_arithmetic import Integers, set_input_grid
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_grid
 from qat_lightning.modes.trace.tracing import defaults
 
 # What returns numbers that its first argument holds, or 0: they lie on the same grid.
@@ -46,7 +46,7 @@ def connect(network: nn.Module, graph: fx.Graph) -> None:
     """
     grids: dict[str, set[FakeQuantizeBase | None]] = {}
     for node in graph.nodes:
-        if isinstance(module_of(network, node), Integers):
+        if isinstance(module_of(network, node), IntegerArithmetic):
             grids.setdefault(str(node.target), set()).add(_behind(network, node.args[0]))
         elif what(network, node) in _HARD_SWISHES and isinstance(
             read := _behind(network, node.args[0]), FakeQuantize
@@ -61,7 +61,7 @@ def connect(network: nn.Module, graph: fx.Graph) -> None:
 def connect_traced(network: nn.Module) -> None:
     """The same for an eager network, from a trace of a copy in eval mode, where it can be traced."""
     twin = copy.deepcopy(network).eval()
-    with suppress(Exception), random_state.kept():  # whatever a forward raises that gets no tensors
+    with suppress(Exception), random_state.preserved():  # whatever a forward raises that gets no tensors
         connect(network, _Tracer().trace(twin, concrete_args=defaults(twin)))
 
 
@@ -83,4 +83,4 @@ def _behind(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Integers | FakeQuantizeBase) or is_leaf(m, module_qualified_name, ())
+        return isinstance(m, IntegerArithmetic | FakeQuantizeBase) or is_leaf(m, module_qualified_name, ())

@@ -25,7 +25,7 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 _INPUT_GRID = "input_grid"
 
 
-class Integers:
+class IntegerArithmetic:
     """A layer whose weight is rounded, and that may know the grid of what it reads."""
 
     weight_fake_quant: Any
@@ -82,38 +82,38 @@ def _integers(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return y.round_()
 
 
-class Conv1d(Integers, nnqat.Conv1d):
+class Conv1d(IntegerArithmetic, nnqat.Conv1d):
     """`nn.Conv1d`."""
 
 
-class Conv2d(Integers, nnqat.Conv2d):
+class Conv2d(IntegerArithmetic, nnqat.Conv2d):
     """`nn.Conv2d`."""
 
 
-class Conv3d(Integers, nnqat.Conv3d):
+class Conv3d(IntegerArithmetic, nnqat.Conv3d):
     """`nn.Conv3d`."""
 
 
-class ConvReLU1d(Integers, nniqat.ConvReLU1d):
+class ConvReLU1d(IntegerArithmetic, nniqat.ConvReLU1d):
     """`nn.Conv1d` and `nn.ReLU`."""
 
 
-class ConvReLU2d(Integers, nniqat.ConvReLU2d):
+class ConvReLU2d(IntegerArithmetic, nniqat.ConvReLU2d):
     """`nn.Conv2d` and `nn.ReLU`."""
 
 
-class ConvReLU3d(Integers, nniqat.ConvReLU3d):
+class ConvReLU3d(IntegerArithmetic, nniqat.ConvReLU3d):
     """`nn.Conv3d` and `nn.ReLU`."""
 
 
-class Linear(Integers, nnqat.Linear):
+class Linear(IntegerArithmetic, nnqat.Linear):
     """`nn.Linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.over_integers(F.linear, x, self.weight_fake_quant(self.weight), self.bias)
 
 
-class LinearReLU(Integers, nniqat.LinearReLU):
+class LinearReLU(IntegerArithmetic, nniqat.LinearReLU):
     """`nn.Linear` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,14 @@ from torch import nn
 
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.layers import fused_conv_bn, integer_arithmetic
-from qat_lightning.modes.layers.fused_conv_bn import Undivided
-from qat_lightning.modes.layers.integer_arithmetic import Integers, input_grid, on_grid
+from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_grid, on_grid
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     next(base for base in ours.__bases__ if issubclass(base, nn.Module)): ours
     for module in (integer_arithmetic, fused_conv_bn)
     for ours in vars(module).values()
-    if isinstance(ours, type) and issubclass(ours, Integers) and issubclass(ours, nn.Module)
+    if isinstance(ours, type) and issubclass(ours, IntegerArithmetic) and issubclass(ours, nn.Module)
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
@@ -35,7 +35,7 @@ def use_ours(prepared: nn.Module) -> None:
         if grid.axis == 0:
             grid.allocate(module.weight.shape[0])
         ours = _OURS.get(type(module))
-        if ours is not None and (not issubclass(ours, Undivided) or (grid.axis == 0 and grid.symmetric)):
+        if ours is not None and (not issubclass(ours, FusedConvBn) or (grid.axis == 0 and grid.symmetric)):
             module.__class__ = ours
 
 
@@ -51,9 +51,9 @@ def use_theirs(prepared: nn.Module) -> None:
 def settle_bias(layer: Any) -> None:
     """Gives a layer the bias that it computes with in eval mode, in place, so that int8 gets that one."""
     grid = input_grid(layer)
-    bias = layer.folded_bias() if isinstance(layer, Undivided) else layer.bias
+    bias = layer.folded_bias() if isinstance(layer, FusedConvBn) else layer.bias
     if grid is None or bias is None or not grid.rounding:
         return
     moved = on_grid(bias, grid.scale * layer.weight_fake_quant.scale) - bias
-    owner = layer.bn if isinstance(layer, Undivided) else layer
+    owner = layer.bn if isinstance(layer, FusedConvBn) else layer
     owner.bias = nn.Parameter(moved if owner.bias is None else owner.bias + moved)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 
 _TOO_SMALL = 1e-12
 # Far below one int8 step of the output, and large enough for rounding to leave something of the
@@ -23,7 +23,7 @@ def replace_zero_scales(prepared: nn.Module) -> None:
     """Gives every fused batch-norm in `prepared` a small scale where it has none, in place."""
     modules: list[Any] = list(prepared.modules())
     for module in modules:
-        divides = hasattr(module, "freeze_bn_stats") and not isinstance(module, Undivided)
+        divides = hasattr(module, "freeze_bn_stats") and not isinstance(module, FusedConvBn)
         if divides and module.bn.affine:
             scale = module.bn.weight.detach()
             scale.masked_fill_(scale.abs() < _TOO_SMALL, _REPLACEMENT)

@@ -35,7 +35,7 @@ from qat_lightning.modes.graph.lines import users_frame
 from qat_lightning.modes.graph.mutation import read_what_was_written
 from qat_lightning.modes.trace.calls import Whole
 from qat_lightning.modes.trace.functional import read_facts_elsewhere, write_out_arguments
-from qat_lightning.modes.trace.merge import merge
+from qat_lightning.modes.trace.join_modes import join_modes
 from qat_lightning.modes.trace.norm_acts import parted_norms
 from qat_lightning.modes.trace.own_layers import call_plain_layers
 from qat_lightning.modes.trace.purity import Impure, records_nothing_else, same_state
@@ -150,7 +150,7 @@ def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dic
         if more is None:
             raise
         return _trace_parted(network, more)
-    scopes = {**tracer.node_name_to_scope, **merge(network, graph, eval_graph)}
+    scopes = {**tracer.node_name_to_scope, **join_modes(network, graph, eval_graph)}
     erase_identities(network, graph)
     read_what_was_written(network, graph)
     write_out_arguments(graph)

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from qat_lightning.base.errors import RankMismatchError
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
-from qat_lightning.run.distributed.together import gather, several_processes
+from qat_lightning.run.distributed.processes import gather, several_processes
 
 
 def check_same_grids(module: nn.Module) -> None:

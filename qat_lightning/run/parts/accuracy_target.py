@@ -25,8 +25,8 @@ from qat_lightning.base.errors import RecipeMismatchError, TargetError
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.networks import Settings, keeping_as, network_names, prepare_module
 from qat_lightning.quantize.recipe import recipe_of, recipes_in
-from qat_lightning.run.distributed.merge import keep_out_of_ddp_broadcast
-from qat_lightning.run.distributed.together import fail_together, gather
+from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast
+from qat_lightning.run.distributed.processes import fail_together, gather
 from qat_lightning.run.parts.target_search import ARGUMENTS, search, what_to_measure
 
 

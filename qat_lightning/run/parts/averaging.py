@@ -22,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from qat_lightning.base.schedule import Phase
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, set_range
-from qat_lightning.modes.layers.fused_conv_bn import Undivided
+from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.run import trainer_facts
-from qat_lightning.run.distributed.merge import merge_ranges
+from qat_lightning.run.distributed.merge_ranges import merge_ranges
 
 Average = Callable[[Any, Any, Any], Any]
 
@@ -108,7 +108,7 @@ def _fit_grids_to_weights(module: nn.Module) -> None:
         grid = getattr(layer, "weight_fake_quant", None)
         if not isinstance(grid, FakeQuantize) or grid.axis != 0:
             continue
-        if isinstance(layer, Undivided):
+        if isinstance(layer, FusedConvBn):
             grid.seen = False
             layer._observe(grid.magnitude(layer.weight))
         elif not hasattr(layer, "bn"):

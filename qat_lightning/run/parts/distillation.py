@@ -203,7 +203,7 @@ class Distillation:
                 "would be asked something else than the float network was. Put both into one network, as in "
                 'nn.Sequential(backbone, head), or name those that learn: teacher={"model": "self"}.'
             )
-        with torch.no_grad(), random_state.kept():
+        with torch.no_grad(), random_state.preserved():
             args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
             output = self._teachers[network](*args, **kwargs)
             self._answers[network] = _logits(output, f"the teacher of {self._name(network)}")

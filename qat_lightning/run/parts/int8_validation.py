@@ -27,7 +27,7 @@ def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, 
         int8 reaches, and `quantization_gap/<name>`, what fake-quantization reaches minus that.
     """
     expected = trainer.callback_metrics
-    with random_state.kept(), torch.inference_mode(False), torch.no_grad():
+    with random_state.preserved(), torch.inference_mode(False), torch.no_grad():
         alone = lone_trainer(
             limit_val_batches=trainer.limit_val_batches, default_root_dir=trainer.default_root_dir
         )

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from qat_lightning.analysis.inputs import Catcher, Inputs
-from qat_lightning.analysis.preflight.dry_run import rehearse
+from qat_lightning.analysis.preflight.dry_run import dry_run
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError
@@ -42,12 +42,12 @@ class FirstBatch:
             return
         self._networks, self._catcher = networks, Catcher(networks.values())
 
-    def try_out(self, trainer: pl.Trainer, *, rehearse: bool = True) -> None:
+    def try_out(self, trainer: pl.Trainer, *, dry_run: bool = True) -> None:
         """Keeps what was caught and tries it, once: rank 0 does, and all ranks get the verdict.
 
         Args:
             trainer: The Trainer.
-            rehearse: Whether to try it.
+            dry_run: Whether to try it.
 
         Raises:
             PreflightError: On every rank, if a network would not convert or run.
@@ -58,9 +58,9 @@ class FirstBatch:
         catcher.close()
         caught = {name: catcher.caught.get(network) for name, network in self._networks.items()}
         self.inputs |= {name: inputs for name, inputs in caught.items() if inputs is not None}
-        if not rehearse:
+        if not dry_run:
             return
-        error = self._rehearse_all() if trainer.is_global_zero else None
+        error = self._dry_run_all() if trainer.is_global_zero else None
         if trainer.world_size > 1:
             error = trainer.strategy.broadcast(error)
         if error is not None:
@@ -74,12 +74,12 @@ class FirstBatch:
             self._catcher.close()
             self._catcher = None
 
-    def _rehearse_all(self) -> PreflightError | None:
+    def _dry_run_all(self) -> PreflightError | None:
         try:
-            with random_state.kept():
+            with random_state.preserved():
                 for name, inputs in self.inputs.items():
                     copy = copy_of(self._networks[name]).cpu()
-                    self.reports.append(rehearse(name, copy, inputs))
+                    self.reports.append(dry_run(name, copy, inputs))
         except PreflightError as error:
             return error
         except Exception as error:  # a flaw of the preflight is no reason to stop a run

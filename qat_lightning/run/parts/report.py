@@ -13,9 +13,9 @@ from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.base import random_state
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.recipe import quantized_networks
-from qat_lightning.report.build import Ended, publish
+from qat_lightning.report.build import FinishedRun, publish
 from qat_lightning.report.curves import Curves
-from qat_lightning.run.conversion import Outcome
+from qat_lightning.run.conversion import ConversionResult
 from qat_lightning.run.parts.scores import Shipped, score_all
 
 
@@ -48,7 +48,7 @@ class RunReport:
     def write(
         self,
         trainer: pl.Trainer,
-        outcome: Outcome,
+        outcome: ConversionResult,
         inputs: Mapping[str, Inputs],
         names: Sequence[str],
         shipped: Shipped,
@@ -66,9 +66,9 @@ class RunReport:
         """
         assert outcome.trained is not None
         try:
-            with random_state.kept():
+            with random_state.preserved():
                 scores, caught = score_all(trainer, outcome, self._start, names, shipped)
-                run = Ended(
+                run = FinishedRun(
                     title=type(outcome.trained).__name__,
                     source=outcome.source,
                     trained=outcome.trained,

@@ -16,7 +16,7 @@ from qat_lightning.modes.layers.reference import floating
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.report.content import Score
 from qat_lightning.run import trainer_facts
-from qat_lightning.run.conversion import Outcome
+from qat_lightning.run.conversion import ConversionResult
 
 SAMPLES = 8
 """Inputs that layers are compared on: enough for a histogram, few enough to keep every layer's output."""
@@ -27,7 +27,7 @@ Shipped = Callable[[pl.LightningModule, Path], pl.LightningModule]
 
 def score_all(
     trainer: pl.Trainer,
-    outcome: Outcome,
+    outcome: ConversionResult,
     start: pl.LightningModule | None,
     names: Sequence[str],
     shipped: Shipped,

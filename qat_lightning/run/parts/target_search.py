@@ -73,7 +73,7 @@ def search(
         TargetError: The layers that may stay float are not enough, or the module is not trained.
         MisconfigurationException: There is no validation data, or more than one loader.
     """
-    with random_state.kept():
+    with random_state.preserved():
         loader = _validation_loader(trainer)
         alone = copy_of(module).to(trainer.strategy.root_device)
         _check_trained(alone)

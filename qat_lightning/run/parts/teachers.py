@@ -12,7 +12,7 @@ from qat_lightning.base.errors import nearest
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.floating import check_not_quantized
 from qat_lightning.quantize.recipe import recipe_of
-from qat_lightning.run.distributed.together import several_processes
+from qat_lightning.run.distributed.processes import several_processes
 
 SELF = "self"
 

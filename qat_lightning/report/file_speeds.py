@@ -21,7 +21,7 @@ from qat_lightning.report.content import Speed
 from qat_lightning.report.speed import Candidate, measure
 
 
-class Raced(NamedTuple):
+class FileSpeeds(NamedTuple):
     """What a race gave.
 
     Attributes:
@@ -33,9 +33,9 @@ class Raced(NamedTuple):
     float_operations: dict[str, dict[str, int]]
 
 
-def race(
+def file_speeds(
     prepared: nn.Module, int8: nn.Module, inputs: Mapping[str, Inputs], files: Sequence[Path], threads: int
-) -> Raced:
+) -> FileSpeeds:
     """Measures every network of a module in every form.
 
     Args:
@@ -57,7 +57,7 @@ def race(
             groups.append(_pair(runtime.runtime.name, plain, runtime, suffix))
             operations[runtime.runtime.name] = dict(runtime.runtime.float_operations().most_common())
         speeds += measure(groups, each, threads=threads, console=Console(stderr=True))
-    return Raced(tuple(speeds), operations)
+    return FileSpeeds(tuple(speeds), operations)
 
 
 def _in_torch(prepared: nn.Module, int8: nn.Module, suffix: str) -> list[Candidate]:

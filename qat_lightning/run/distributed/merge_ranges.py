@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, is_moving_average, set_range
 from qat_lightning.run.distributed.grid_check import check_same_grids
-from qat_lightning.run.distributed.together import several_processes
+from qat_lightning.run.distributed.processes import several_processes
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 

@@ -18,7 +18,7 @@ from qat_lightning.modes.graph.nodes import module_of
 _FIX = "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at the data."
 
 
-class Watch:
+class NonFiniteWatch:
     """Looks for numbers that are none in prepared networks; asked at every step, so without a search.
 
     Args:

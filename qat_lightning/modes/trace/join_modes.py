@@ -11,16 +11,16 @@ from qat_lightning.modes.graph.by_mode import ByMode, OutputByMode, by_mode
 from qat_lightning.modes.graph.lines import stack_line
 
 
-def merge(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[str, Any]:
+def join_modes(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[str, Any]:
     """Merges `evaluate` into `graph`, in place, and returns the scopes of the nodes it made.
 
     Raises:
         UntraceableError: Eval mode calls a layer in a way that training mode does not.
     """
-    return _Merge(network, graph, evaluate).run()
+    return _Join(network, graph, evaluate).run()
 
 
-class _Merge:
+class _Join:
     """The two graphs, and which node of one is which of the other."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> None:

@@ -18,7 +18,7 @@ from qat_lightning.modes.graph.lines import is_users, stack_line
 _GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
 
 
-class Whereabouts(TorchFunctionMode):
+class CallLocation(TorchFunctionMode):
     """What is running; after an error, what was running when it was raised.
 
     Attributes:
@@ -37,9 +37,9 @@ class Whereabouts(TorchFunctionMode):
 
 
 @contextmanager
-def follow(module: nn.Module) -> Iterator[Whereabouts]:
+def follow(module: nn.Module) -> Iterator[CallLocation]:
     """Follows which submodule of `module` runs and what it calls, inside the block."""
-    here = Whereabouts()
+    here = CallLocation()
     handles = []
     for name, child in module.named_modules():
         if name:
@@ -53,7 +53,7 @@ def follow(module: nn.Module) -> Iterator[Whereabouts]:
             handle.remove()
 
 
-def _enter(here: Whereabouts, name: str) -> Any:
+def _enter(here: CallLocation, name: str) -> Any:
     return lambda *_: here.path.append(name)
 
 
