@@ -21,24 +21,32 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.quantize.convert import convert
 from qat_lightning.quantize.int8_file import load_int8, load_qat_checkpoint, save_int8
+from qat_lightning.quantize.options import ModuleOptions, PrepareOptions
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import Recipe
 from qat_lightning.run.checkpoints import latest_checkpoint
+from qat_lightning.run.parts.config import AccuracyTarget, Distillation
+from qat_lightning.run.requeue import RequeueBetweenSteps
 
 __all__ = [
+    "AccuracyTarget",
     "ConversionError",
+    "Distillation",
     "FakeQuantize",
     "Int8FileError",
     "LayerSensitivity",
     "MissingExtraError",
+    "ModuleOptions",
     "NetworkReport",
     "PostTrainingQuantization",
     "PreflightError",
+    "PrepareOptions",
     "QuantizationAwareTraining",
     "RankError",
     "RankMismatchError",
     "Recipe",
     "RecipeMismatchError",
+    "RequeueBetweenSteps",
     "Sensitivity",
     "TargetError",
     "UntraceableError",

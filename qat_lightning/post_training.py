@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import lightning.pytorch as pl
 import torch
@@ -13,11 +13,11 @@ from torch import nn
 
 from qat_lightning.base import random_state
 from qat_lightning.fake_quant.phases import only_observe, set_enabled
-from qat_lightning.modes.qconfig import Overrides, QConfigLike, default_qconfig
+from qat_lightning.modes.qconfig import default_qconfig
 from qat_lightning.quantize.convert import convert
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import Settings, prepare_module
-from qat_lightning.quantize.selection import FloatPattern
+from qat_lightning.quantize.networks import prepare_module
+from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.run import checks
 from qat_lightning.run.distributed.merge_ranges import merge_ranges
 
@@ -33,16 +33,9 @@ class PostTrainingQuantization(pl.Callback):
         Trainer(accelerator="cpu").test(ptq.int8_module, datamodule)
 
     Args:
-        backend: As in :class:`qat_lightning.QuantizationAwareTraining`.
-        qconfig: By default that of the backend with histogram observers, which weigh clipping against
-            resolution: a single pass has no weights that could adapt to a range.
-        mode: Likewise.
-        modules: Likewise.
-        keep_float: Likewise.
-        fuse: Likewise.
-        replace_relu6: Likewise.
-        overrides: Likewise.
-        untraceable: Likewise.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. Without a `qconfig`,
+            it is the backend's with histogram observers, which weigh clipping against resolution: after a
+            single pass no training adapts the weights to a range.
 
     Attributes:
         int8_module: After `validate`, the LightningModule with int8 networks, on the CPU in eval mode.
@@ -52,30 +45,11 @@ class PostTrainingQuantization(pl.Callback):
         TypeError: An argument is of the wrong type.
     """
 
-    def __init__(
-        self,
-        *,
-        backend: str = "x86",
-        qconfig: QConfigLike | None = None,
-        mode: str = "auto",
-        modules: Sequence[str] | None = None,
-        keep_float: Sequence[FloatPattern] = (),
-        fuse: str | Sequence[Sequence[str]] = "auto",
-        replace_relu6: bool = True,
-        overrides: Overrides | None = None,
-        untraceable: str = "error",
-    ) -> None:
-        self.settings = Settings(
-            backend,
-            default_qconfig(backend, "histogram") if qconfig is None else qconfig,
-            mode,
-            modules,
-            keep_float,
-            fuse,
-            replace_relu6,
-            overrides,
-            untraceable,
-        )
+    def __init__(self, **options: Unpack[ModuleOptions]) -> None:
+        self.settings = Settings.of(options, "PostTrainingQuantization")
+        if self.settings.qconfig is None:
+            qconfig = default_qconfig(self.settings.backend, "histogram")
+            self.settings = replace(self.settings, qconfig=qconfig)
         self.int8_module: pl.LightningModule | None = None
         self._twin: pl.LightningModule | None = None
         self._handles: list[Any] = []

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from qat_lightning import QuantizationAwareTraining
+from qat_lightning import AccuracyTarget, QuantizationAwareTraining
 from qat_lightning.quantize.recipe import recipe_of
 from tests.ruined import Row, data, fidelity, ruin_weight, seeded
 from tests.runs import TinyModule, trainer
@@ -60,8 +60,12 @@ def fresh() -> Faithful:
     return Faithful(Row())
 
 
-def callback(**options: Any) -> QuantizationAwareTraining:
-    return QuantizationAwareTraining(**{"target_drop": DROP, "convert": None, "preflight": False, **options})
+TARGET = AccuracyTarget(DROP)
+
+
+def callback(target: AccuracyTarget | None = TARGET, **options: Any) -> QuantizationAwareTraining:
+    quick: Any = {"convert": None, "preflight": False}
+    return QuantizationAwareTraining(accuracy_target=target, **{**quick, **options})
 
 
 def fit(

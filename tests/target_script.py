@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
+from qat_lightning import AccuracyTarget
 from tests.target_runs import Faithful, bad, callback, fit, good, kept
 
 DDP: dict[str, Any] = {"strategy": "ddp", "devices": 2, "max_epochs": 1}
@@ -38,7 +39,7 @@ def failure(folder: Path, module: pl.LightningModule, **options: Any) -> str:
 
 def main(folder: Path) -> None:
     result: dict[str, Any] = {}
-    result["failure"] = failure(folder / "failed", mine(), target_drop=0)
+    result["failure"] = failure(folder / "failed", mine(), target=AccuracyTarget(0))
     result["error"] = failure(folder / "failed", Loaders(mine().model))
     module = mine()
     fit(folder, module, **DDP)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qat_lightning import QuantizationAwareTraining
+from qat_lightning import Distillation, QuantizationAwareTraining
 from qat_lightning.run.parts.distillation import METRIC, divergence
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, trainer
@@ -165,8 +165,8 @@ def first_gradients(
     folder: Path, module: pl.LightningModule, teacher: Any, **options: Any
 ) -> tuple[Gradients, pl.Trainer]:
     spy = FirstGradients()
-    words: dict[str, Any] = {"teacher_weight": WEIGHT, "teacher_temperature": TEMPERATURE}
-    qat = QuantizationAwareTraining(convert=None, preflight=False, teacher=teacher, **words)
+    distillation = None if teacher is None else Distillation(teacher, WEIGHT, TEMPERATURE)
+    qat = QuantizationAwareTraining(convert=None, preflight=False, distillation=distillation)
     torch.manual_seed(1)
     quiet = {"limit_val_batches": 0, "enable_checkpointing": False}
     runner = trainer(folder, qat, spy, max_epochs=1, limit_train_batches=2, **quiet, **options)

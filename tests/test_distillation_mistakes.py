@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_lightning import QuantizationAwareTraining, prepare
+from qat_lightning import Distillation, QuantizationAwareTraining, prepare
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, trainer
 from tests.test_distillation import Manual
@@ -28,15 +28,15 @@ from tests.test_teachers import Pair
         ({"teacher": {}}, ValueError, "must name at least one network"),
         ({"teacher": {"model": "other"}}, ValueError, 'teacher must be "self"'),
         ({"teacher": prepare(Residual())}, ValueError, "is quantized already"),
-        ({"teacher_weight": 0}, ValueError, "teacher_weight must be above 0 .* teacher=None"),
-        ({"teacher_weight": "1"}, TypeError, "teacher_weight must be a number"),
-        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be above 0"),
-        ({"teacher_temperature": float("nan")}, ValueError, "teacher_temperature must be above 0"),
+        ({"weight": 0}, ValueError, "weight must be above 0 .* distillation=None"),
+        ({"weight": "1"}, TypeError, "weight must be a number"),
+        ({"temperature": -1.0}, ValueError, "temperature must be above 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature must be above 0"),
     ],
 )
 def test_mistakes_in_the_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        QuantizationAwareTraining(**options)
+        Distillation(**options)
 
 
 class Chain(TinyModule):
@@ -85,7 +85,7 @@ MISTAKES: dict[str, tuple[Callable[[], pl.LightningModule], Any, str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_show_at_the_first_batch_at_the_latest(tmp_path: Path, name: str) -> None:
     build, teacher, words = MISTAKES[name]
-    qat = QuantizationAwareTraining(teacher=teacher, convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation(teacher), convert=None)
     runner = trainer(tmp_path, qat, max_epochs=1, limit_val_batches=0)
     with pytest.raises((ValueError, MisconfigurationException), match=re.compile(words, re.DOTALL)):
         runner.fit(build())
@@ -97,6 +97,6 @@ def test_a_compiled_module_is_refused(tmp_path: Path) -> None:
         def on_fit_start(self) -> None:
             self.model.compile(backend="eager")
 
-    qat = QuantizationAwareTraining(teacher="self")
+    qat = QuantizationAwareTraining(distillation=Distillation())
     with pytest.raises(MisconfigurationException, match=r"Leave torch\.compile out"):
         trainer(tmp_path, qat, max_epochs=1, limit_val_batches=0).fit(Compiled())

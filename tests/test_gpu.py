@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import (
+    Distillation,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     convert,
@@ -171,7 +172,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_a_teacher_is_where_the_network_is(tmp_path: Path, precision: Any) -> None:
     module = TinyModule()
-    qat = QuantizationAwareTraining(teacher="self", convert="last")
+    qat = QuantizationAwareTraining(distillation=Distillation(), convert="last")
     on_gpu(tmp_path, qat, max_epochs=2, precision=precision).fit(module)
     assert not [name for name in module.state_dict() if "teacher" in name]
     assert qat.int8_module is not None

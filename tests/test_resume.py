@@ -208,8 +208,8 @@ def test_freezes_stay_frozen_after_a_resume(tmp_path: Path) -> None:
 def test_a_resume_with_another_length_keeps_the_resolved_steps(tmp_path: Path) -> None:
     class Steps(QuantizationAwareTraining):
         def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            assert self._resolved is not None
-            self.step = self._resolved.freeze_observers.step
+            assert self._phases._resolved is not None
+            self.step = self._phases._resolved.freeze_observers.step
 
     make = CHECKPOINTS["validation_end"]
     first, second = Steps(freeze_observers_at=0.5), Steps(freeze_observers_at=0.5)

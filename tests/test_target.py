@@ -27,7 +27,7 @@ def test_target_keeps_exactly_the_bad_layer(kind: type[Row], caplog: pytest.LogC
     network = ruin_weight(seeded(kind))
     before = copy.deepcopy(network.state_dict())
     with caplog.at_level(logging.INFO):
-        names = keep_for_target(network, data(network), fidelity, target_drop=8)
+        names = keep_for_target(network, data(network), fidelity, max_drop=8)
     assert names == ("third.0",)
     assert same_state(network, before) == []
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Target")]
@@ -37,22 +37,22 @@ def test_target_keeps_exactly_the_bad_layer(kind: type[Row], caplog: pytest.LogC
 def test_target_keeps_the_reader_of_a_bad_output_too() -> None:
     """The grid of an output that an int8 layer reads is there even if the layer that made it is float."""
     network = ruin_output(seeded(Row))
-    names = keep_for_target(Judged(network), data(network), "val_fidelity", target_drop=8)
+    names = keep_for_target(Judged(network), data(network), "val_fidelity", max_drop=8)
     assert sorted(names) == ["fourth", "third.0"]
 
 
 def test_good_network_keeps_nothing() -> None:
     network = seeded(Row)
-    assert keep_for_target(network, data(network), fidelity, target_drop=8) == ()
+    assert keep_for_target(network, data(network), fidelity, max_drop=8) == ()
 
 
 def test_target_that_cannot_be_reached() -> None:
     network = ruin_weight(seeded(Row))
     message = r"at most 8 points.* is 1 in float and 0\..*Even with 0 of 4 layers float"
     with pytest.raises(TargetError, match=message):
-        keep_for_target(network, data(network), fidelity, target_drop=8, max_layers=0)
+        keep_for_target(network, data(network), fidelity, max_drop=8, max_layers=0)
     with pytest.raises(TargetError, match="Even with 3 of 4 layers float"):
-        keep_for_target(network, data(network), fidelity, target_drop=0)
+        keep_for_target(network, data(network), fidelity, max_drop=0)
 
 
 def test_search() -> None:
@@ -73,7 +73,7 @@ def test_search() -> None:
 
 def test_names_hold_for_all_networks() -> None:
     module = seeded(TwoNetworks)
-    names = keep_for_target(module, data(module), "val_fidelity", target_drop=8)
+    names = keep_for_target(module, data(module), "val_fidelity", max_drop=8)
     assert sorted(names) == ["fourth", "third.0"]
 
 
@@ -81,6 +81,6 @@ def test_errors() -> None:
     network = seeded(Row)
     batches = data(network)
     with pytest.raises(ValueError, match="at least 0 points"):
-        keep_for_target(network, batches, fidelity, target_drop=-1)
+        keep_for_target(network, batches, fidelity, max_drop=-1)
     with pytest.raises(ValueError, match="is prepared already"):
         keep_for_target(prepare(seeded(Row).train()), batches, fidelity)

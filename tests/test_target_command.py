@@ -1,4 +1,4 @@
-"""`qat-train weights=… quantization.target_drop=…`: searched once, and not again where the run goes on."""
+"""`qat-train weights=… accuracy_target=…`: searched once, and not again where the run goes on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def weights(hydra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_keeps_what_the_target_takes(
     tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = ["experiment=digits_demo", f"weights={weights}", "quantization.target_drop=2"]
+    arguments = [
+        "experiment=digits_demo",
+        f"weights={weights}",
+        "accuracy_target=half_point",
+        "quantization.accuracy_target.max_drop=2",
+    ]
     with caplog.at_level(logging.INFO):
         metrics = run(tmp_path, *arguments)
     assert "with grow.0 float it is" in caplog.text
@@ -63,4 +68,4 @@ def test_the_command_keeps_what_the_target_takes(
 
 def test_without_weights_there_is_nothing_to_lose(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"not trained.*weights=…"):
-        run(tmp_path, "experiment=digits_demo", "quantization.target_drop=2")
+        run(tmp_path, "experiment=digits_demo", "accuracy_target=half_point")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
-from qat_lightning import RecipeMismatchError, TargetError, convert
+from qat_lightning import AccuracyTarget, Distillation, RecipeMismatchError, TargetError, convert
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import recipe_of
@@ -67,7 +67,7 @@ def test_without_need_the_run_is_the_one_without_target(tmp_path: Path) -> None:
     for drop in (None, DROP):
         module = good()
         torch.manual_seed(3)
-        fit(tmp_path / str(drop), module, qat=callback(target_drop=drop))
+        fit(tmp_path / str(drop), module, qat=callback(None if drop is None else AccuracyTarget(drop)))
         modules.append((module, torch.rand(1).item()))
     assert kept(modules[1][0]) == ()
     assert same_state(modules[0][0], modules[1][0]) == []
@@ -100,7 +100,7 @@ def test_a_loss_that_a_checkpoint_monitors(tmp_path: Path) -> None:
 
     module = Lossy(bad().model)
     monitor = ModelCheckpoint(tmp_path, monitor="val_loss")
-    trainer(tmp_path, callback(target_drop=1), monitor, max_epochs=1, limit_val_batches=2).fit(module)
+    trainer(tmp_path, callback(AccuracyTarget(1)), monitor, max_epochs=1, limit_val_batches=2).fit(module)
     assert kept(module) == ("third.0",)
 
 
@@ -127,7 +127,9 @@ def test_resnet18(tmp_path: Path) -> None:
         block.bn1.bias[0] = -1
         block.conv2.weight[:, 0] = 3e4
     module = Wide(network)
-    qat = fit(tmp_path, module, qat=callback(target_drop=50, backend="onednn", convert="last"), max_epochs=1)
+    qat = fit(
+        tmp_path, module, qat=callback(AccuracyTarget(50), backend="onednn", convert="last"), max_epochs=1
+    )
     assert kept(module) == ("layer1.0.conv2",)
     int8: Any = qat.int8_module
     x, _ = next(iter(module.own))
@@ -191,7 +193,12 @@ def test_parameters_stay_those_of_the_module(tmp_path: Path, monkeypatch: pytest
 
 def test_teacher_schedule_and_int8_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them go on with networks that are prepared anew."""
-    others = {"teacher": "self", "fake_quant_from": 1, "int8_val_every_n_epochs": 1, "convert": "last"}
+    others: dict[str, Any] = {
+        "distillation": Distillation("self"),
+        "fake_quant_from": 1,
+        "int8_val_every_n_epochs": 1,
+        "convert": "last",
+    }
     with pytest.raises(Crash):
         fit(tmp_path, bad(), CrashAt(STEPS + 2), qat=callback(**others))
     monkeypatch.setattr(accuracy_target, "search", lambda *_: ("first", "second"))
@@ -221,19 +228,19 @@ def test_averaged_weights_are_resumed(tmp_path: Path) -> None:
 def test_another_target_has_no_effect_on_a_resumed_run(
     tmp_path: Path, first: float | None, second: float
 ) -> None:
-    fit(tmp_path, bad(), qat=callback(target_drop=first), max_epochs=1)
+    fit(tmp_path, bad(), qat=callback(None if first is None else AccuracyTarget(first)), max_epochs=1)
     resumed = bad()
-    with pytest.warns(UserWarning, match=f"started with target_drop={first} and keeps its layers"):
-        fit(tmp_path, resumed, qat=callback(target_drop=second), ckpt_path=tmp_path / "epoch=0.ckpt")
+    with pytest.warns(UserWarning, match=f"started with max_drop={first} and keeps its layers"):
+        fit(tmp_path, resumed, qat=callback(AccuracyTarget(second)), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert kept(resumed) == (() if first is None else ("third.0",))
 
 
 def test_without_a_target_the_layers_have_to_be_named(tmp_path: Path) -> None:
     fit(tmp_path, bad(), max_epochs=1)
     path = tmp_path / "epoch=0.ckpt"
-    with pytest.raises(RecipeMismatchError, match=r"only here \['third\.0'\].*target_drop"):
-        fit(tmp_path, bad(), qat=callback(target_drop=None), ckpt_path=path)
-    named = callback(target_drop=None, keep_float=["third.0"])
+    with pytest.raises(RecipeMismatchError, match=r"only here \['third\.0'\].*accuracy_target"):
+        fit(tmp_path, bad(), qat=callback(None), ckpt_path=path)
+    named = callback(None, keep_float=["third.0"])
     fit(tmp_path, bad(), qat=named, ckpt_path=path)
 
 
@@ -254,9 +261,11 @@ def test_a_module_with_layers_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert recipe.keep_float == ("body.0",)
     path = tmp_path / "epoch=0.ckpt"
     run(("body.0",), path)
-    with pytest.raises(RecipeMismatchError, match=r"Pass keep_float=\['body\.0'\] instead of target_drop"):
+    with pytest.raises(
+        RecipeMismatchError, match=r"Pass keep_float=\['body\.0'\] instead of accuracy_target"
+    ):
         run((), path)
-    run((), path, keep_float=["body.0"], target_drop=None)
+    run((), path, keep_float=["body.0"], target=None)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -278,5 +287,5 @@ def test_two_processes_keep_what_the_first_finds(tmp_path: Path) -> None:
     assert same_state(results[0]["state"], results[1]["state"]) == []
     assert results[0]["failure"].startswith("TargetError: Int8 must lose at most 0 points")
     assert results[1]["failure"] == results[0]["failure"]
-    assert results[0]["error"].startswith("MisconfigurationException: target_drop takes one")
+    assert results[0]["error"].startswith("MisconfigurationException: An accuracy target takes one")
     assert results[1]["error"].startswith("RankError: Rank 0 failed while searching for the layers")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat_lightning import QuantizationAwareTraining
-from qat_lightning.run.parts.distillation import METRIC, Distillation
+from qat_lightning import Distillation, QuantizationAwareTraining
+from qat_lightning.run.parts.distillation import METRIC, Teaching
 from tests.networks import CLASSES, Residual, Stubbed, same_state
 from tests.processes import run_all
 from tests.runs import TinyModule, dataset, trainer
@@ -27,6 +27,11 @@ from tests.test_lightning_modules import Loose
 from tests.test_resume import EPOCHS, STEPS, Crash, CrashAt, Noisy, seed
 
 # What the teacher is
+
+
+def teachers_of(qat: QuantizationAwareTraining) -> dict[nn.Module, nn.Module]:
+    """The teacher of each network that learns."""
+    return next(part for part in qat._parts if isinstance(part, Teaching))._teachers
 
 
 def listeners(module: nn.Module) -> list[Any]:
@@ -49,9 +54,9 @@ class NoTrace(pl.Callback):
 def test_the_float_network_teaches_and_stays_as_it_was(tmp_path: Path, network: type[nn.Module]) -> None:
     module = TinyModule(network())
     before = copy.deepcopy(module.model)
-    qat = QuantizationAwareTraining(teacher="self", export=["torch"])
+    qat = QuantizationAwareTraining(distillation=Distillation("self"), export=["torch"])
     trainer(tmp_path, qat, NoTrace(), max_epochs=2).fit(module)
-    (teacher,) = qat._distillation._teachers.values()
+    (teacher,) = teachers_of(qat).values()
     assert same_state(before, teacher) == []
     assert not teacher.training
     assert teacher is not module.model
@@ -63,7 +68,7 @@ def test_it_is_in_no_checkpoint(tmp_path: Path) -> None:
     sizes, keys = [], []
     for name, teacher in (("without", None), ("with", "self")):
         torch.manual_seed(0)
-        qat = QuantizationAwareTraining(teacher=teacher, convert=None)
+        qat = QuantizationAwareTraining(distillation=Distillation(teacher), convert=None)
         saved = ModelCheckpoint(tmp_path / name, filename="last")
         trainer(tmp_path, qat, saved, max_epochs=1).fit(TinyModule(Residual(64)))
         sizes.append((tmp_path / name / "last.ckpt").stat().st_size)
@@ -75,7 +80,7 @@ def test_it_is_in_no_checkpoint(tmp_path: Path) -> None:
 def test_a_given_teacher_is_not_modified(tmp_path: Path) -> None:
     teacher = Residual().train()
     before = copy.deepcopy(teacher)
-    qat = QuantizationAwareTraining(teacher=teacher, convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation(teacher), convert=None)
     trainer(tmp_path, qat, max_epochs=1).fit(TinyModule())
     assert same_state(before, teacher) == []
     assert teacher.training
@@ -94,7 +99,7 @@ def test_random_states_are_untouched(tmp_path: Path) -> None:
     states = []
     for teacher in (None, Drawing()):
         seed()
-        qat = QuantizationAwareTraining(teacher=teacher, convert=None)
+        qat = QuantizationAwareTraining(distillation=Distillation(teacher), convert=None)
         trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(Noisy())
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
@@ -110,7 +115,7 @@ def test_it_learns_what_the_teacher_says(tmp_path: Path) -> None:
     teacher = TinyModule(NoDropout())
     trainer(tmp_path, max_epochs=6, enable_checkpointing=False).fit(teacher)
     module = Unlabelled(NoDropout())
-    qat = QuantizationAwareTraining(teacher=teacher.model, convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation(teacher.model), convert=None)
     runner = trainer(tmp_path, qat, max_epochs=6, enable_checkpointing=False)
     runner.fit(module)
     (found,) = runner.test(module, verbose=False)
@@ -120,24 +125,26 @@ def test_it_learns_what_the_teacher_says(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_has_the_same_teacher(tmp_path: Path) -> None:
-    qat = QuantizationAwareTraining(teacher="self", convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation("self"), convert=None)
     module = TinyModule()
     before = copy.deepcopy(module.model)
     for _ in range(2):
         trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(module)
-        (teacher,) = qat._distillation._teachers.values()
+        (teacher,) = teachers_of(qat).values()
         assert same_state(before, teacher) == []
     other = TinyModule(Residual(4))
     trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(other)
-    assert next(iter(qat._distillation._teachers)) is other.model
+    assert next(iter(teachers_of(qat))) is other.model
     with pytest.raises(ValueError, match="'model' is prepared already"):
-        trainer(tmp_path, QuantizationAwareTraining(teacher="self"), max_epochs=1).fit(other)
+        trainer(tmp_path, QuantizationAwareTraining(distillation=Distillation("self")), max_epochs=1).fit(
+            other
+        )
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_finder_of_learning_rates_restores_what_it_saved(tmp_path: Path, first: bool) -> None:
     finder = LearningRateFinder(num_training_steps=8)
-    qat = QuantizationAwareTraining(teacher="self", convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation("self"), convert=None)
     callbacks = [finder, qat] if first else [qat, finder]
     runner = trainer(tmp_path, *callbacks, max_epochs=1)
     runner.fit(TinyModule())
@@ -145,7 +152,7 @@ def test_a_finder_of_learning_rates_restores_what_it_saved(tmp_path: Path, first
 
 
 def test_a_module_with_layers_of_its_own(tmp_path: Path) -> None:
-    qat = QuantizationAwareTraining(teacher="self")
+    qat = QuantizationAwareTraining(distillation=Distillation("self"))
     runner = trainer(tmp_path, qat, max_epochs=1)
     runner.fit(Loose())
     assert runner.callback_metrics[METRIC] > 0
@@ -172,7 +179,11 @@ class FirstOf(TinyModule):
 
 
 def test_the_first_of_a_tuple_is_the_logits(tmp_path: Path) -> None:
-    runner = trainer(tmp_path, QuantizationAwareTraining(teacher=NoDropout(), convert=None), max_epochs=1)
+    runner = trainer(
+        tmp_path,
+        QuantizationAwareTraining(distillation=Distillation(NoDropout()), convert=None),
+        max_epochs=1,
+    )
     runner.fit(FirstOf(Heads()))
     assert runner.callback_metrics[METRIC] > 0
 
@@ -191,12 +202,12 @@ class Pair(TinyModule):
 
 @pytest.mark.parametrize("teacher", ["self", {"second": "self"}, {"second": NoDropout(), "model": "self"}])
 def test_several_networks(tmp_path: Path, teacher: Any) -> None:
-    qat = QuantizationAwareTraining(teacher=teacher, convert=None)
+    qat = QuantizationAwareTraining(distillation=Distillation(teacher), convert=None)
     runner = trainer(tmp_path, qat, max_epochs=1)
     module = Pair()
     runner.fit(module)
     expected = {module.model, module.second} if teacher == "self" else {getattr(module, n) for n in teacher}
-    assert set(qat._distillation._teachers) == expected
+    assert set(teachers_of(qat)) == expected
     assert runner.callback_metrics[METRIC] > 0
 
 
@@ -210,10 +221,10 @@ def test_mobilenet_v3_learns_from_itself(tmp_path: Path) -> None:
 
     module = Small(torchvision.models.mobilenet_v3_small(num_classes=CLASSES), lr=0.01)
     before = copy.deepcopy(module.model)
-    qat = QuantizationAwareTraining(teacher="self", preflight=False)
+    qat = QuantizationAwareTraining(distillation=Distillation("self"), preflight=False)
     runner = trainer(tmp_path, qat, max_epochs=2)
     runner.fit(module)
-    (teacher,) = qat._distillation._teachers.values()
+    (teacher,) = teachers_of(qat).values()
     assert same_state(before, teacher) == []
     assert runner.callback_metrics[METRIC].isfinite()
     assert qat.int8_module is not None
@@ -223,7 +234,7 @@ def test_mobilenet_v3_learns_from_itself(tmp_path: Path) -> None:
 
 
 def resumable(folder: Path, build: Callable[[], TinyModule], *extra: Any, **options: Any) -> TinyModule:
-    qat = QuantizationAwareTraining(convert=None, **{"teacher": "self", **options.pop("qat", {})})
+    qat = QuantizationAwareTraining(convert=None, distillation=options.pop("distillation", Distillation()))
     saved = ModelCheckpoint(folder / "ckpt", save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
     module = build()
     trainer(folder, qat, saved, *extra, max_epochs=EPOCHS).fit(module, **options)
@@ -257,9 +268,9 @@ def test_a_resumed_run_with_another_teacher_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ckpt" / "epoch=0.ckpt"
     with pytest.raises(ValueError, match="go on with the teacher that it began with"):
         resumable(tmp_path, lambda: Noisy(Residual()), ckpt_path=path)
-    for wrong in ({"teacher": None}, {"teacher_weight": 2.0}, {"teacher_temperature": 2.0}):
+    for wrong in (None, Distillation(weight=2.0), Distillation(temperature=2.0)):
         with pytest.raises(ValueError, match="go on with the teacher that it began with"):
-            resumable(tmp_path, start, ckpt_path=path, qat=wrong)
+            resumable(tmp_path, start, ckpt_path=path, distillation=wrong)
 
 
 # Several processes

@@ -41,7 +41,7 @@ class Watch(pl.Callback):
         self.qat, self.batches, self.frozen_at = qat, 0, -1
 
     def on_train_batch_end(self, *_: Any) -> None:
-        phase = self.qat._phase
+        phase = self.qat._phases._phase
         if phase is not None and not phase.observe and self.frozen_at < 0:
             self.frozen_at = self.batches
         self.batches += 1

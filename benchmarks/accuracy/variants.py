@@ -16,7 +16,7 @@ from torch.ao.quantization.observer import MovingAverageMinMaxObserver
 from benchmarks.accuracy.methods import BACKEND, Scores, epochs, forms
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import train
-from qat_lightning import QuantizationAwareTraining
+from qat_lightning import Distillation, QuantizationAwareTraining
 from qat_lightning.modes.qconfig import default_qconfig
 
 RE_ESTIMATED_ON = 50
@@ -77,5 +77,5 @@ VARIANTS: dict[str, Callable[[Task, nn.Module, int, float], Scores]] = {
     "batch-norm frozen at 0.6": choice(freeze_bn_at=0.6),
     "batch-norm re-estimated": re_estimated,
     "learned steps": choice(Learned, qconfig=learned(), freeze_observers_at=0),
-    "distilled": choice(teacher="self"),
+    "distilled": choice(distillation=Distillation()),
 }

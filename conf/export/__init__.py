@@ -1,1 +1,1 @@
-"""Where the int8 network will run, or `float` for none."""
+"""The files that a run ends with."""

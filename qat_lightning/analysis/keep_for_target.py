@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -16,14 +16,12 @@ from qat_lightning.analysis.sensitivity_table import Sensitivity
 from qat_lightning.analysis.simulation import simulate
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import TargetError
-from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import Settings
+from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.quantize.recipe import quantized_networks
-from qat_lightning.quantize.selection import FloatPattern
 
 _ADVICE = (
-    "Allow a greater target_drop, choose a backend with 8 bits for activations (onednn, qnnpack), pass "
+    "Allow a greater max_drop, choose a backend with 8 bits for activations (onednn, qnnpack), pass "
     "replace_relu6=False where the network has ReLU6, or train without a target: training wins back much of "
     "the loss."
 )
@@ -34,21 +32,13 @@ def keep_for_target(
     dataloader: Iterable[Any],
     metric: Metric,
     *,
-    target_drop: float = 0.5,
+    max_drop: float = 0.5,
     higher_is_better: bool = True,
     max_layers: int | None = None,
-    backend: str = "x86",
-    qconfig: QConfigLike | None = None,
-    mode: str = "auto",
-    modules: Sequence[str] | None = None,
-    keep_float: Sequence[FloatPattern] = (),
-    fuse: str | Sequence[Sequence[str]] = "auto",
-    replace_relu6: bool = True,
-    overrides: Overrides | None = None,
-    untraceable: str = "error",
     samples: int = 16,
     batches: int | None = None,
     calibration_batches: int = 8,
+    **options: Unpack[ModuleOptions],
 ) -> tuple[str, ...]:
     """Finds few layers to keep float, with which int8 loses no more of a metric than is asked for.
 
@@ -61,53 +51,45 @@ def keep_for_target(
         dataloader: As in :func:`qat_lightning.sensitivity`.
         metric: A function of (outputs, batch), or the name of a metric that the module's `validation_step`
             logs.
-        target_drop: By how many points the metric may fall, of which there are 100 between 0 and 1: 0.5
-            allows an accuracy of 0.900 to become 0.895.
+        max_drop: By how many percentage points the metric may fall. Of a metric between 0 and 1, 0.5 allows
+            0.900 to become 0.895. A metric above 1, of which more is better, is taken as a percentage between
+            0 and 100: 0.5 allows 90.0 to become 89.5.
         higher_is_better: Whether more of the metric is better; False for a loss.
         max_layers: How many layers may stay float; by default all but one.
-        backend: As in :class:`qat_lightning.QuantizationAwareTraining`, like all up to `untraceable`.
-        qconfig: Likewise.
-        mode: Likewise.
-        modules: Likewise.
-        keep_float: What stays float in any case; not among the names that are returned.
-        fuse: As in :class:`qat_lightning.QuantizationAwareTraining`.
-        replace_relu6: Likewise.
-        overrides: Likewise.
-        untraceable: Likewise.
         samples: How many samples the outputs are compared on, for the ranking.
         batches: How many batches the metric is computed on; all by default.
         calibration_batches: How many batches ranges are calibrated on.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. What `keep_float`
+            names stays float in any case; it is not among the names that are returned.
 
     Returns:
         Names for `keep_float`; none where int8 is good enough without.
 
     Raises:
         TargetError: Not even all layers that may stay float are enough.
-        ValueError: The module is quantized already or cannot be prepared; the metric is not logged; a number
-            is out of range.
+        ValueError: The module is quantized already or cannot be prepared; the metric is not logged, or its
+            scale is not known; a number is out of range.
         TypeError: An argument is of the wrong type.
 
     Example::
 
-        names = keep_for_target(module, datamodule.val_dataloader(), "val_accuracy", target_drop=0.5)
+        names = keep_for_target(module, datamodule.val_dataloader(), "val_accuracy", max_drop=0.5)
         callback = QuantizationAwareTraining(keep_float=names)
     """
-    settings = Settings(
-        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
-    )
+    settings = Settings.of(options, "keep_for_target")
     check_counts(samples=samples, batches=batches, calibration_batches=calibration_batches)
-    _check(module, target_drop, max_layers)
+    _check(module, max_drop, max_layers)
     check_metric(module, metric)
     sign = 1 if higher_is_better else -1
     with random_state.preserved(), torch.inference_mode(False), torch.no_grad():
         calibration = Batches(dataloader, calibration_batches)
         search = _Search(module, settings, calibration, metric, Batches(dataloader, batches), sign)
-        return search.run(samples, target_drop, max_layers)
+        return search.run(samples, max_drop, max_layers)
 
 
-def _check(module: nn.Module, target_drop: float, max_layers: int | None) -> None:
-    if target_drop < 0:
-        raise ValueError(f"target_drop must be at least 0 points, but received {target_drop}.")
+def _check(module: nn.Module, max_drop: float, max_layers: int | None) -> None:
+    if max_drop < 0:
+        raise ValueError(f"max_drop must be at least 0 points, but received {max_drop}.")
     if max_layers is not None and max_layers < 0:
         raise ValueError(f"max_layers must be at least 0, or None, but received {max_layers}.")
     if next(quantized_networks(module), None) is not None:
@@ -132,6 +114,7 @@ class _Search:
         self.module, self.settings = module, settings
         self.calibration, self.metric, self.scored, self.sign = calibration, metric, scored, sign
         self.exact = score(copy_of(module).eval(), metric, scored)
+        self.points = points_per_unit(self.exact, metric, sign)
         self.int8 = simulate(module, settings, calibration)
         self.scores: dict[frozenset[str], float] = {}
 
@@ -140,7 +123,7 @@ class _Search:
 
         Args:
             samples: How many samples the ranking is made from.
-            target: How many points may be lost.
+            target: How many percentage points may be lost.
             most: How many layers may stay float.
         """
         ranked = ranking(measure(self.int8, samples))
@@ -157,7 +140,7 @@ class _Search:
                 f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. "
                 f"Even with {len(candidates)} of {len(ranked)} layers float it is "
                 f"{self.score(candidates):.4g}, {self.drop(candidates):.3g} points worse. "
-                f"{_ADVICE if most is None else _ADVICE.replace('target_drop', 'target_drop or max_layers')}"
+                f"{_ADVICE if most is None else _ADVICE.replace('max_drop', 'max_drop or max_layers')}"
             )
         found = tuple(needed((), candidates[:count], reaches))
         after = f"with {', '.join(found)} float it is {self.score(found):.4g}"
@@ -166,8 +149,8 @@ class _Search:
         return found
 
     def drop(self, names: Iterable[str]) -> float:
-        """How many points int8 loses with those layers float."""
-        return 100 * self.sign * (self.exact - self.score(names))
+        """How many percentage points int8 loses with those layers float."""
+        return self.points * self.sign * (self.exact - self.score(names))
 
     def score(self, names: Iterable[str]) -> float:
         """The metric of int8 with those layers float."""
@@ -180,6 +163,29 @@ class _Search:
             simulation.round_with(simulation.grids)
             self.scores[kept] = score(simulation.module, self.metric, self.scored)
         return self.scores[kept]
+
+
+def points_per_unit(value: float, metric: Metric, sign: int) -> int:
+    """How many percentage points the unit of a metric is, by the value that the float network has.
+
+    Args:
+        value: The metric of the float network.
+        metric: The metric, for the message.
+        sign: 1 if more of it is better, -1 if less is.
+
+    Raises:
+        ValueError: It is neither a share between 0 and 1 nor a percentage.
+    """
+    if 0 <= value <= 1:
+        return 100
+    if sign > 0 and 1 < value <= 100:
+        return 1
+    name = repr(metric) if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
+    raise ValueError(
+        f"max_drop is in percentage points, so the metric must lie between 0 and 1, or, if more of it is "
+        f"better, between 0 and 100, but {name} is {value:.4g} for the float network. Name an accuracy or a "
+        "similar share, or pass a function that returns one."
+    )
 
 
 def ranking(found: Sensitivity) -> list[str]:

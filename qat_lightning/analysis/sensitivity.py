@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -19,9 +19,7 @@ from qat_lightning.base import random_state
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.modes.layers.layer_grids import layer_grids
-from qat_lightning.modes.qconfig import Overrides, QConfigLike
-from qat_lightning.quantize.networks import Settings
-from qat_lightning.quantize.selection import FloatPattern
+from qat_lightning.quantize.options import ModuleOptions, Settings
 
 _Score = Callable[[], float | None]
 
@@ -32,18 +30,10 @@ def sensitivity(
     *,
     metric: Metric | None = None,
     higher_is_better: bool = True,
-    backend: str = "x86",
-    qconfig: QConfigLike | None = None,
-    mode: str = "auto",
-    modules: Sequence[str] | None = None,
-    keep_float: Sequence[FloatPattern] = (),
-    fuse: str | Sequence[Sequence[str]] = "auto",
-    replace_relu6: bool = True,
-    overrides: Overrides | None = None,
-    untraceable: str = "error",
     samples: int = 16,
     batches: int | None = 8,
     calibration_batches: int = 8,
+    **options: Unpack[ModuleOptions],
 ) -> Sensitivity:
     """Measures what int8 costs in each layer: with the layer alone quantized, and with it alone float.
 
@@ -60,19 +50,11 @@ def sensitivity(
         metric: What to measure beside the outputs: a function of (outputs, batch), or the name of a metric
             that the module's `validation_step` logs.
         higher_is_better: Whether more of the metric is better; False for a loss.
-        backend: As in :class:`qat_lightning.QuantizationAwareTraining`, like all up to `untraceable`; without
-            effect on a module that is prepared.
-        qconfig: Likewise.
-        mode: Likewise.
-        modules: Likewise.
-        keep_float: Likewise.
-        fuse: Likewise.
-        replace_relu6: Likewise.
-        overrides: Likewise.
-        untraceable: Likewise.
         samples: How many samples the outputs are compared on.
         batches: How many batches the metric is computed on; None for all.
         calibration_batches: How many batches ranges are calibrated on.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`; without effect on a
+            module that is prepared.
 
     Returns:
         The layers, the most sensitive first.
@@ -87,9 +69,7 @@ def sensitivity(
         found = sensitivity(module, datamodule.val_dataloader())
         rich.print(found.table())
     """
-    settings = Settings(
-        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
-    )
+    settings = Settings.of(options, "sensitivity")
     check_counts(samples=samples, batches=batches, calibration_batches=calibration_batches)
     if metric is not None:
         check_metric(module, metric)

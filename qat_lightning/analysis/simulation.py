@@ -16,7 +16,8 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBas
 from qat_lightning.fake_quant.phases import average_over, only_observe, set_enabled, set_eval
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import Settings, prepare_module
+from qat_lightning.quantize.networks import prepare_module
+from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import quantized_networks
 

@@ -9,59 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.base.backends import check_backend
 from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
 from qat_lightning.base.quiet import quiet_torch_ao
-from qat_lightning.modes import MODES, check_mode, check_untraceable, choose_mode
+from qat_lightning.modes import MODES, choose_mode
 from qat_lightning.modes.graph.graft import calls
-from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig, qconfig_name
+from qat_lightning.modes.qconfig import qconfig_name
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import example_inputs_of
 from qat_lightning.quantize.floating import check_not_quantized
+from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import Recipe, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import (
-    FloatPattern,
     check_modules,
     find_networks,
     split_overrides,
     split_patterns,
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to prepare; the callback's arguments of the same names."""
-
-    backend: str
-    qconfig: QConfigLike | None
-    mode: str
-    modules: Sequence[str] | None
-    keep_float: Sequence[FloatPattern]
-    fuse: str | Sequence[Sequence[str]]
-    replace_relu6: bool
-    overrides: Overrides | None
-    untraceable: str
-
-    def __post_init__(self) -> None:
-        check_backend(self.backend)
-        check_qconfig(self.qconfig)
-        check_mode(self.mode)
-        check_untraceable(self.untraceable)
-        for name in ("modules", "keep_float"):
-            if isinstance(getattr(self, name), str):
-                value = getattr(self, name)
-                raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
-        if self.modules is not None and (not self.modules or len(set(self.modules)) < len(self.modules)):
-            raise ValueError(
-                "modules must name at least one submodule, each once, or be None for all networks, but "
-                f"received {list(self.modules)}."
-            )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What :func:`qat_lightning.prepare` takes of them."""
-        return {name: value for name, value in vars(self).items() if name != "modules"}
 
 
 @dataclass(frozen=True)

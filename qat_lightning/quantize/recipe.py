@@ -191,5 +191,5 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
             "This state dict was made with another quantization recipe than the network "
             f"{prefix.rstrip('.') or type(module).__name__!r} is prepared with: "
             f"{'; '.join(differences)}. Prepare it with the same backend, mode, qconfig, keep_float, "
-            "target_drop and fuse, or start again from the float weights."
+            "accuracy_target and fuse, or start again from the float weights."
         )

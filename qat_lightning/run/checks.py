@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from qat_lightning.base.atomic import check_writable
-from qat_lightning.run import trainer_facts
+from qat_lightning.run import messages, trainer_facts
 
 
 def check_package(trainer: object, module: object) -> None:
@@ -25,9 +27,52 @@ def check_package(trainer: object, module: object) -> None:
             )
 
 
+def check_arguments(convert: object, output_dir: str | Path | None, **flags: object) -> None:
+    """Checks the callback's arguments that no other object checks.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A flag is not a boolean.
+    """
+    if convert not in ("best", "last", None):
+        raise ValueError(f"convert must be 'best', 'last' or None, but received {convert!r}.")
+    if output_dir is not None and Path(output_dir).is_file():
+        raise ValueError(f"output_dir must be a folder, but {output_dir} is a file.")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, but received {value!r}.")
+
+
+def check_run(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> None:
+    """Raises a `MisconfigurationException` where the run cannot be one of quantization-aware training."""
+    trainer_facts.check_strategy(trainer)
+    check_callbacks(trainer, callback)
+    check_loggers(trainer, module)
+
+
+def check_prepared(module: nn.Module, networks: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """Raises a `MisconfigurationException` if other networks would be trained than were prepared.
+
+    Args:
+        module: The module that is about to be trained.
+        networks: The networks that were prepared in it, by name.
+        names: The networks that are in it now.
+    """
+    present = set(module.modules())
+    for name, network in networks.items():
+        if network not in present:
+            raise MisconfigurationException(messages.replaced(name))
+    for name in names:
+        if name not in networks:
+            raise MisconfigurationException(
+                f"The network {name!r} appeared after the callback's setup, so it is not prepared for "
+                "quantization. Build it in `__init__` or in `configure_model`, not in `setup`."
+            )
+
+
 def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
     """Raises a `MisconfigurationException` if rank 0 could not write to `folder` at the end of the run."""
-    if folder is None or not trainer.is_global_zero or vars(trainer).get("fast_dev_run"):
+    if folder is None or not trainer.is_global_zero or trainer_facts.is_fast_dev_run(trainer):
         return
     try:
         check_writable(folder)

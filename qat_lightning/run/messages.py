@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from qat_lightning.base import cpu
 from qat_lightning.base.schedule import Phase, ResolvedSchedule, Schedule
+from qat_lightning.quantize.networks import Prepared
 from qat_lightning.quantize.recipe import Recipe
 from qat_lightning.run import trainer_facts
 
@@ -26,6 +27,15 @@ def replaced(name: str) -> str:
         "            return\n"
         f"        self.{name or 'model'} = build()"
     )
+
+
+def announce_prepared(networks: Sequence[Prepared]) -> None:
+    """Says which networks were prepared and how, and whether int8 would overflow on this CPU."""
+    for each in networks:
+        rank_zero_info(f"Prepared {each}")
+    warning = overflow(each.recipe for each in networks)
+    if warning is not None:
+        rank_zero_info(warning)
 
 
 def overflow(recipes: Iterable[Recipe]) -> str | None:

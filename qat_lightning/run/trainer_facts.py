@@ -9,7 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qat_lightning.quantize.floating import is_compiled as holds_compiled
 
@@ -41,6 +43,12 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
             "device."
         )
+
+
+def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Calls the module's `configure_model`, if it has one, within the contexts that Lightning uses."""
+    if is_overridden("configure_model", module):
+        call._call_configure_model(trainer)
 
 
 def epochs(trainer: pl.Trainer) -> float:
@@ -83,6 +91,11 @@ def _counts_batches(trainer: pl.Trainer) -> bool:
 def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     """All callbacks of the run, in the order in which Lightning calls them."""
     return list(vars(trainer)["callbacks"])
+
+
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
+    """Whether this is a trial of the code, which writes nothing."""
+    return bool(vars(trainer).get("fast_dev_run"))
 
 
 def is_compiled(module: pl.LightningModule) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -15,26 +15,16 @@ from qat_lightning.analysis.preflight.dry_run import dry_run, stage
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError, UntraceableError
-from qat_lightning.modes.qconfig import Overrides, QConfigLike
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import Settings, network_names, prepare_module
+from qat_lightning.quantize.networks import network_names, prepare_module
+from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.quantize.prepare import prepare
-from qat_lightning.quantize.selection import FloatPattern
 
 
 def preflight(
     module: nn.Module,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor,
-    *,
-    backend: str = "x86",
-    qconfig: QConfigLike | None = None,
-    mode: str = "auto",
-    modules: Sequence[str] | None = None,
-    keep_float: Sequence[FloatPattern] = (),
-    fuse: str | Sequence[Sequence[str]] = "auto",
-    replace_relu6: bool = True,
-    overrides: Overrides | None = None,
-    untraceable: str = "error",
+    **options: Unpack[ModuleOptions],
 ) -> list[NetworkReport]:
     """Tries a whole quantization-aware run on a copy, in seconds: prepare, a training step, convert, int8.
 
@@ -45,15 +35,7 @@ def preflight(
         module: A float LightningModule, whose networks are tried, or a float network.
         example_inputs: What its forward takes: a tensor, a tuple of positional arguments, or a mapping of
             keyword arguments; a batch of at least two samples, which batch-norm needs.
-        backend: As in :class:`qat_lightning.QuantizationAwareTraining`, like all that follow.
-        qconfig: Likewise.
-        mode: Likewise.
-        modules: Likewise.
-        keep_float: Likewise.
-        fuse: Likewise.
-        replace_relu6: Likewise.
-        overrides: Likewise.
-        untraceable: Likewise.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`.
 
     Returns:
         A report for each network that the module's forward calls; the others are not tried.
@@ -68,10 +50,7 @@ def preflight(
         for report in preflight(module, torch.randn(2, 3, 224, 224)):
             print(report)
     """
-    settings = Settings(
-        backend, qconfig, mode, modules, keep_float, fuse, replace_relu6, overrides, untraceable
-    )
-    return preflight_with(settings, module, example_inputs)
+    return preflight_with(Settings.of(options, "preflight"), module, example_inputs)
 
 
 def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:

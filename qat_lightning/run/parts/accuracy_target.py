@@ -9,8 +9,7 @@ forgotten.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,11 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.base.errors import RecipeMismatchError, TargetError
 from qat_lightning.quantize.copies import replace_submodule
-from qat_lightning.quantize.networks import Settings, keeping_as, network_names, prepare_module
+from qat_lightning.quantize.networks import keeping_as, network_names, prepare_module
+from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.recipe import recipe_of, recipes_in
 from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast
 from qat_lightning.run.distributed.processes import fail_together, gather
-from qat_lightning.run.parts.target_search import ARGUMENTS, search, what_to_measure
+from qat_lightning.run.part import Part
+from qat_lightning.run.parts.config import AccuracyTarget
+from qat_lightning.run.parts.target_search import search, what_to_measure
 
 
 class Found(NamedTuple):
@@ -37,33 +39,15 @@ class Found(NamedTuple):
     failure: Exception | None = None
 
 
-class Target:
+class LayerSearch(Part):
     """Searches for the layers that stay float, and gives a resumed run those that it began with.
 
     Args:
-        drop: How many points of the metric int8 may lose; None for no target.
-        metric: Its name, or None for the one that a ModelCheckpoint monitors.
-        mode: `"max"` or `"min"`, or None for that of the callback that monitors it.
-
-    Raises:
-        ValueError: A value is out of range.
-        TypeError: A value is of the wrong type.
+        target: What to reach; None for no search.
     """
 
-    def __init__(self, drop: float | None, metric: str | None, mode: str | None) -> None:
-        if drop is not None:
-            if isinstance(drop, bool) or not isinstance(drop, int | float):
-                raise TypeError(f"target_drop must be a number of points or None, but received {drop!r}.")
-            if not 0 <= drop < math.inf:
-                raise ValueError(f"target_drop must be at least 0 points and finite, but received {drop}.")
-        if metric is not None and not isinstance(metric, str):
-            raise TypeError(
-                "target_metric must be the name of a metric that `validation_step` logs, or None, but "
-                f"received {metric!r}. qat_lightning.keep_for_target takes functions."
-            )
-        if mode not in ("max", "min", None):
-            raise ValueError(f"target_mode must be 'max', 'min' or None, but received {mode!r}.")
-        self._drop, self._metric, self._mode = drop, metric, mode
+    def __init__(self, target: AccuracyTarget | None) -> None:
+        self._target = target
         self._found = Found()
         self._stored: _Stored | None = None
         self._handle: RemovableHandle | None = None
@@ -71,7 +55,7 @@ class Target:
     @property
     def is_set(self) -> bool:
         """Whether there is a target."""
-        return self._drop is not None
+        return self._target is not None
 
     # Before the run.
 
@@ -94,7 +78,7 @@ class Target:
             `settings` with the layers that were found in `keep_float`.
         """
         self._leave()
-        if self._drop is None:
+        if self._target is None:
             return settings
         with fail_together("searching for the layers to keep float"):
             networks = {name: module.get_submodule(name) for name in network_names(module, settings)}
@@ -134,24 +118,26 @@ class Target:
             self._raise_failure()
         return stored.anew
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """What was asked for and found, as plain values."""
-        return None if self._drop is None else {"drop": self._drop, "kept": list(self._found.names)}
+        if self._target is None:
+            return {"target": None}
+        return {"target": {"max_drop": self._target.max_drop, "kept": list(self._found.names)}}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Says where the target of a resumed run is not the one that it began with."""
-        began = None if state is None else state["drop"]
-        if self._drop is not None and began != self._drop:
+        began = None if state.get("target") is None else state["target"]["max_drop"]
+        if self._target is not None and began != self._target.max_drop:
             rank_zero_warn(
-                f"The run was started with target_drop={began} and keeps its layers; the one asked for now, "
-                f"{self._drop}, has no effect. Start anew from the weights to change it."
+                f"The run was started with max_drop={began} and keeps its layers; the one asked for now, "
+                f"{self._target.max_drop}, has no effect. Start anew from the weights to change it."
             )
 
     def _search(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> Found:
-        assert self._drop is not None
-        metric, mode = what_to_measure(trainer, self._metric, self._mode)
+        assert self._target is not None
+        metric, mode = what_to_measure(trainer, self._target)
         try:
-            return Found(search(trainer, module, settings, self._drop, metric, mode))
+            return Found(search(trainer, module, settings, self._target.max_drop, metric, mode))
         except TargetError as error:
             return Found(failure=error.with_traceback(None))  # which would keep all copies alive
 
@@ -192,7 +178,7 @@ class _Stored:
                 f"The run that is resumed keeps {list(self.loaded)} float, and the search on the weights "
                 f"that this {type(module).__name__} was built with has found others. It has layers of its "
                 f"own, so that it cannot be prepared anew. Pass keep_float={list(self.loaded)} instead of "
-                f"{ARGUMENTS}."
+                f"accuracy_target."
             )
         self.put_back(module)
         prepare_module(module, keeping_as(self._settings, stored))
@@ -224,9 +210,9 @@ def _check_float(networks: Iterable[nn.Module]) -> None:
     for network in networks:
         if recipe_of(network) is not None:
             raise ValueError(
-                f"target_drop decides which layers stay float before a network is prepared, but this "
+                f"An accuracy target decides which layers stay float before a network is prepared, but this "
                 f"{type(network).__name__} is prepared already. Start from the float network, or leave out "
-                f"{ARGUMENTS}: the layers that are float in it stay so."
+                f"accuracy_target: the layers that are float in it stay so."
             )
 
 

@@ -25,8 +25,30 @@ from qat_lightning.fake_quant.ranges import has_histogram, has_range, set_range
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.run import trainer_facts
 from qat_lightning.run.distributed.merge_ranges import merge_ranges
+from qat_lightning.run.part import Part
 
 Average = Callable[[Any, Any, Any], Any]
+
+
+class Averaging(Part):
+    """Keeps the qparams of averaged weights right; does nothing where no weights are averaged."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        adopt(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        settle(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        settle(trainer, module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        settle(trainer, module)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        finish(trainer, module)
 
 
 def adopt(trainer: pl.Trainer) -> None:

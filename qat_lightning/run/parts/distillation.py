@@ -7,8 +7,7 @@ the term is added to it, scaled as the loss is. By the chain rule that is the gr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.analysis.inputs import is_redirected
 from qat_lightning.base import random_state
 from qat_lightning.run import trainer_facts
+from qat_lightning.run.part import Part
 from qat_lightning.run.parts import teachers
+from qat_lightning.run.parts.config import Distillation
 
 METRIC = "train/distillation"
 
@@ -42,28 +43,15 @@ class Term(NamedTuple):
     size: int
 
 
-class Distillation:
+class Teaching(Part):
     """Runs the teachers beside the networks that learn from them, and adds their term to the gradient.
 
     Args:
-        teacher: As the callback takes it.
-        weight: What the divergence is multiplied by.
-        temperature: What both networks' logits are divided by.
-
-    Raises:
-        ValueError: A value is out of range.
-        TypeError: A value is of the wrong type.
+        distillation: Who teaches, and how much; None for nobody.
     """
 
-    def __init__(self, teacher: teachers.TeacherLike, weight: float, temperature: float) -> None:
-        for name, value in (("teacher_weight", weight), ("teacher_temperature", temperature)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, but received {value!r}.")
-            if not (0 < value < math.inf):
-                fix = " For no distillation, pass teacher=None." if name == "teacher_weight" else ""
-                raise ValueError(f"{name} must be above 0 and finite, but received {value}.{fix}")
-        self._asked = teachers.copied(teacher)
-        self._weight, self._temperature = float(weight), float(temperature)
+    def __init__(self, distillation: Distillation | None) -> None:
+        self._asked = distillation
         self._taken: dict[str, nn.Module] = {}
         self._teachers: dict[nn.Module, nn.Module] = {}
         self._names: dict[nn.Module, str] = {}
@@ -78,19 +66,19 @@ class Distillation:
 
     # Before the run.
 
-    def take(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        """Takes the teachers of the networks `names`, which are about to be prepared."""
-        self._taken = teachers.take(self._asked, module, names, self._teachers)
+    def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
+        asked = None if self._asked is None else self._asked.teacher
+        self._taken = teachers.take(asked, module, names, self._teachers)
         self._resumed = []
 
-    def pair(self, networks: Mapping[str, nn.Module]) -> None:
+    def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
         """Gives the prepared `networks` the teachers that were taken."""
         self._taken = {name: teacher for name, teacher in self._taken.items() if name in networks}
         self._teachers = {networks[name]: teacher for name, teacher in self._taken.items()}
         self._names = {networks[name]: name for name in self._taken}
         self._fingerprint = teachers.fingerprint(self._taken) if self._taken else None
 
-    def start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Moves the teachers to where the run is, and checks that they are those of a resumed run.
 
         Raises:
@@ -110,19 +98,26 @@ class Distillation:
             self._steps_before = trainer.global_step
         self._check_resumed()
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to have in common with this one: plain values, and no weights."""
-        if self._fingerprint is None:
-            return None
-        return {"weights": self._fingerprint, "weight": self._weight, "temperature": self._temperature}
+        return {"teacher": self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keeps what the resumed run had until the teachers are there to compare."""
-        self._resumed = [state]
+        self._resumed = [state.get("teacher")]
+
+    def _identity(self) -> dict[str, Any] | None:
+        if self._fingerprint is None or self._asked is None:
+            return None
+        return {
+            "weights": self._fingerprint,
+            "weight": float(self._asked.weight),
+            "temperature": float(self._asked.temperature),
+        }
 
     def _check_resumed(self) -> None:
         resumed, self._resumed = self._resumed, []
-        own = self.state_dict()
+        own = self._identity()
         if not resumed or resumed[0] == own:
             return
         raise ValueError(
@@ -134,30 +129,30 @@ class Distillation:
 
     # At every training batch. The hooks exist in it alone, or copies of the networks would have them.
 
-    def begin_batch(self) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begins to listen to the networks."""
-        self.stop()
+        self._stop()
         for network in self._teachers:
             self._hooks.append(network.register_forward_pre_hook(self._ask, with_kwargs=True))
             self._hooks.append(network.register_forward_hook(self._listen))
 
-    def begin_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Notes how the loss is scaled whose backward is about to begin."""
         self._loss_scale = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
-    def end_backward(self) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leaves every other backward, such as that of a gradient penalty, alone."""
         self._loss_scale = self._scaler = None
 
-    def end_batch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Logs the term, and stops to listen.
 
         Raises:
             MisconfigurationException: Weights have changed, and no term has had a part in it.
         """
         added = self._added
-        self.stop()
+        self._stop()
         if added:
             self._steps_before = None
             module.log(
@@ -177,17 +172,23 @@ class Distillation:
                 "of loss.backward()."
             )
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Stops to listen."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._added = [], []
         self._answers.clear()
-        self.end_backward()
+        self._loss_scale = self._scaler = None
 
-    def end(self) -> None:
-        """Stops, and frees the device."""
-        self.stop()
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Stops to listen, and frees the device."""
+        self._stop()
         for teacher in self._teachers.values():
             teacher.cpu()
 
@@ -201,7 +202,8 @@ class Distillation:
             raise ValueError(
                 f"The input of {self._name(network)} comes out of other trained layers, so that its teacher "
                 "would be asked something else than the float network was. Put both into one network, as in "
-                'nn.Sequential(backbone, head), or name those that learn: teacher={"model": "self"}.'
+                "nn.Sequential(backbone, head), or name those that learn: "
+                'Distillation(teacher={"model": "self"}).'
             )
         with torch.no_grad(), random_state.preserved():
             args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
@@ -219,9 +221,10 @@ class Distillation:
                 f"The logits of {self._name(network)} have the shape {tuple(logits.shape)}, but those of its "
                 f"teacher {tuple(answer.shape)}. A teacher has the same classes, and the same resolution."
             )
-        if logits.requires_grad:
-            value, gradient = divergence(logits, answer, self._temperature)
-            term = Term(self._weight * value, self._weight * gradient, len(logits))
+        if logits.requires_grad and self._asked is not None:
+            value, gradient = divergence(logits, answer, self._asked.temperature)
+            weight = self._asked.weight
+            term = Term(weight * value, weight * gradient, len(logits))
             logits.register_hook(partial(self._add, term))
 
     def _add(self, term: Term, gradient: Tensor) -> Tensor | None:
@@ -281,6 +284,6 @@ def _words(state: dict[str, Any] | None) -> str:
     if state is None:
         return "no teacher"
     return (
-        f"a teacher of weights {state['weights'][:12]} (teacher_weight={state['weight']}, "
-        f"teacher_temperature={state['temperature']})"
+        f"a teacher of weights {state['weights'][:12]} (weight={state['weight']}, "
+        f"temperature={state['temperature']})"
     )

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import lightning.pytorch as pl
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.inputs import Inputs, arguments_of
 from qat_lightning.base.errors import ConversionError, nearest
@@ -19,6 +18,7 @@ from qat_lightning.modes.graph.subclass import with_forward
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import example_inputs_of
 from qat_lightning.quantize.int8_file import save_int8
+from qat_lightning.run.part import Part
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -26,8 +26,8 @@ FORMATS = ("torch", "onnx", "openvino")
 METRICS_KEY = "qat_lightning.metrics"
 
 
-class Exports:
-    """Which formats to write, and the inputs that their graphs are traced and checked with.
+class Exports(Part):
+    """The formats that a run ends with.
 
     Args:
         formats: Some of :data:`FORMATS`.
@@ -48,14 +48,13 @@ class Exports:
                     f"export takes {', '.join(FORMATS)}, but received {each!r}. {nearest(each, FORMATS)}"
                 )
         self.formats = tuple(formats)
-        self.inputs: dict[str, Inputs] = {}
 
     @property
     def need_inputs(self) -> bool:
         """Whether there is a graph to trace."""
         return any(each != "torch" for each in self.formats)
 
-    def check(self) -> None:
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raises a `MissingExtraError` if a package is not installed that a format needs."""
         if self.need_inputs:
             require("onnx", "onnxscript", "onnxruntime", purpose="Exporting to ONNX")
@@ -69,6 +68,7 @@ class Exports:
         names: Sequence[str],
         folder: Path,
         metrics: Mapping[str, float],
+        inputs: Mapping[str, Inputs],
     ) -> list[Path]:
         """Writes them all.
 
@@ -78,6 +78,7 @@ class Exports:
             names: Names of the networks in it. Where there are several, a graph's file has its network's.
             folder: Where to write.
             metrics: What graphs are to say of themselves, beside the recipe.
+            inputs: What the first batch gave each network; graphs are traced and checked with it.
 
         Returns:
             The files, `int8.pt` first.
@@ -91,7 +92,7 @@ class Exports:
         for each, export, suffix in (("onnx", export_onnx, "onnx"), ("openvino", export_openvino, "xml")):
             for name in names if each in self.formats else ():
                 part = f".{name}" if len(names) > 1 else ""
-                arguments = self._arguments(module, name)
+                arguments = _arguments(module, name, inputs)
                 path = folder / f"int8{part}.{suffix}"
                 written.append(export(module.get_submodule(name), path, arguments, metadata=metadata))
         return written
@@ -103,31 +104,18 @@ class Exports:
         runtime = load_runtime(path)
         return replace_submodule(module, name, runtime) if name else _run_by(module, runtime)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The inputs, where a checkpoint can hold them, for a run that is resumed after its last step."""
-        if not self.need_inputs or not all(map(_is_plain, tree_leaves(list(self.inputs.values())))):
-            return {}
-        return {name: {"args": inputs.args, "kwargs": inputs.kwargs} for name, inputs in self.inputs.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes them over."""
-        self.inputs |= {name: Inputs(tuple(each["args"]), each["kwargs"]) for name, each in state.items()}
-
-    def _arguments(self, module: nn.Module, name: str) -> Any:
-        """The arguments of a network, by name where its `forward` names them all."""
-        if name in self.inputs:
-            return arguments_of(module.get_submodule(name), self.inputs[name])
-        found = example_inputs_of(module, name)
-        if found is None:
-            raise ConversionError(
-                f"No batch has reached the network {name or type(module).__name__!r}, so there is nothing to "
-                "trace its graph with. Give the LightningModule an example_input_array."
-            )
-        return found
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, torch.Tensor | int | float | str)
+def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> Any:
+    """The arguments of a network, by name where its `forward` names them all."""
+    if name in inputs:
+        return arguments_of(module.get_submodule(name), inputs[name])
+    found = example_inputs_of(module, name)
+    if found is None:
+        raise ConversionError(
+            f"No batch has reached the network {name or type(module).__name__!r}, so there is nothing to "
+            "trace its graph with. Give the LightningModule an example_input_array."
+        )
+    return found
 
 
 def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:

@@ -8,8 +8,33 @@ import torch
 from qat_lightning.analysis.scoring import lone_trainer, validate
 from qat_lightning.base import random_state
 from qat_lightning.quantize.convert import convert
+from qat_lightning.run.part import Part
 
 _PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
+
+
+class Int8Validation(Part):
+    """Logs what int8 reaches, for ModelCheckpoint and EarlyStopping to monitor.
+
+    Args:
+        every_n_epochs: How often; None for never.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+
+    def __init__(self, every_n_epochs: int | None) -> None:
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(
+                f"int8_val_every_n_epochs must be None or at least 1, but received {every_n_epochs}."
+            )
+        self._every = every_n_epochs
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._every is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if (trainer.current_epoch + 1) % self._every == 0:
+            module.log_dict(validate_int8(trainer, module), sync_dist=trainer.world_size > 1)
 
 
 def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

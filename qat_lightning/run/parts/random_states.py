@@ -10,43 +10,51 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import distributed
 
 from qat_lightning.base import random_state
 from qat_lightning.run import progress
+from qat_lightning.run.distributed.processes import gather
+from qat_lightning.run.part import Part
 
 _KEY = "qat_random_state"
 
 
-class RandomStates:
-    """The random states of all ranks, between a checkpoint's load and the first step after it."""
+class RandomStates(Part):
+    """Holds the random states of all ranks between the load of a checkpoint and the first step after it."""
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []
 
-    def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Stores the state of every rank in `checkpoint`; every rank calls it."""
-        states: list[Any] = [random_state.capture()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            distributed.all_gather_object(states, random_state.capture())
-        checkpoint[_KEY] = states
-        progress.record_due_validation(trainer, checkpoint)
-
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the states of `checkpoint` until they are restored."""
-        self._states = checkpoint.get(_KEY, [])
-
-    def clear(self) -> None:
-        """Forgets states that were not restored."""
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._states = []
 
-    def restore_before_validation(self, trainer: pl.Trainer) -> None:
-        """Puts this rank's generators back, if a validation comes before the first step."""
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if progress.validation_is_next(trainer):
-            self.restore(trainer, epoch_start=False)
+            self._restore(trainer, epoch_start=False)
 
-    def restore(self, trainer: pl.Trainer, *, epoch_start: bool) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restore(trainer, epoch_start=True)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restore(trainer, epoch_start=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        progress.forget_restart(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Stores the state of every rank; every rank calls it."""
+        checkpoint[_KEY] = gather(random_state.capture())
+        progress.record_due_validation(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._states = checkpoint.get(_KEY, [])
+
+    def _restore(self, trainer: pl.Trainer, *, epoch_start: bool) -> None:
         """Puts this rank's generators back, once after each load."""
         states, self._states = self._states, []
         if not states:

@@ -8,73 +8,68 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.base import random_state
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.recipe import quantized_networks
 from qat_lightning.report.build import FinishedRun, publish
 from qat_lightning.report.curves import Curves
+from qat_lightning.run import trainer_facts
 from qat_lightning.run.conversion import ConversionResult
+from qat_lightning.run.part import Part
+from qat_lightning.run.parts.first_batch import FirstBatch
 from qat_lightning.run.parts.scores import Shipped, score_all
 
 
-class RunReport:
+class RunReport(Part):
     """Gathers what a report needs while a run goes on, and writes it at the end.
+
+    Args:
+        write: Whether to write one. The curves are gathered in any case.
+        first_batch: Has what the first batch gave each network; used where there is no validation.
+        shipped: Puts what a file holds in the place of the networks of a fresh module.
 
     Attributes:
         curves: The course of the training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, write: bool, first_batch: FirstBatch, shipped: Shipped) -> None:
         self.curves = Curves()
+        self._write, self._first_batch, self._shipped = write, first_batch, shipped
         self._start: pl.LightningModule | None = None
+        self._networks: Mapping[str, nn.Module] = {}
 
-    def begin(self, module: pl.LightningModule, *, keep: bool) -> None:
-        """Begins with a run; a module that is still float is copied with `keep`, to score it at the end."""
+    def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
+        """Keeps a copy of a module that is still float, to score it at the end."""
         self.curves.clear()
-        if keep and next(quantized_networks(module), None) is None:
+        if self._write and trainer.is_global_zero and next(quantized_networks(module), None) is None:
             self._start = copy_of(module).cpu()
 
-    def resume(self, curves: Mapping[str, Any] | None) -> None:
-        """Goes on with the curves of a checkpoint, None in one of an earlier version.
+    def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
+        self._networks = networks
 
-        The copy is forgotten: the run began elsewhere, and its module need not have held those weights.
-        """
-        self._start = None
-        if curves is not None:
-            self.curves.load_state_dict(curves)
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._record(trainer)
 
-    def write(
-        self,
-        trainer: pl.Trainer,
-        outcome: ConversionResult,
-        inputs: Mapping[str, Inputs],
-        names: Sequence[str],
-        shipped: Shipped,
-        folder: Path,
-    ) -> None:
-        """Measures everything, writes it to `folder` and prints it. A failure is a warning and no more.
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._record(trainer)
 
-        Args:
-            trainer: The Trainer, at the end of fit.
-            outcome: What the conversion gave.
-            inputs: What the first batch gave each network; used where there is no validation.
-            names: Names of the prepared networks.
-            shipped: Puts what a file holds in the place of a network of a module.
-            folder: Where to write.
-        """
-        assert outcome.trained is not None
+    def after_conversion(self, trainer: pl.Trainer, result: ConversionResult, folder: Path) -> None:
+        """Measures everything, writes it to `folder` and prints it. A failure is a warning and no more."""
+        if not self._write or result.trained is None or trainer_facts.is_fast_dev_run(trainer):
+            return
         try:
             with random_state.preserved():
-                scores, caught = score_all(trainer, outcome, self._start, names, shipped)
+                scores, caught = score_all(trainer, result, self._start, [*self._networks], self._shipped)
                 run = FinishedRun(
-                    title=type(outcome.trained).__name__,
-                    source=outcome.source,
-                    trained=outcome.trained,
-                    int8=outcome.module,
-                    inputs={**inputs, **caught},
-                    files=outcome.files,
+                    title=type(result.trained).__name__,
+                    source=result.source,
+                    trained=result.trained,
+                    int8=result.module,
+                    inputs={**self._first_batch.inputs, **caught},
+                    files=result.files,
                     scores=scores,
                     curves=self.curves,
                 )
@@ -85,3 +80,19 @@ class RunReport:
                 f"The report could not be made: {error} ({type(error).__name__}). Everything else of the run "
                 "is written."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curves": self.curves.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the curves of a checkpoint, which one of an earlier version has not.
+
+        The copy is forgotten: the run began elsewhere, and its module need not have held those weights.
+        """
+        self._start = None
+        if state.get("curves") is not None:
+            self.curves.load_state_dict(state["curves"])
+
+    def _record(self, trainer: pl.Trainer) -> None:
+        rate = trainer_facts.highest_learning_rate(trainer)
+        self.curves.record(trainer.current_epoch, trainer.callback_metrics, rate)

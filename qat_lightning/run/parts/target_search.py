@@ -18,13 +18,12 @@ from qat_lightning.analysis.keep_for_target import keep_for_target
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import TargetError
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import Settings
+from qat_lightning.quantize.options import Settings
 from qat_lightning.run import trainer_facts
+from qat_lightning.run.parts.config import AccuracyTarget
 
-ARGUMENTS = "target_drop, target_metric and target_mode"
 
-
-def what_to_measure(trainer: pl.Trainer, metric: str | None, mode: str | None) -> tuple[str, str]:
+def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, str]:
     """The metric and its mode: as asked for, else as the callbacks monitor it, ModelCheckpoints first.
 
     Raises:
@@ -37,24 +36,28 @@ def what_to_measure(trainer: pl.Trainer, metric: str | None, mode: str | None) -
         for each in callbacks
         if isinstance(each, kind) and each.monitor
     ]
-    if metric is None:
-        metric = next((name for name, _ in monitored), None)
+    metric = target.metric or next((name for name, _ in monitored), None)
     if metric is None:
         raise MisconfigurationException(
-            "target_drop needs a metric, and no ModelCheckpoint monitors one. Pass its name, as "
-            'target_metric="val_accuracy", and target_mode="max" or "min".'
+            "An accuracy target needs a metric, and no ModelCheckpoint monitors one. Name it: "
+            'AccuracyTarget(metric="val_accuracy", mode="max").'
         )
-    mode = mode or next((mode for name, mode in monitored if name == metric), None)
+    mode = target.mode or next((mode for name, mode in monitored if name == metric), None)
     if mode is None:
         raise MisconfigurationException(
-            f"target_drop has to know whether more or less of {metric!r} is better, and no ModelCheckpoint "
-            'monitors it. Pass target_mode="max" or "min".'
+            f"An accuracy target has to know whether more or less of {metric!r} is better, and no "
+            'ModelCheckpoint monitors it. Pass mode="max" or mode="min" to AccuracyTarget.'
         )
     return metric, mode
 
 
 def search(
-    trainer: pl.Trainer, module: pl.LightningModule, settings: Settings, drop: float, metric: str, mode: str
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    settings: Settings,
+    max_drop: float,
+    metric: str,
+    mode: str,
 ) -> tuple[str, ...]:
     """Searches on the device and the validation data of a run, in this process alone.
 
@@ -65,7 +68,7 @@ def search(
         trainer: The Trainer, in `setup`.
         module: The float module; it is not changed.
         settings: How it is to be prepared.
-        drop: As `target_drop` of :func:`qat_lightning.keep_for_target`.
+        max_drop: As in :func:`qat_lightning.keep_for_target`.
         metric: What the module's `validation_step` logs.
         mode: `"max"` or `"min"`.
 
@@ -84,7 +87,7 @@ def search(
             alone,
             loader,
             metric,
-            target_drop=drop,
+            max_drop=max_drop,
             higher_is_better=mode == "max",
             modules=settings.modules,
             **settings.options,
@@ -107,20 +110,20 @@ def _validation_loader(trainer: pl.Trainer) -> Iterable[Any]:
         data = trainer_facts.validation_data(trainer)
     except Exception as error:
         raise MisconfigurationException(
-            "target_drop needs the validation data before LightningModule.setup runs, but asking for it "
-            f"failed: {error!r}. Make it in the datamodule's `setup`, or in `val_dataloader` itself."
+            "An accuracy target needs the validation data before LightningModule.setup runs, but asking for "
+            f"it failed: {error!r}. Make it in the datamodule's `setup`, or in `val_dataloader` itself."
         ) from error
     limit = trainer.limit_val_batches
     if data is None or not limit:
         raise MisconfigurationException(
-            "target_drop measures a metric on the validation data, but this run has none: no "
-            f"val_dataloader, or limit_val_batches=0. Give it some, or leave out {ARGUMENTS}."
+            "An accuracy target measures a metric on the validation data, but this run has none: no "
+            "val_dataloader, or limit_val_batches=0. Give it some, or leave out accuracy_target."
         )
     combined = data if isinstance(data, CombinedLoader) else CombinedLoader(data, "sequential")
     if len(combined.flattened) != 1:
         raise MisconfigurationException(
-            f"target_drop takes one validation loader, but this run has {len(combined.flattened)}. Pass "
-            "keep_float=qat_lightning.keep_for_target(module, loader, metric) instead, with one of them."
+            f"An accuracy target takes one validation loader, but this run has {len(combined.flattened)}. "
+            "Pass keep_float=qat_lightning.keep_for_target(module, loader, metric) instead, with one of them."
         )
     (loader,) = combined.flattened
     if isinstance(limit, int):
@@ -132,9 +135,9 @@ def _check_trained(module: nn.Module) -> None:
     norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
     if norms and not any(_has_seen_data(each) for each in norms):
         raise TargetError(
-            "target_drop compares int8 with the float network that the training starts from, but this one is "
-            "not trained: no batch-norm in it has seen data, so that its metric says nothing. Load trained "
-            f"weights first (on the command line weights=…), or leave out {ARGUMENTS}."
+            "An accuracy target compares int8 with the float network that the training starts from, but this "
+            "one is not trained: no batch-norm in it has seen data, so that its metric says nothing. Load trained "
+            "weights first (on the command line weights=…), or leave out accuracy_target."
         )
 
 

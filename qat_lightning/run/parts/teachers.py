@@ -68,7 +68,7 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
         if isinstance(teacher, nn.Module) and len(known) > 1:
             raise ValueError(
                 f"One teacher teaches one network, but {len(known)} are prepared: {', '.join(known)}. Say "
-                f"which learns from it: teacher={{{known[0]!r}: network}}."
+                f"which learns from it: Distillation(teacher={{{known[0]!r}: network}})."
             )
         return dict.fromkeys(known, teacher)
     for name in teacher:
@@ -105,7 +105,7 @@ def take(
         else:
             raise ValueError(
                 f'teacher="self" is the float network as it is before it is prepared, but {name!r} is '
-                "prepared already. Start from the float network, or pass it: teacher=network."
+                "prepared already. Start from the float network, or pass it: Distillation(teacher=network)."
             )
     return taken
 

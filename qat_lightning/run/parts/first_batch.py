@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.inputs import Catcher, Inputs
 from qat_lightning.analysis.preflight.dry_run import dry_run
@@ -15,39 +18,45 @@ from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.run import trainer_facts
+from qat_lightning.run.part import Part
 
 
-class FirstBatch:
-    """Catches what the first batch gives the networks, and tries them with it.
+class FirstBatch(Part):
+    """Catches what the first batch gives the networks, and tries copies of them with it.
+
+    Args:
+        dry_run: Whether to try them.
+        catch: Whether something else needs the inputs.
+        store: Whether checkpoints hold the inputs, for a run that is resumed after its last step.
 
     Attributes:
         reports: What became of each network that the first batch reached, on rank 0.
         inputs: What the first batch gave each network.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, dry_run: bool, catch: bool, store: bool) -> None:
         self.reports: list[NetworkReport] = []
         self.inputs: dict[str, Inputs] = {}
+        self._dry_run, self._catch, self._store = dry_run, catch, store
         self._networks: Mapping[str, nn.Module] = {}
         self._catcher: Catcher | None = None
         self._done = False
 
-    def watch(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
+    def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
+        self._networks = networks
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begins to catch inputs, unless that was done before, or would have compiled code compiled again."""
-        if self._done:
+        if self._done or not (self._dry_run or self._catch):
             return
         self._done = True
         if trainer_facts.is_compiled(module):
             rank_zero_info("Preflight is left out, because the module is compiled")
             return
-        self._networks, self._catcher = networks, Catcher(networks.values())
+        self._catcher = Catcher(self._networks.values())
 
-    def try_out(self, trainer: pl.Trainer, *, dry_run: bool = True) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keeps what was caught and tries it, once: rank 0 does, and all ranks get the verdict.
-
-        Args:
-            trainer: The Trainer.
-            dry_run: Whether to try it.
 
         Raises:
             PreflightError: On every rank, if a network would not convert or run.
@@ -58,7 +67,7 @@ class FirstBatch:
         catcher.close()
         caught = {name: catcher.caught.get(network) for name, network in self._networks.items()}
         self.inputs |= {name: inputs for name, inputs in caught.items() if inputs is not None}
-        if not dry_run:
+        if not self._dry_run:
             return
         error = self._dry_run_all() if trainer.is_global_zero else None
         if trainer.world_size > 1:
@@ -68,11 +77,21 @@ class FirstBatch:
         for report in self.reports:
             rank_zero_info(f"Preflight: {report}")
 
-    def stop(self) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Removes the hooks, if a run ended before its first batch did."""
         if self._catcher is not None:
             self._catcher.close()
             self._catcher = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inputs, where a checkpoint can hold them."""
+        if not self._store or not all(map(_is_plain, tree_leaves(list(self.inputs.values())))):
+            return {"inputs": {}}
+        return {"inputs": {name: inputs._asdict() for name, inputs in self.inputs.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, each in state.get("inputs", {}).items():
+            self.inputs[name] = Inputs(tuple(each["args"]), each["kwargs"])
 
     def _dry_run_all(self) -> PreflightError | None:
         try:
@@ -87,3 +106,7 @@ class FirstBatch:
                 f"The preflight itself failed, and training goes on: {type(error).__name__}: {error}"
             )
         return None
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, torch.Tensor | int | float | str)

@@ -1,0 +1,1 @@
+"""How much int8 may lose before training, or `none`."""

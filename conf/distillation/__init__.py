@@ -1,0 +1,1 @@
+"""Whose logits the network learns beside its labels, or `none`."""

@@ -1,0 +1,126 @@
+"""How a network is prepared: the options that every function and callback of this package shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from qat_lightning.base.backends import check_backend
+from qat_lightning.base.errors import nearest
+from qat_lightning.modes import check_mode, check_untraceable
+from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig
+from qat_lightning.quantize.selection import FloatPattern
+
+
+class PrepareOptions(TypedDict, total=False):
+    """The keyword arguments that say how a network is prepared; all are optional.
+
+    Attributes:
+        backend: Engine of the int8 network: `"x86"` (default), `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
+            fbgemm use 7 bits for activations, so that sums fit on CPUs without VNNI; onednn and qnnpack use
+            8, which is more accurate where the CPU has VNNI.
+        qconfig: Your own `QConfig` or `QConfigMapping` instead of the backend's default.
+        mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself; `"eager"`
+            runs its own code, with the QuantStubs that its author wrote. `"auto"` (default): eager where
+            there are QuantStubs, else fx.
+        keep_float: Names, globs or types of submodules that stay float. Names are relative to the network. In
+            fx mode also functions, such as `torch.matmul` or, by name, `"torch.matmul()"`: every call stays
+            float.
+        fuse: `"auto"` (default), or in eager mode groups of module names, as `fuse_modules_qat` takes them.
+            `"auto"` finds fusions in the graph of the network. In eager mode the network's own `fuse_model`
+            goes first; where a network cannot be traced, one forward pass on example inputs finds them.
+        replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it. Default: True.
+        overrides: QConfigs of single convolutions and linear layers, by name or glob: a `QConfig`, the name
+            of a backend for that backend's default, or None to keep them float.
+        untraceable: What happens in fx mode to a part whose forward cannot be traced. `"error"` (default)
+            raises with its file and line; `"float"` keeps the smallest such parts float and says so.
+    """
+
+    backend: str
+    qconfig: QConfigLike | None
+    mode: str
+    keep_float: Sequence[FloatPattern]
+    fuse: str | Sequence[Sequence[str]]
+    replace_relu6: bool
+    overrides: Overrides | None
+    untraceable: str
+
+
+class ModuleOptions(PrepareOptions, total=False):
+    """:class:`PrepareOptions`, and which networks of a module they are for.
+
+    Attributes:
+        modules: Dotted names of the submodules to quantize. By default every child that is a network (a
+            container with convolutions or linear layers).
+    """
+
+    modules: Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """:class:`ModuleOptions`, complete and checked.
+
+    Raises:
+        ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
+        TypeError: A value is of the wrong type.
+    """
+
+    backend: str = "x86"
+    qconfig: QConfigLike | None = None
+    mode: str = "auto"
+    modules: Sequence[str] | None = None
+    keep_float: Sequence[FloatPattern] = ()
+    fuse: str | Sequence[Sequence[str]] = "auto"
+    replace_relu6: bool = True
+    overrides: Overrides | None = None
+    untraceable: str = "error"
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        check_qconfig(self.qconfig)
+        check_mode(self.mode)
+        check_untraceable(self.untraceable)
+        for name in ("modules", "keep_float"):
+            if isinstance(getattr(self, name), str):
+                value = getattr(self, name)
+                raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
+        if self.modules is not None and (not self.modules or len(set(self.modules)) < len(self.modules)):
+            raise ValueError(
+                "modules must name at least one submodule, each once, or be None for all networks, but "
+                f"received {list(self.modules)}."
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], caller: str, *, one_network: bool = False) -> Settings:
+        """Completes and checks the keyword arguments of `caller`.
+
+        Args:
+            options: What `caller` received as `**options`.
+            caller: Its name, for the message.
+            one_network: Whether it takes a single network, so that there is no `modules`.
+
+        Raises:
+            TypeError: There is no option of that name, or a value is of the wrong type.
+            ValueError: A value is out of range.
+        """
+        known = (PrepareOptions if one_network else ModuleOptions).__annotations__
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{caller} takes no argument {name!r}. {nearest(name, known)}")
+        return cls(**options)
+
+    @property
+    def options(self) -> PrepareOptions:
+        """What :func:`qat_lightning.prepare` takes of them."""
+        return PrepareOptions(
+            backend=self.backend,
+            qconfig=self.qconfig,
+            mode=self.mode,
+            keep_float=self.keep_float,
+            fuse=self.fuse,
+            replace_relu6=self.replace_relu6,
+            overrides=self.overrides,
+            untraceable=self.untraceable,
+        )

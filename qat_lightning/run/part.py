@@ -1,0 +1,92 @@
+"""What a part of the callback is: one concern of a run, with the hooks that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from qat_lightning.run.conversion import ConversionResult
+
+
+class Part:
+    """One concern of a quantization-aware training run.
+
+    :class:`qat_lightning.QuantizationAwareTraining` holds a list of parts, and each of its hooks calls the
+    hook of the same name on every part, in the order of the list. A part overrides what it needs. The hooks
+    have Lightning's names and times; those without such a name are described below.
+    """
+
+    # Before the run.
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Forgets an earlier run, and refuses what cannot work, before anything is changed."""
+
+    def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
+        """Sees the float networks `names`, which are about to be prepared."""
+
+    def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
+        """Takes the prepared networks; called again where a checkpoint has them prepared anew."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    # The run.
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None: ...
+
+    def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A validation, a test or a prediction begins."""
+
+    def on_evaluation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """It has ended."""
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    # After the run.
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
+
+    def after_conversion(self, trainer: pl.Trainer, result: ConversionResult, folder: Path) -> None:
+        """Sees the int8 module and the files that are written; `folder` is where they are."""
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the callback's state in a checkpoint holds of this part, as plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what it needs of the callback's state, in which an older version may lack a key."""
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None: ...
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None: ...
