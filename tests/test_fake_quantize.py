@@ -15,7 +15,12 @@ from torch import Tensor
 from qat_lightning import FakeQuantize
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.fake_quantize import OBSERVERS
-from qat_lightning.fake_quant.numerics import affine_grid, fake_quantize, in_one_kernel, round_weight
+from qat_lightning.fake_quant.numerics import (
+    affine_qparams,
+    fake_quantize,
+    fake_quantize_in_one_kernel,
+    round_weight,
+)
 from qat_lightning.modes.qconfig import default_qconfig
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
@@ -28,7 +33,7 @@ def reference(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> 
     return (integers.clamp(low, high) - zero_point) * scale
 
 
-@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
+@pytest.mark.parametrize("function", [fake_quantize, fake_quantize_in_one_kernel])
 @settings(max_examples=150, deadline=None)
 @given(
     shape=SHAPES,
@@ -68,7 +73,7 @@ def test_forward_rounds_to_the_nearest_point_of_the_grid(
     )
 
 
-@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
+@pytest.mark.parametrize("function", [fake_quantize, fake_quantize_in_one_kernel])
 @settings(max_examples=100, deadline=None)
 @given(grid=GRIDS, position=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_gradient_is_the_straight_through_estimators(
@@ -125,7 +130,7 @@ def test_round_weight_is_fake_quantize_of_the_folded_weight(
         torch.testing.assert_close(factors[1].grad, factors[0].grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [fake_quantize, in_one_kernel])
+@pytest.mark.parametrize("function", [fake_quantize, fake_quantize_in_one_kernel])
 def test_a_network_in_float64_has_the_same_grid(function: Any) -> None:
     x, zero = torch.randn(100), torch.tensor([100], dtype=torch.int32)
     y = function(x, torch.tensor([0.03]), zero, 0, 255)
@@ -154,9 +159,11 @@ def test_per_channel_rounds_each_channel_to_its_own_grid(memory_format: torch.me
 
 @settings(max_examples=100, deadline=None)
 @given(low=st.floats(-1e6, 1e6), width=st.floats(0, 1e6), grid=GRIDS)
-def test_affine_grid_covers_the_range_and_holds_zero(low: float, width: float, grid: tuple[int, int]) -> None:
+def test_affine_qparams_cover_the_range_and_represent_zero(
+    low: float, width: float, grid: tuple[int, int]
+) -> None:
     quant_min, quant_max = grid
-    scale, zero_point = affine_grid(
+    scale, zero_point = affine_qparams(
         torch.tensor([low]), torch.tensor([low + width]), quant_min, quant_max, 1e-7
     )
     step, zero = float(scale), int(zero_point)

@@ -19,7 +19,7 @@ from torchvision import models
 from qat_lightning import convert, export_onnx, export_openvino, prepare
 from qat_lightning.export.load import load_graph
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
-from qat_lightning.fake_quant.numerics import affine_grid
+from qat_lightning.fake_quant.numerics import affine_qparams
 from tests.networks import CLASSES, StubbedLayers, images, sqnr, train_steps
 
 onnx_ir = pytest.importorskip("onnx_ir")
@@ -59,7 +59,7 @@ def trained(network: nn.Module, **options: Any) -> nn.Module:
 
 
 def fitted(prepared: nn.Module) -> list[FakeQuantize]:
-    return [m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.unit is not None]
+    return [m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.exact_value is not None]
 
 
 def kinds(path: Path) -> list[str]:
@@ -71,10 +71,10 @@ def kinds(path: Path) -> list[str]:
 
 @settings(max_examples=200, deadline=None)
 @given(low=st.floats(-50, 0), high=st.floats(0, 50), greatest=st.sampled_from([127, 255]))
-def test_a_grid_that_holds_a_unit_is_hardly_wider(low: float, high: float, greatest: int) -> None:
+def test_an_exact_value_hardly_widens_the_scale(low: float, high: float, greatest: int) -> None:
     low, high = min(low, -1e-3), max(high, 1e-3)
     ends = (torch.tensor([low]), torch.tensor([high]), 0, greatest, 1e-7)
-    plain, (scale, zero_point) = affine_grid(*ends)[0], affine_grid(*ends, unit=3.0)
+    plain, (scale, zero_point) = affine_qparams(*ends)[0], affine_qparams(*ends, exact_value=3.0)
     steps = 3 / float(scale)
     assert abs(steps - round(steps)) < 1e-6 * steps
     assert float(plain) <= float(scale) * (1 + 1e-6)
@@ -83,9 +83,9 @@ def test_a_grid_that_holds_a_unit_is_hardly_wider(low: float, high: float, great
     assert (greatest - int(zero_point)) * float(scale) >= high - 0.51 * float(scale)
 
 
-def test_a_grid_coarser_than_the_unit_stays() -> None:
+def test_a_scale_above_the_exact_value_stays() -> None:
     ends = (torch.tensor([-600.0]), torch.tensor([600.0]), 0, 255, 1e-7)
-    assert affine_grid(*ends, unit=3.0) == affine_grid(*ends)
+    assert affine_qparams(*ends, exact_value=3.0) == affine_qparams(*ends)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Simulated int8 rounding: the arithmetic, the module that rounds, its ranges and its phases."""
+"""Simulated int8 rounding: its arithmetic, the module that does it, its ranges and its phases."""

@@ -1,10 +1,11 @@
-"""The fake-quantize module: it observes a tensor's range and rounds it to the grid of int8.
+"""The fake-quantize module: observes the range of a tensor and rounds the tensor to int8 values.
 
-`torch.ao`'s prepare and convert accept it through a QConfig. Differences from `torch.ao`'s own:
+`torch.ao`'s prepare and convert accept it through a QConfig. It differs from `torch.ao`'s own module:
 
-- one grid: the scale and the zero point that `forward` rounds with are the ones that convert reads;
-- it observes in training mode only, so that an evaluation moves nothing;
-- float32 arithmetic under autocast; a NaN or an infinity never enters a range, and sets a flag;
+- `forward` rounds with exactly the scale and the zero point that convert reads;
+- it observes in training mode only, so that an evaluation changes no range;
+- it computes in float32 under autocast;
+- NaN and infinity never enter a range, but set a flag;
 - its switches are Python attributes, so that neither a GPU nor `torch.compile` waits to read them.
 """
 
@@ -25,7 +26,7 @@ from torch.ao.quantization.observer import (
     PerChannelMinMaxObserver,
 )
 
-from qat_lightning.fake_quant.numerics import affine_grid, fake_quantize, round_weight, symmetric_scale
+from qat_lightning.fake_quant.numerics import affine_qparams, fake_quantize, round_weight, symmetric_scale
 
 OBSERVERS: dict[str, type[nn.Module]] = {
     "moving_average": MovingAverageMinMaxObserver,
@@ -36,39 +37,40 @@ OBSERVERS: dict[str, type[nn.Module]] = {
 }
 OBSERVER_NAMES = {observer: name for name, observer in OBSERVERS.items()}
 EPS = float(torch.finfo(torch.float32).eps)
-"""The least scale of a grid, as in `torch.ao`: int8 kernels cannot requantize with one far smaller."""
+"""The smallest scale, as in `torch.ao`: int8 kernels cannot requantize with a far smaller one."""
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
 class FakeQuantize(ao.FakeQuantize):
-    """Observes the range of a tensor and rounds the tensor to the int8 grid of that range.
+    """Observes the range of a tensor and rounds the tensor to the int8 values of that range.
 
-    Weights (per-channel grids) take their range anew from each tensor, activations follow their observer.
+    A weight (per-channel qparams) has the range of its latest tensor. The range of an activation follows the
+    observer.
 
     Args:
         observer: One of torch's observers; moving average by default.
-        quant_min: Least integer of the grid.
-        quant_max: Integer that the greatest value of the range falls on; 127 for the 7-bit activations of x86
-            and fbgemm. A value beyond the range goes on up to the greatest integer of the dtype, as it does
-            in the int8 network.
-        **observer_kwargs: `dtype`, `qscheme`, `ch_axis` and what else the observer takes.
+        quant_min: Smallest integer.
+        quant_max: The integer for the top of the range; 127 for the 7-bit activations of x86 and fbgemm.
+            Values beyond the range continue up to the largest integer of the dtype, as in the int8 network.
+        **observer_kwargs: `dtype`, `qscheme`, `ch_axis` and other arguments of the observer.
 
     Attributes:
-        bounds: Least and greatest integer of the dtype.
+        bounds: Smallest and largest integer of the dtype.
         scale: float32, one element or one for each channel.
-        zero_point: int32, likewise.
+        zero_point: int32, as many elements as `scale`.
         nonfinite: One bool, true once a NaN or an infinity was observed.
-        averaging: What share of a moving average the next batch is, if that is more than the observer's
+        averaging: Weight of the next batch in a moving average, where it exceeds the observer's averaging
             constant: see :meth:`average_over`.
         in_place: Whether training may overwrite the input with the result.
-        centre: Zero point that the grid begins with, and of symmetric grids the only one.
-        unit: What the grid shall hold besides 0, for the sake of what reads it; None for nothing. Affine
-            grids of a minimum and a maximum do, those of a histogram do not.
+        initial_zero_point: Zero point before any data; symmetric qparams keep it.
+        exact_value: A value that the qparams must represent exactly, besides 0, for the operation that reads
+            the result. None for no such value. Affine qparams of a minimum and a maximum respect it, those of
+            a histogram do not.
     """
 
     nonfinite: torch.Tensor
     averaging: torch.Tensor
-    unit: float | None = None
+    exact_value: float | None = None
 
     def __init__(
         self,
@@ -86,8 +88,8 @@ class FakeQuantize(ao.FakeQuantize):
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.axis = self.ch_axis if self.is_per_channel else None
         self.symmetric = self.qscheme in _SYMMETRIC
-        self.centre = quant_max - (quant_max - quant_min) // 2 if self.symmetric else 0
-        self.zero_point.fill_(self.centre)
+        self.initial_zero_point = quant_max - (quant_max - quant_min) // 2 if self.symmetric else 0
+        self.zero_point.fill_(self.initial_zero_point)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
@@ -95,7 +97,7 @@ class FakeQuantize(ao.FakeQuantize):
         if not self.rounding or X.numel() == 0:
             return X
         if self.axis == 0 and self.symmetric:
-            # A weight's grid was made of this very tensor, which lies inside it.
+            # If the scale was just computed from this very tensor, nothing is clipped.
             return round_weight(X, self.scale, self.bounds, inside=observed)
         return fake_quantize(
             X,
@@ -109,18 +111,18 @@ class FakeQuantize(ao.FakeQuantize):
 
     @torch.no_grad()
     def magnitude(self, weight: torch.Tensor) -> torch.Tensor:
-        """The greatest magnitude of each output channel, in float32."""
+        """Returns the largest magnitude of each output channel, in float32."""
         rows = weight.detach().flatten(1).float()
         if rows.device.type == "cpu":
             return torch.maximum(rows.amax(1), -rows.amin(1))
-        return torch.linalg.vector_norm(rows, torch.inf, 1)  # one kernel, which on a CPU is ten times slower
+        return torch.linalg.vector_norm(rows, torch.inf, 1)  # one kernel, but ten times slower on a CPU
 
     def observe(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Takes `x` into the range, and makes the grid of it.
+        """Updates the range with `x`, and the scale and the zero point with the range.
 
         Returns:
-            The minimum and the maximum of `x`, of each channel where the grid is per-channel; None where
-            they were not needed.
+            The minimum and the maximum of `x`, of each channel if the qparams are per-channel; None if they
+            were not needed.
         """
         if x.numel() == 0:
             return None
@@ -129,18 +131,18 @@ class FakeQuantize(ao.FakeQuantize):
             self._observe_histogram(x)
             return None
         extremes = self._extremes(x)
-        self._follow(*extremes)
+        self._update_range(*extremes)
         return extremes
 
     def observe_magnitude(self, magnitude: torch.Tensor) -> None:
-        """Makes the grid of a weight that is never made in memory, from what :meth:`magnitude` says of it."""
-        old = _sized(self.activation_post_process.max_val, magnitude, -torch.inf)
-        magnitude = torch.where(self._finite(magnitude), magnitude, old)
-        self._keep(-magnitude, magnitude)
-        self._reach(magnitude)
+        """Sets the range of a weight that never exists in memory, from each channel's largest magnitude."""
+        old = _with_channels(self.activation_post_process.max_val, magnitude, -torch.inf)
+        magnitude = torch.where(self._check_finite(magnitude), magnitude, old)
+        self._set_range(-magnitude, magnitude)
+        self._set_symmetric_qparams(magnitude)
 
     def allocate(self, channels: int) -> None:
-        """Gives the buffers of a per-channel grid their size, before the first tensor does.
+        """Sizes the buffers of per-channel qparams, before the first tensor would.
 
         A compiled forward must not resize them, and processes that merge ranges need equal sizes.
         """
@@ -149,26 +151,26 @@ class FakeQuantize(ao.FakeQuantize):
             (observer.min_val, torch.inf),
             (observer.max_val, -torch.inf),
             (self.scale, 1),
-            (self.zero_point, self.centre),
+            (self.zero_point, self.initial_zero_point),
         ):
             buffer.resize_(channels).fill_(value)
 
     def refresh(self) -> None:
-        """Makes the grid of what the observer holds."""
+        """Computes the scale and the zero point from the observer's range."""
         observer = self.activation_post_process
         if isinstance(observer, HistogramObserver):
             scale, zero_point = observer.calculate_qparams()
         elif self.symmetric:
-            self._reach(torch.maximum(-observer.min_val, observer.max_val))
+            self._set_symmetric_qparams(torch.maximum(-observer.min_val, observer.max_val))
             return
         else:
-            given = (observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.eps)
-            scale, zero_point = affine_grid(*given, unit=self.unit)
+            arguments = (observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.eps)
+            scale, zero_point = affine_qparams(*arguments, exact_value=self.exact_value)
         _assign(self.scale, scale)
         _assign(self.zero_point, zero_point)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scale and the zero point that `forward` rounds with: convert calls this."""
+        """Returns the scale and the zero point that `forward` rounds with; convert calls this."""
         return self.scale, self.zero_point
 
     def enable_observer(self, enabled: bool = True) -> None:
@@ -177,7 +179,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.observer_enabled.fill_(int(enabled))
 
     def average_over(self, batches: int | None) -> None:
-        """Makes a moving average the mean over batches: the next is the last of so many; None ends that."""
+        """Makes a moving average the plain mean over `batches`, counting the next one; None ends this."""
         self.averaging.fill_(0 if batches is None else 1 / batches)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
@@ -192,40 +194,40 @@ class FakeQuantize(ao.FakeQuantize):
         rows = x.movedim(self.axis, 0).flatten(1)
         return rows.amin(1), rows.amax(1)
 
-    def _follow(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Takes extremes into the range: a channel's own as they are, a whole tensor's as its observer does.
+    def _update_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Updates the range with the extremes of a tensor.
 
-        In few operations, since on a GPU each of them takes longer to launch than to run.
+        Per-channel extremes become the range. Per-tensor extremes update it by the observer's rule. The code
+        uses few operations, since on a GPU each takes longer to launch than to run.
         """
         observer = self.activation_post_process
-        finite = self._finite(high - low)  # which is none where one of them is none
+        finite = self._check_finite(high - low)  # NaN or infinite if either is
         if self.axis is not None:
-            low = torch.where(finite, low, _sized(observer.min_val, low, torch.inf))
-            high = torch.where(finite, high, _sized(observer.max_val, high, -torch.inf))
+            low = torch.where(finite, low, _with_channels(observer.min_val, low, torch.inf))
+            high = torch.where(finite, high, _with_channels(observer.max_val, high, -torch.inf))
         else:
             old = torch.cat((observer.min_val.reshape(1), observer.max_val.reshape(1)))
-            new = _joined(observer, self.averaging, old, torch.cat((low, high)))
+            new = _updated_range(observer, self.averaging, old, torch.cat((low, high)))
             low, high = torch.where(finite, new, old).split(1)
-        self._keep(low, high)
+        self._set_range(low, high)
         self.refresh()
 
-    def _finite(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Where none of these, which are not negative, is a NaN or an infinity; sets the flag if one is."""
-        finite = numbers < torch.inf
+    def _check_finite(self, nonnegative: torch.Tensor) -> torch.Tensor:
+        """Returns a mask of the finite elements, and sets the flag if any is NaN or infinite."""
+        finite = nonnegative < torch.inf
         self.nonfinite.logical_or_(~(finite if finite.numel() == 1 else finite.all()))
         return finite
 
-    def _keep(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Makes these the range."""
+    def _set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         _assign(self.activation_post_process.min_val, low)
         _assign(self.activation_post_process.max_val, high)
         self.seen = True
 
-    def _reach(self, magnitude: torch.Tensor) -> None:
-        """Makes the symmetric grid that ends at `magnitude`; its zero point stays what it is."""
+    def _set_symmetric_qparams(self, magnitude: torch.Tensor) -> None:
+        """Computes the scale from the largest magnitude; the zero point stays as it is."""
         _assign(self.scale, symmetric_scale(magnitude, self.quant_min, self.quant_max, self.eps))
         if self.zero_point.shape != self.scale.shape:
-            self.zero_point.resize_(self.scale.shape).fill_(self.centre)
+            self.zero_point.resize_(self.scale.shape).fill_(self.initial_zero_point)
 
     def _observe_histogram(self, x: torch.Tensor) -> None:
         finite = torch.isfinite(x).all()
@@ -238,32 +240,35 @@ class FakeQuantize(ao.FakeQuantize):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.observing = bool(self.observer_enabled.any())
         self.rounding = bool(self.fake_quant_enabled.any())
-        low = state_dict.get(prefix + "activation_post_process.min_val")  # its own turn comes later
+        low = state_dict.get(prefix + "activation_post_process.min_val")  # the observer loads only after this
         self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
 
 
-def _joined(observer: Any, share: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """A minimum and a maximum with those of the next batch: an average of batches, or the extremes of all."""
+def _updated_range(
+    observer: Any, averaging: torch.Tensor, old: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """Returns the range after the next batch: an average over batches, or the extremes of all of them."""
     if isinstance(observer, MovingAverageMinMaxObserver):
         seen = old[0] <= old[1]  # at first they are inf and -inf
-        return torch.where(seen, old + share.clamp(min=observer.averaging_constant) * (new - old), new)
+        share = averaging.clamp(min=observer.averaging_constant)
+        return torch.where(seen, old + share * (new - old), new)
     return torch.cat((torch.minimum(old[:1], new[:1]), torch.maximum(old[1:], new[1:])))
 
 
-def _sized(buffer: torch.Tensor, like: torch.Tensor, unseen: float) -> torch.Tensor:
-    """A per-channel buffer, which before the first tensor has no channels."""
+def _with_channels(buffer: torch.Tensor, like: torch.Tensor, unseen: float) -> torch.Tensor:
+    """Returns a per-channel buffer; `unseen` for each channel before the first tensor, while it has no channels."""
     return buffer if buffer.shape == like.shape else torch.full_like(like, unseen)
 
 
 def _assign(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies into a buffer in place, so that whoever holds the buffer sees it."""
+    """Copies `value` into a buffer in place, so that every holder of the buffer sees it."""
     if buffer.numel() != value.numel():
         buffer.resize_(value.shape)
     buffer.copy_(value.reshape(buffer.shape))
 
 
 def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
-    """Yields the name and the module of every fake-quantize inside `module`, each once."""
+    """Yields the name and the module of each fake-quantize in `module`, once."""
     for name, child in module.named_modules():
         if isinstance(child, FakeQuantizeBase):
             yield name, child

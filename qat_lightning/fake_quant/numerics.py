@@ -1,7 +1,7 @@
-"""The arithmetic of int8: which grid a range gives, and rounding to it with a gradient.
+"""The arithmetic of int8: computes qparams from a range, and fake-quantizes tensors with gradients.
 
-Everything is float32 whatever the input's dtype, since neither bfloat16 nor float16 can tell 256 grid
-points of a range apart.
+Everything is computed in float32, whatever the dtype of the input: neither bfloat16 nor float16 can tell the
+256 quantized values of a range apart.
 """
 
 from __future__ import annotations
@@ -11,49 +11,50 @@ from typing import Any
 import torch
 
 
-def affine_grid(
+def affine_qparams(
     low: torch.Tensor,
     high: torch.Tensor,
     quant_min: int,
     quant_max: int,
     eps: float,
-    unit: float | None = None,
+    exact_value: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of the grid that covers `[low, high]` and holds 0 exactly.
+    """Computes a scale and a zero point that cover `[low, high]` and represent 0 exactly.
 
     Args:
         low: Minimum, of any shape.
         high: Maximum, of the same shape.
-        quant_min: Least integer of the grid.
-        quant_max: Greatest integer of the grid.
-        eps: Least scale, so that a constant tensor of zeros has one.
-        unit: A number that shall lie on the grid, as 0 does: the scale grows, by less than a step in `unit`,
-            until it divides it. Nothing changes where the scale is greater than `unit`.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        eps: Lower bound of the scale, which gives a tensor of zeros a usable one.
+        exact_value: A value to represent exactly, besides 0. The scale grows until this value is a whole
+            number of steps, `n`, which takes a factor below `1 + 1 / n`. A scale above the value stays.
 
     Returns:
-        Scale and zero point, in float32 and of the shape of `low`. The zero point is a whole number.
+        Scale and zero point, in float32 and with the shape of `low`. The zero point is a whole number.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (quant_max - quant_min)).clamp(min=eps)
-    if unit is not None:
-        scale = torch.where(scale > unit, scale, unit / (unit / scale).floor())
-    return scale, quant_min - torch.round(low / scale)  # on the grid: the scale is that of the range, or more
+    if exact_value is not None:
+        scale = torch.where(scale > exact_value, scale, exact_value / (exact_value / scale).floor())
+    # The zero point needs no clamp: the scale is at least what the range needs.
+    return scale, quant_min - torch.round(low / scale)
 
 
 def symmetric_scale(magnitude: torch.Tensor, quant_min: int, quant_max: int, eps: float) -> torch.Tensor:
-    """Scale of the symmetric grid that covers `[-magnitude, magnitude]`.
+    """Computes the scale of symmetric quantization that covers `[-magnitude, magnitude]`.
 
-    The greatest magnitude lies on the grid's end (127), not half a step beyond it (127.5) as in
-    `torch.ao`'s observers: nothing inside the range is clipped.
+    The largest magnitude maps to the last integer (127), so that nothing inside the range is clipped. The
+    observers of `torch.ao` map it half a step beyond (127.5).
 
     Args:
-        magnitude: Greatest magnitude, of any shape.
-        quant_min: Least integer of the grid.
-        quant_max: Greatest integer of the grid.
-        eps: Least scale.
+        magnitude: Largest magnitude, of any shape.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        eps: Lower bound of the scale.
 
     Returns:
-        float32, of the shape of `magnitude`.
+        The scale, in float32 and with the shape of `magnitude`.
     """
     return (magnitude / ((quant_max - quant_min) // 2)).clamp(min=eps)
 
@@ -69,7 +70,7 @@ def fake_quantize(
     extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
     in_place: bool = False,
 ) -> torch.Tensor:
-    """Rounds `x` to a grid; the gradient passes where `x` lies inside it (straight-through estimator).
+    """Rounds `x` to its quantized values; the gradient passes where nothing is clipped (straight-through).
 
     Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"; Jacob et al. 2018,
     "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
@@ -77,12 +78,13 @@ def fake_quantize(
     Args:
         x: Tensor of any shape, floating dtype and memory format.
         scale: One element, or one for each index of `axis`.
-        zero_point: Likewise, integers.
-        quant_min: Least integer of the grid.
-        quant_max: Greatest integer of the grid.
-        axis: The channel dimension of a per-channel grid; None for one grid for the whole tensor.
-        extremes: The minimum and the maximum of `x` where they are known.
-        in_place: Whether a float32 `x` may be overwritten: whoever made it must not need it for its gradient.
+        zero_point: Integers, as many as scales.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        axis: The channel dimension of per-channel qparams; None for per-tensor qparams.
+        extremes: The minimum and the maximum of `x`, if they are known.
+        in_place: Whether a float32 `x` may be overwritten. The operation that produced it must not need it
+            for its backward pass.
 
     Returns:
         A tensor like `x`.
@@ -92,44 +94,46 @@ def fake_quantize(
         shape[axis] = -1
         scale, zero_point = scale.view(shape), zero_point.view(shape)
     elif x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
-        # Python numbers take the vectorized kernels, and on the CPU they cost no synchronisation.
+        # Python numbers select the vectorized kernels, and on the CPU they cost no synchronisation.
         step, zero = float(scale), int(zero_point)
         low, high = extremes if extremes is not None else torch.aminmax(x.detach())
-        reach = float(low), float(high)
-        return _Round.apply(x, step, quant_min - zero, quant_max - zero, reach, in_place)
+        data_range = float(low), float(high)
+        return _Round.apply(x, step, quant_min - zero, quant_max - zero, data_range, in_place)
     elif x.is_cuda and not torch.compiler.is_compiling():
-        return in_one_kernel(x, scale, zero_point, quant_min, quant_max)
+        return fake_quantize_in_one_kernel(x, scale, zero_point, quant_min, quant_max)
     else:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point, None, in_place)
 
 
-def in_one_kernel(
+def fake_quantize_in_one_kernel(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int
 ) -> torch.Tensor:
-    """`fake_quantize` with one grid for the whole tensor, by PyTorch's own kernel: for GPUs.
+    """Does the per-tensor `fake_quantize` with PyTorch's own kernel: for GPUs.
 
-    There it is the same arithmetic in one launch and one pass over memory, each way; on CPUs it is several
-    times slower. It makes a number of a NaN, so that only an observer tells of one.
+    On a GPU it does the same arithmetic in one launch and one pass over memory, forward and backward alike.
+    On a CPU it is several times slower. It turns a NaN into a number, so that only an observer reveals one.
     """
-    step = scale.float()  # it would read the bytes of another dtype as a float's
+    step = scale.float()  # the kernel would read the bytes of any other dtype as float32
     return torch.fake_quantize_per_tensor_affine(x.float(), step, zero_point, quant_min, quant_max).to(
         x.dtype
     )
 
 
 class _Round(torch.autograd.Function):
-    """`clamp(round(x / scale), low, high) * scale`; a byte saved for each element, none if all are inside.
+    """The function `clamp(round(x / scale), low, high) * scale`, with a straight-through gradient.
 
-    A compiled forward returns a copy, which costs nothing once compiled: the Dynamo of torch 2.11 gives no
-    gradient to a result that an in-place operation returns.
+    It saves one byte for each element for the backward pass, or nothing if no element is clipped.
+
+    A compiled forward returns a copy, since the Dynamo of torch 2.11 gives no gradient to the result of an
+    in-place operation. The compiler removes the cost of the copy.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any, reach: Any, in_place: bool
+        ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any, data_range: Any, in_place: bool
     ) -> torch.Tensor:
-        inside = _inside(x, (low - 0.5) * scale, (high + 0.5) * scale, reach)
+        inside = _inside(x, (low - 0.5) * scale, (high + 0.5) * scale, data_range)
         ctx.save_for_backward(inside)
         if in_place and x.dtype == torch.float32 and not torch.compiler.is_compiling():
             ctx.mark_dirty(x)
@@ -143,10 +147,12 @@ class _Round(torch.autograd.Function):
         return grad if inside is None else _masked(grad, inside), None, None, None, None, None
 
 
-def _inside(x: torch.Tensor, low: Any, high: Any, reach: tuple[float, float] | None) -> torch.Tensor | None:
-    """Which elements lie between `low` and `high`; None if all do, as their `reach` tells."""
-    if reach is not None:
-        above, below = low < reach[0], reach[1] < high
+def _inside(
+    x: torch.Tensor, low: Any, high: Any, data_range: tuple[float, float] | None
+) -> torch.Tensor | None:
+    """Returns a mask of the elements between `low` and `high`; None if the range of the data shows that all are."""
+    if data_range is not None:
+        above, below = low < data_range[0], data_range[1] < high
         if above and below:
             return None
         if above or below:
@@ -155,20 +161,21 @@ def _inside(x: torch.Tensor, low: Any, high: Any, reach: tuple[float, float] | N
 
 
 def _masked(grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The gradient where the mask is true, else 0; a product of floats is what the CPU does fast."""
+    """The gradient where the mask is true, else 0. On a CPU a product of floats is the fastest way."""
     if grad.device.type == "cpu" and not torch.compiler.is_compiling():
         return mask.to(grad.dtype).mul_(grad)
     return torch.where(mask, grad, 0)
 
 
 def rectify(x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-    """ReLU that saves a byte for each element, where torch's saves its result.
+    """Computes a ReLU that saves one byte for each element for its gradient; torch's saves its result.
 
-    For a result that is rounded at once, and that nobody else keeps.
+    Use it where the result is rounded at once and nothing else keeps it.
 
     Args:
         x: Tensor of any shape and floating dtype.
-        in_place: Whether `x` may be overwritten: whoever made it must not need it for its gradient.
+        in_place: Whether `x` may be overwritten. The operation that produced it must not need it for its
+            backward pass.
 
     Returns:
         A tensor like `x`.
@@ -179,7 +186,7 @@ def rectify(x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
 
 
 class _Rectify(torch.autograd.Function):
-    """`max(x, 0)`; saves where the result is not zero."""
+    """The function `max(x, 0)`, which saves a mask of the positive elements."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, in_place: bool) -> torch.Tensor:
@@ -203,17 +210,17 @@ def round_weight(
     *,
     inside: bool = False,
 ) -> torch.Tensor:
-    """Rounds a weight, folded with a factor for each output channel, to a symmetric per-channel grid.
+    """Fake-quantizes a weight, times a factor for each output channel, with symmetric per-channel scales.
 
-    The same as `fake_quantize(weight * factor, scale, 0, *bounds, axis=0)` in fewer passes over memory:
-    weights are most of what a deep network with small images has.
+    Returns the same as `fake_quantize(weight * factor, scale, 0, *bounds, axis=0)`, in fewer passes over
+    memory. That matters in deep networks on small images, which hold more weights than activations.
 
     Args:
         weight: Output channels first.
         scale: One for each output channel.
-        bounds: Least and greatest integer of the grid.
-        factor: What multiplies each channel; None for 1.
-        inside: Whether the weight is known to lie inside the grid, so that nothing is clipped.
+        bounds: Smallest and largest integer.
+        factor: One for each output channel; None for 1.
+        inside: Whether the weight is known to lie inside the range, so that nothing is clipped.
 
     Returns:
         A tensor like `weight`. Gradients reach `weight` and `factor` where nothing is clipped.
@@ -225,7 +232,10 @@ def round_weight(
 
 
 class _RoundWeight(torch.autograd.Function):
-    """`clamp(round(weight * factor / scale), *bounds) * scale`; the backward makes the mask anew."""
+    """The function `clamp(round(weight * factor / scale), *bounds) * scale`.
+
+    The backward pass recomputes the mask of the clipped elements.
+    """
 
     @staticmethod
     def forward(
@@ -252,5 +262,5 @@ class _RoundWeight(torch.autograd.Function):
             grad = torch.ops.aten.hardtanh_backward(grad, weight * multiplier, low - 0.5, high + 0.5)
         if factor is None:
             return grad, None, None, None, None
-        of_factor = (grad * weight).flatten(1).sum(1).view_as(factor) if ctx.needs_input_grad[1] else None
-        return grad * factor, of_factor, None, None, None
+        factor_grad = (grad * weight).flatten(1).sum(1).view_as(factor) if ctx.needs_input_grad[1] else None
+        return grad * factor, factor_grad, None, None, None

@@ -1,4 +1,4 @@
-"""What the observers of a prepared network have seen."""
+"""The ranges that the observers of a prepared network have seen: read, set and checked."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 
 
 def has_range(fake_quantize: Any) -> bool:
-    """Whether its observer follows a minimum and a maximum; one of fixed parameters does not."""
+    """Whether its observer follows a minimum and a maximum; an observer with fixed qparams does not."""
     return hasattr(getattr(fake_quantize, "activation_post_process", None), "min_val")
 
 
 def has_histogram(fake_quantize: Any) -> bool:
-    """Whether its observer keeps a histogram, of which the extremes are only the ends."""
+    """Whether its observer keeps a histogram, so that the extremes alone do not determine the qparams."""
     return hasattr(fake_quantize.activation_post_process, "histogram")
 
 
 def is_moving_average(fake_quantize: Any) -> bool:
-    """Whether its observer averages over batches, rather than keeping the extremes."""
+    """Whether its observer averages over batches instead of keeping the extremes."""
     return getattr(fake_quantize.activation_post_process, "averaging_constant", 1) != 1
 
 
 def set_range(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor) -> None:
-    """Sets what its observer has seen, and the scale and zero point that follow from it."""
+    """Sets its observer's range, and the scale and the zero point of that range."""
     observer = fake_quantize.activation_post_process
     for buffer, value in ((observer.min_val, low), (observer.max_val, high)):
         if buffer.numel() != value.numel():
@@ -43,16 +43,16 @@ def set_range(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor) -> None
 
 
 def has_seen_data(fake_quantize: Any) -> bool:
-    """Whether a tensor has passed its observer."""
+    """Whether its observer has seen a tensor."""
     low = fake_quantize.activation_post_process.min_val
     return bool(low.numel() and torch.isfinite(low).all())
 
 
 def check_observed(module: nn.Module) -> list[str]:
-    """Names the activation fake-quantizes inside a prepared `module` that never saw data.
+    """Returns the names of the activation fake-quantizes in a prepared `module` that never saw data.
 
     Raises:
-        ConversionError: None of them saw any: there is no range to convert with.
+        ConversionError: None of them saw data, so that there is no range to convert with.
     """
     activations = {
         name: child

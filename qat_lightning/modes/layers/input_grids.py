@@ -51,7 +51,7 @@ def connect(network: nn.Module, graph: fx.Graph) -> None:
         elif what(network, node) in _HARD_SWISHES and isinstance(
             read := _behind(network, node.args[0]), FakeQuantize
         ):
-            read.unit = HARD_SWISH_ENDS
+            read.exact_value = HARD_SWISH_ENDS
     for name, behind in grids.items():
         grid = behind.pop()
         if not behind and isinstance(grid, FakeQuantize) and grid.axis is None:
