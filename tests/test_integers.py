@@ -16,7 +16,7 @@ from torchvision import models
 
 from qat_lightning import convert, prepare
 from qat_lightning.fake_quant.phases import set_enabled
-from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_grid, on_grid
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
 from qat_lightning.modes.layers.reference import reference
 from tests.networks import CLASSES, Stubbed, StubbedLayers, images, layers_that_differ, sqnr, train_steps
 
@@ -27,7 +27,7 @@ def layers(prepared: nn.Module) -> dict[str, Any]:
 
 def known(prepared: nn.Module) -> dict[str, bool]:
     """Which layers know the grid of what they read."""
-    return {name: input_grid(layer) is not None for name, layer in layers(prepared).items()}
+    return {name: input_fake_quantize(layer) is not None for name, layer in layers(prepared).items()}
 
 
 def trained(network: nn.Module, x: Tensor, **options: Any) -> nn.Module:
@@ -79,7 +79,7 @@ def test_one_layer_gives_the_sums_of_its_integers(seed: int, kind: str, bias: bo
     prepared(x)
     prepared.eval()
     (own,) = layers(prepared).values()
-    grid, weight = input_grid(own), own.weight_fake_quant
+    grid, weight = input_fake_quantize(own), own.weight_fake_quant
     assert grid is not None
     q = (
         torch.quantize_per_tensor(x, float(grid.scale), int(grid.zero_point), torch.quint8)
@@ -104,11 +104,11 @@ def test_a_bias_lies_on_the_grid_of_the_sums_in_every_form() -> None:
     """So that runtimes that round it there, and those that do not, compute the same."""
     prepared = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), images())
     for own, layer in zip(layers(prepared).values(), (0, 2), strict=True):
-        step = input_grid(own).scale * own.weight_fake_quant.scale  # type: ignore[union-attr]
+        step = input_fake_quantize(own).scale * own.weight_fake_quant.scale  # type: ignore[union-attr]
         for network in (reference(prepared), convert(prepared)):
             module: Any = network.get_submodule(str(layer))
             bias = module.layer.bias if hasattr(module, "layer") else module.bias()
-            assert torch.equal(bias, on_grid(bias, step))
+            assert torch.equal(bias, round_bias(bias, step))
             assert not torch.equal(bias, own.bias)  # the trained one, which stays as it was
 
 
@@ -176,8 +176,8 @@ def test_a_copy_reads_its_own_grid() -> None:
     prepared = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), images())
     copied = copy.deepcopy(prepared)
     (own,), (theirs,) = layers(copied).values(), layers(prepared).values()
-    assert input_grid(own) is not input_grid(theirs)
-    assert input_grid(own) in set(copied.modules())
+    assert input_fake_quantize(own) is not input_fake_quantize(theirs)
+    assert input_fake_quantize(own) in set(copied.modules())
     assert copied.state_dict().keys() == prepared.state_dict().keys()
 
 
@@ -189,7 +189,7 @@ def test_training_and_gradients_are_as_they_were() -> None:
     prepared = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), x := images())
     plain = copy.deepcopy(prepared)
     for layer in layers(plain).values():
-        vars(layer).pop("input_grid")
+        vars(layer).pop("input_fake_quantize")
     for training in (True, False):
         found = []
         for network in (prepared, plain):

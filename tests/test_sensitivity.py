@@ -19,7 +19,7 @@ from torch.ao.quantization import get_default_qat_qconfig
 from qat_lightning import Sensitivity, prepare, sensitivity
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
-from qat_lightning.modes.layers.layer_grids import layer_grids
+from qat_lightning.modes.layers.layer_fake_quantizes import layer_fake_quantizes
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CASES, Case, Residual, Stubbed, TwoInputs, images, leaves, same_state
 from tests.ruined import (
@@ -83,7 +83,7 @@ def test_ratios_are_those_of_the_fake_quantizes() -> None:
 @pytest.mark.parametrize("build", [Residual, Stubbed])
 def test_layers_have_their_grids(build: type[nn.Module]) -> None:
     prepared = prepare(build().train())
-    grids = layer_grids(prepared)
+    grids = layer_fake_quantizes(prepared)
     assert all(len(own) == 2 for own in grids.values())
     assert len(frozenset().union(*grids.values())) == 2 * len(grids)
 

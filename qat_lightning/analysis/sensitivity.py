@@ -18,7 +18,7 @@ from qat_lightning.analysis.simulation import Simulation, simulate
 from qat_lightning.base import random_state
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
-from qat_lightning.modes.layers.layer_grids import layer_grids
+from qat_lightning.modes.layers.layer_fake_quantizes import layer_fake_quantizes
 from qat_lightning.quantize.options import ModuleOptions, Settings
 
 _Score = Callable[[], float | None]
@@ -146,7 +146,7 @@ class _Probe:
     def others(self) -> frozenset[FakeQuantizeBase]:
         """The fake-quantizes that belong to no layer."""
         mine = {grid for _, grid in fake_quantizes(self.network)}
-        return frozenset(mine.difference(*layer_grids(self.network).values()))
+        return frozenset(mine.difference(*layer_fake_quantizes(self.network).values()))
 
     def layers(self, int8_sqnr: float, score_now: _Score) -> Iterator[LayerSensitivity]:
         """Measures each layer that the inputs reach."""
@@ -154,7 +154,7 @@ class _Probe:
         modules = dict(self.network.named_modules())
         with torch.enable_grad():
             work = count_work(self.network, _first(self.inputs[0], 1)).layers
-        for name, grids in layer_grids(self.network).items():
+        for name, grids in layer_fake_quantizes(self.network).items():
             if name in work:
                 alone, alone_metric = self.sqnr(grids), score_now()
                 kept, kept_metric = self.sqnr(self.simulation.grids - grids), score_now()

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import pattern, rewrite
 
-from qat_lightning.modes.layers.input_grids import HARD_SWISH_ENDS
+from qat_lightning.modes.layers.input_qparams import HARD_SWISH_LIMIT
 
 _GREATEST = 255
 _TOLERANCE = 1e-3
@@ -51,7 +51,7 @@ def _grid(x: Any) -> tuple[int, int] | None:
     scale, zero_point = map(ir.convenience.get_const_tensor, node.inputs[1:])
     if scale is None or zero_point is None or scale.size != 1 or zero_point.dtype != ir.DataType.UINT8:
         return None
-    steps, zero = HARD_SWISH_ENDS / float(scale.numpy()), int(zero_point.numpy())
+    steps, zero = HARD_SWISH_LIMIT / float(scale.numpy()), int(zero_point.numpy())
     fits = abs(steps - round(steps)) <= _TOLERANCE and 1 <= round(steps) <= zero
     return (round(steps), zero) if fits else None
 

@@ -256,7 +256,7 @@ def _updated_range(
 
 
 def _with_channels(buffer: torch.Tensor, like: torch.Tensor, unseen: float) -> torch.Tensor:
-    """Returns a per-channel buffer; `unseen` for each channel before the first tensor, while it has no channels."""
+    """Returns a per-channel buffer; before the first tensor, which gives it channels, `unseen` for each."""
     return buffer if buffer.shape == like.shape else torch.full_like(like, unseen)
 
 

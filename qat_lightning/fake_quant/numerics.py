@@ -150,7 +150,7 @@ class _Round(torch.autograd.Function):
 def _inside(
     x: torch.Tensor, low: Any, high: Any, data_range: tuple[float, float] | None
 ) -> torch.Tensor | None:
-    """Returns a mask of the elements between `low` and `high`; None if the range of the data shows that all are."""
+    """Returns a mask of the elements between `low` and `high`; None if `data_range` lies between them."""
     if data_range is not None:
         above, below = low < data_range[0], data_range[1] < high
         if above and below:

@@ -14,7 +14,7 @@ from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.fake_quant.ranges import check_observed
 from qat_lightning.modes import MODES
 from qat_lightning.modes.layers.kernels import pack_weights
-from qat_lightning.modes.layers.trained import use_theirs
+from qat_lightning.modes.layers.training_classes import use_torch_ao_classes
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
 from qat_lightning.quantize.nonfinite import first_nonfinite_weight
@@ -58,7 +58,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
     """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
     module = module.cpu().eval()
     make_local(module)
-    use_theirs(module)
+    use_torch_ao_classes(module)
     set_eval(module)
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.modes.graph.graft import graphs
-from qat_lightning.modes.graph.lines import is_users, stack_line
+from qat_lightning.modes.graph.lines import is_user_file, stack_line
 
 _GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
 
@@ -63,7 +63,7 @@ def line_of_error(error: BaseException, module: nn.Module) -> str | None:
     for frame in reversed(frames):
         if frame.filename.startswith(_GENERATED):
             return _line_in_graph(module, str(frame.line))
-        if is_users(frame.filename):
+        if is_user_file(frame.filename):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return None
 
@@ -90,7 +90,7 @@ def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
 
 
 def _users_frame(frame: FrameType | None) -> str:
-    while frame is not None and not is_users(frame.f_code.co_filename):
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return "an unknown line"

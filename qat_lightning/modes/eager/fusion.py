@@ -18,7 +18,7 @@ from qat_lightning.modes.base import Options
 from qat_lightning.modes.eager.graph_flow import traced, traced_parts
 from qat_lightning.modes.eager.watched_flow import watched
 from qat_lightning.modes.graph.flow import Flow, follower
-from qat_lightning.modes.graph.lines import users_line
+from qat_lightning.modes.graph.lines import user_line
 from qat_lightning.modes.graph.relu6 import is_inside, is_relu6_module
 
 Group = tuple[str, ...]
@@ -71,7 +71,7 @@ def _unknown(network: nn.Module, norms: list[str], error: Exception) -> str:
     return (
         "In eager mode BatchNorm is fused into the layer that it follows, but torch.fx cannot trace "
         f"{type(network).__name__}, so that this is unknown for {norms[:3]}{' …' if len(norms) > 3 else ''}: "
-        f"{error}\n  at {users_line(error, network)}\n"
+        f"{error}\n  at {user_line(error, network)}\n"
         "Pass example_inputs=(…,), on which one forward pass is watched (a LightningModule has "
         "example_input_array for them); or list the fusions, as in fuse=[['conv1', 'bn1', 'relu1'], …]; or "
         "rewrite that line and use mode='fx', which finds them in the graph."

@@ -21,8 +21,8 @@ from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_c
 from qat_lightning.modes.graph.lines import forward_line
 from qat_lightning.modes.graph.relu6 import replace_relu6_modules
 from qat_lightning.modes.layers.in_place import round_in_place
-from qat_lightning.modes.layers.input_grids import connect_traced
-from qat_lightning.modes.layers.trained import use_ours
+from qat_lightning.modes.layers.input_qparams import connect_inputs_by_trace
+from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -85,9 +85,9 @@ class EagerMode:
         ao.convert(network, _TRAINED, inplace=True, remove_qconfig=False)
         ao.prepare(network, observer_non_leaf_module_list=set(_TRAINED.values()), inplace=True)
         network.train()
-        use_ours(network)
+        use_training_classes(network)
         round_in_place(network)
-        connect_traced(network)
+        connect_inputs_by_trace(network)
         for module, training in modes.items():
             module.training = training
         return ModeResult(network, relu6=relu6)

@@ -18,17 +18,17 @@ from torch.ao.quantization.fx import fuse, prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.modes.base import ModeResult, Options
-from qat_lightning.modes.fx.own_copies import give_each_call_its_own
-from qat_lightning.modes.fx.shared_grid import share_grids
+from qat_lightning.modes.fx.reused_modules import copy_reused_modules
+from qat_lightning.modes.fx.shared_qparams import share_qparams
 from qat_lightning.modes.fx.unlowered import keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
-from qat_lightning.modes.graph.dropout import keep_grid_through_dropout
+from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
 from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
 from qat_lightning.modes.graph.hooks import check_hooks
-from qat_lightning.modes.graph.relu6 import name_relus_alike, replace_relu6_in_graph
+from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
-from qat_lightning.modes.layers.input_grids import connect
-from qat_lightning.modes.layers.trained import use_ours
+from qat_lightning.modes.layers.input_qparams import connect_inputs
+from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
@@ -49,7 +49,7 @@ class FxMode:
                 "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
                 f"{options.fuse!r}. Leave it out, or use mode='eager'."
             )
-        if graft.stays_itself(network):
+        if graft.must_stay_in_place(network):
             _check_own_forward(network)
         check_hooks(network)
         return options
@@ -69,9 +69,9 @@ class FxMode:
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
-        own = graft.stays_itself(network)
+        own = graft.must_stay_in_place(network)
         keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
-        name_relus_alike(graph_module)
+        normalize_relu_calls(graph_module)
         relu6 = 0
         if options.replace_relu6:
             relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
@@ -90,11 +90,11 @@ class FxMode:
         known = _backend_config()
         fused = fuse(graph_module, is_qat=True, backend_config=known)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
-        keep_grid_through_dropout(prepared)
-        share_grids(prepared)
-        use_ours(prepared)
+        keep_qparams_through_dropout(prepared)
+        share_qparams(prepared)
+        use_training_classes(prepared)
         round_in_place(prepared)
-        connect(prepared, prepared.graph)
+        connect_inputs(prepared, prepared.graph)
         _place_on_device(prepared)
         return prepared
 
@@ -147,7 +147,7 @@ def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
     """Converts a prepared graph; it is used up."""
     evaluate_only(prepared)
     restore_relus(prepared)
-    give_each_call_its_own(prepared)
+    copy_reused_modules(prepared)
     keep_unlowered(prepared)
     return convert_fx(prepared, backend_config=_backend_config())
 

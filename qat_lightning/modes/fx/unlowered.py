@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat_lightning.modes.graph.nodes import MOVERS, grid_of, module_of, what
+from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of, module_of
 
 
 def add_number(x: torch.Tensor, number: Any) -> torch.Tensor:
@@ -61,11 +61,14 @@ def _on_one_grid(prepared: fx.GraphModule, node: fx.Node) -> bool:
 
 def _grid(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The fake-quantize whose grid an int8 tensor has: a reshape passes its input's on."""
-    grid = grid_of(prepared, node)
+    grid = fake_quantize_of(prepared, node)
     if grid is None:
         return module_of(prepared, node)
     source = node.all_input_nodes[0]
     before = source.all_input_nodes[0] if source.all_input_nodes else source
-    if what(prepared, source) in MOVERS and grid_of(prepared, before) is not None:
+    if (
+        call_target(prepared, source) in SHARES_INPUT_QPARAMS
+        and fake_quantize_of(prepared, before) is not None
+    ):
         return _grid(prepared, before)
     return grid

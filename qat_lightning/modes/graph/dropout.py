@@ -12,19 +12,19 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
-from qat_lightning.modes.graph.nodes import grid_of, module_of
+from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 
 
-def keep_grid_through_dropout(prepared: fx.GraphModule) -> None:
+def keep_qparams_through_dropout(prepared: fx.GraphModule) -> None:
     """Removes the fake-quantizes after dropouts whose input is rounded, in place.
 
     What shared the grid of one, such as a pool, shares the input's instead.
     """
     for node in _dropouts(prepared):
-        if grid_of(prepared, node.all_input_nodes[0]) is not None:
+        if fake_quantize_of(prepared, node.all_input_nodes[0]) is not None:
             kept = node.all_input_nodes[0].target
             for user in list(node.users):
-                if grid_of(prepared, user) is not None:
+                if fake_quantize_of(prepared, user) is not None:
                     _call_instead(prepared, module_of(prepared, user), kept)
                     user.replace_all_uses_with(node)
                     prepared.graph.erase_node(user)

@@ -37,7 +37,7 @@ class _Graft:
     added: list[str]
 
 
-def stays_itself(network: nn.Module) -> bool:
+def must_stay_in_place(network: nn.Module) -> bool:
     """Whether `network` has to remain the object that it is: a LightningModule, told by its steps."""
     return hasattr(network, "training_step")
 

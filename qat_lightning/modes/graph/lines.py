@@ -18,15 +18,15 @@ _OURS = (str(_PACKAGE / part) for part in ("inspection", "modes", "quantize", "f
 _NO_USERS = (str(Path(torch.__file__).parent), contextlib.__file__, "<", *_OURS)
 
 
-def users_frame(error: BaseException) -> traceback.FrameSummary | None:
+def user_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The last frame of the traceback outside PyTorch and this package: the line that the user can change."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
     return frames[-1] if frames else None
 
 
-def users_line(error: BaseException, network: nn.Module) -> str:
-    """The line of :func:`users_frame`, or the file of `network`'s class."""
-    frame = users_frame(error)
+def user_line(error: BaseException, network: nn.Module) -> str:
+    """The line of :func:`user_frame`, or the file of `network`'s class."""
+    frame = user_frame(error)
     if frame is None:
         return f"{inspect.getsourcefile(type(network))}"
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
@@ -45,13 +45,13 @@ def stack_line(node: fx.Node) -> str:
     """The line that made a node of a graph."""
     lines = (node.stack_trace or "").splitlines()
     frames = [(line.split('"', 2), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
-    users = [(place, code) for place, code in frames if is_users(place[1])]
+    users = [(place, code) for place, code in frames if is_user_file(place[1])]
     if not users:
         return "an unknown line"
     (_, file, rest), code = users[-1]
     return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
 
 
-def is_users(filename: str) -> bool:
+def is_user_file(filename: str) -> bool:
     """Whether a file is neither PyTorch's nor this package's own, nor generated code."""
     return not filename.startswith(_NO_USERS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 
-def read_what_was_written(network: nn.Module, graph: fx.Graph) -> None:
+def redirect_later_reads(network: nn.Module, graph: fx.Graph) -> None:
     """Lets later readers of an overwritten tensor read the result instead, in place."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:

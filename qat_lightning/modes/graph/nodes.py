@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 
-MOVERS: frozenset[Any] = frozenset(
+SHARES_INPUT_QPARAMS: frozenset[Any] = frozenset(
     config.pattern
     for config in get_native_backend_config().configs
     if config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
@@ -21,12 +21,12 @@ def module_of(network: nn.Module, node: fx.Node) -> Any:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def what(network: nn.Module, node: fx.Node) -> Any:
+def call_target(network: nn.Module, node: fx.Node) -> Any:
     """The type of the module, the function, or the name of the method that `node` calls."""
     return node.target if node.op != "call_module" else type(module_of(network, node))
 
 
-def grid_of(network: nn.Module, node: fx.Node) -> FakeQuantizeBase | None:
+def fake_quantize_of(network: nn.Module, node: fx.Node) -> FakeQuantizeBase | None:
     """The fake-quantize that `node` calls; None if it calls none."""
     module = module_of(network, node)
     return module if isinstance(module, FakeQuantizeBase) else None

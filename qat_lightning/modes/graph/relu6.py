@@ -69,7 +69,7 @@ def _is_shifted(x: fx.Node) -> bool:
     return x.target in _SUMS and sum(isinstance(operand, fx.Node) for operand in x.args) == 1
 
 
-def name_relus_alike(graph_module: fx.GraphModule) -> None:
+def normalize_relu_calls(graph_module: fx.GraphModule) -> None:
     """Makes `torch.relu(x)` and `x.relu()` of a graph `F.relu(x)`, in place, which alone torch.ao fuses."""
     for node in graph_module.graph.nodes:
         is_function = node.op == "call_function" and node.target in (torch.relu, torch.relu_)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 
-_INPUT_GRID = "input_grid"
+_INPUT_KEY = "input_fake_quantize"
 
 
 class IntegerArithmetic:
@@ -31,9 +31,9 @@ class IntegerArithmetic:
     weight_fake_quant: Any
     training: bool
 
-    def over_integers(self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+    def integer_forward(self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
         """What `layer(x, weight, bias)` returns, in eval mode computed with the integers behind all three."""
-        grid = input_grid(self)
+        grid = input_fake_quantize(self)
         if self.training or grid is None or not self._rounds(grid, x):
             return layer(x, weight, bias)
         scale = self.weight_fake_quant.scale
@@ -42,7 +42,7 @@ class IntegerArithmetic:
         channels = weight.ndim - 1  # of a result that has no batch, as a bias has none
         if bias is None:
             return sums * _channels(step, channels)
-        return torch.addcmul(_channels(on_grid(bias, step), channels), sums, _channels(step, channels))
+        return torch.addcmul(_channels(round_bias(bias, step), channels), sums, _channels(step, channels))
 
     def _rounds(self, grid: FakeQuantize, x: torch.Tensor) -> bool:
         """Whether integers stand behind input and weight, and fit into the floats that are computed with."""
@@ -51,17 +51,17 @@ class IntegerArithmetic:
         return exact and grid.rounding and isinstance(weight, FakeQuantize) and weight.rounding
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        return self.over_integers(super()._conv_forward, x, weight, bias)  # type: ignore[misc]
+        return self.integer_forward(super()._conv_forward, x, weight, bias)  # type: ignore[misc]
 
 
-def input_grid(layer: Any) -> FakeQuantize | None:
+def input_fake_quantize(layer: Any) -> FakeQuantize | None:
     """The fake-quantize that made what `layer` reads, where it is known."""
-    return vars(layer).get(_INPUT_GRID)
+    return vars(layer).get(_INPUT_KEY)
 
 
-def set_input_grid(layer: nn.Module, grid: FakeQuantize) -> None:
+def set_input_fake_quantize(layer: nn.Module, grid: FakeQuantize) -> None:
     """Tells `layer` what it reads; not as a submodule, which has its place already."""
-    vars(layer)[_INPUT_GRID] = grid
+    vars(layer)[_INPUT_KEY] = grid
 
 
 def _channels(values: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def _channels(values: torch.Tensor, ndim: int) -> torch.Tensor:
     return values.view(-1, *[1] * (ndim - 1))
 
 
-def on_grid(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def round_bias(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Rounds a bias to multiples of the product of the input's and the weight's scale."""
     return _integers(bias, step) * step
 
@@ -110,11 +110,11 @@ class Linear(IntegerArithmetic, nnqat.Linear):
     """`nn.Linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.over_integers(F.linear, x, self.weight_fake_quant(self.weight), self.bias)
+        return self.integer_forward(F.linear, x, self.weight_fake_quant(self.weight), self.bias)
 
 
 class LinearReLU(IntegerArithmetic, nniqat.LinearReLU):
     """`nn.Linear` and `nn.ReLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.over_integers(F.linear, x, self.weight_fake_quant(self.weight), self.bias))
+        return F.relu(self.integer_forward(F.linear, x, self.weight_fake_quant(self.weight), self.bias))

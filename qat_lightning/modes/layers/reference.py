@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
-from qat_lightning.modes.graph.nodes import grid_of
-from qat_lightning.modes.layers.trained import settle_bias
+from qat_lightning.modes.graph.nodes import fake_quantize_of
+from qat_lightning.modes.layers.training_classes import store_rounded_bias
 from qat_lightning.modes.trace.tracing import evaluate_only
 
 _OPS = torch.ops.quantized_decomposed
@@ -156,12 +156,12 @@ def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tens
         for read in graph_module.graph.nodes
         if read.op == "get_attr" and read.target in parameters
         for user in read.users
-        if (grid := grid_of(graph_module, user)) is not None
+        if (grid := fake_quantize_of(graph_module, user)) is not None
     }
 
 
 def _reference_layer(child: Any) -> nn.Module:
-    settle_bias(child)
+    store_rounded_bias(child)
     plain = child.to_float()
     fused = isinstance(plain, nn.Sequential)
     layer = ReferenceLayer(plain[0] if fused else plain, child.weight_fake_quant, relu=fused)

@@ -24,7 +24,7 @@ class Whole:
     modules: frozenset[str] = frozenset()
     functions: tuple[tuple[dict[str, Any], FunctionType], ...] = ()
 
-    def and_culprit(
+    def with_culprit(
         self, error: BaseException | None, network: nn.Module, splittable: Callable[[nn.Module], bool]
     ) -> Whole | None:
         """Adds what failed to be traced: the innermost function, or module that is not `splittable`.

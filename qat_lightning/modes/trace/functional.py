@@ -63,7 +63,7 @@ def write_out_padding(network: nn.Module) -> list[str]:
     return uneven
 
 
-def read_facts_elsewhere(network: nn.Module, graph: fx.Graph) -> None:
+def read_metadata_from_buffers(network: nn.Module, graph: fx.Graph) -> None:
     """Lets a graph that asks a weight for its shape, device or dtype ask a buffer without content, in place.
 
     The weight of an int8 layer is no tensor attribute.

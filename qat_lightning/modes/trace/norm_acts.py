@@ -24,7 +24,7 @@ _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @contextmanager
-def parted_norms(network: nn.Module) -> Iterator[None]:
+def split_norms(network: nn.Module) -> Iterator[None]:
     """Lets the block trace the parts of such modules in `network`; afterwards they are as they were."""
     found = [module for module in network.modules() if _is_own(module)]
     counters = {module: module._buffers["num_batches_tracked"] for module in found}

@@ -31,7 +31,7 @@ class Impure(ValueError):
 
 
 @contextmanager
-def records_nothing_else(network: nn.Module) -> Iterator[None]:
+def refuse_side_effects(network: nn.Module) -> Iterator[None]:
     """Raises a `ValueError` if the block draws random numbers or changes the modules; both are undone."""
     random_before, plain_before = random_state.capture(), _plain(network)
     buffers = {module: dict(module._buffers) for module in network.modules()}

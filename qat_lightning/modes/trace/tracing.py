@@ -31,14 +31,14 @@ from qat_lightning.base.errors import UntraceableError
 from qat_lightning.modes.graph.by_mode import OutputByMode
 from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.identities import erase_identities
-from qat_lightning.modes.graph.lines import users_frame
-from qat_lightning.modes.graph.mutation import read_what_was_written
+from qat_lightning.modes.graph.lines import user_frame
+from qat_lightning.modes.graph.mutation import redirect_later_reads
 from qat_lightning.modes.trace.calls import Whole
-from qat_lightning.modes.trace.functional import read_facts_elsewhere, write_out_arguments
+from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
 from qat_lightning.modes.trace.join_modes import join_modes
-from qat_lightning.modes.trace.norm_acts import parted_norms
+from qat_lightning.modes.trace.norm_acts import split_norms
 from qat_lightning.modes.trace.own_layers import call_plain_layers
-from qat_lightning.modes.trace.purity import Impure, records_nothing_else, same_state
+from qat_lightning.modes.trace.purity import Impure, refuse_side_effects, same_state
 from qat_lightning.modes.trace.transformers import traceable_transformers
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -133,11 +133,11 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
 
 def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces as :func:`trace` does; `whole`, and what turns out not to be traceable, become one call each."""
-    with parted_norms(network):
-        return _trace_parted(network, whole)
+    with split_norms(network):
+        return _trace_split(network, whole)
 
 
-def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
+def _trace_split(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
     tracer = _Tracer(whole)
     try:
         with traceable_transformers(network):
@@ -146,16 +146,16 @@ def _trace_parted(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dic
             with _mode(network, training=False):
                 eval_graph = _trace_once(_Tracer(whole), network)
     except UntraceableError as error:
-        more = whole.and_culprit(error.__cause__, network, holds_quantizable)
+        more = whole.with_culprit(error.__cause__, network, holds_quantizable)
         if more is None:
             raise
-        return _trace_parted(network, more)
+        return _trace_split(network, more)
     scopes = {**tracer.node_name_to_scope, **join_modes(network, graph, eval_graph)}
     erase_identities(network, graph)
-    read_what_was_written(network, graph)
+    redirect_later_reads(network, graph)
     write_out_arguments(graph)
     plain = call_plain_layers(network, graph)
-    read_facts_elsewhere(network, graph)
+    read_metadata_from_buffers(network, graph)
     graph_module = fx.GraphModule(network, graph, type(network).__name__)
     for name, layer in plain.items():
         graph_module.set_submodule(name, layer)
@@ -177,10 +177,10 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
-        with records_nothing_else(network), tracer.whole.recorded():
+        with refuse_side_effects(network), tracer.whole.recorded():
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
-        frame = users_frame(error)
+        frame = user_frame(error)
         where = inspect.getsourcefile(type(network)) if frame is None else _line(frame, frame.filename)
         raise UntraceableError(
             f"torch.fx cannot trace {type(network).__name__}: {error}\n"

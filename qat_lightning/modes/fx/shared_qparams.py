@@ -13,19 +13,19 @@ from typing import Any
 from torch import fx, nn
 from torch.ao.quantization import FixedQParamsFakeQuantize
 
-from qat_lightning.modes.graph.nodes import MOVERS, grid_of, what
+from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
 
 
-def share_grids(prepared: fx.GraphModule) -> None:
+def share_qparams(prepared: fx.GraphModule) -> None:
     """Gives everything that int8 keeps on one grid one fake-quantize, in place."""
     leader: dict[nn.Module, nn.Module] = {}
     for node in prepared.graph.nodes:
-        if what(prepared, node) in MOVERS:
-            around = [grid_of(prepared, n) for n in (*node.all_input_nodes, *node.users)]
+        if call_target(prepared, node) in SHARES_INPUT_QPARAMS:
+            around = [fake_quantize_of(prepared, n) for n in (*node.all_input_nodes, *node.users)]
             groups = [_last(leader, grid) for grid in around if grid is not None and _is_free(grid)]
             leader |= {grid: first for first in groups[:1] for grid in groups}
     for node in prepared.graph.nodes:
-        grid = grid_of(prepared, node)
+        grid = fake_quantize_of(prepared, node)
         if grid is not None and _last(leader, grid) is not grid:
             prepared.set_submodule(str(node.target), _last(leader, grid))
 

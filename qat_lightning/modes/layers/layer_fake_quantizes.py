@@ -8,10 +8,10 @@ from torch import fx, nn
 
 from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase
 from qat_lightning.modes.graph.graft import graphs
-from qat_lightning.modes.graph.nodes import grid_of, module_of
+from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 
 
-def layer_grids(prepared: nn.Module) -> dict[str, frozenset[FakeQuantizeBase]]:
+def layer_fake_quantizes(prepared: nn.Module) -> dict[str, frozenset[FakeQuantizeBase]]:
     """The fake-quantizes of each layer with weights, by the layer's name, in a prepared network.
 
     One that layers share, such as those of a concatenation, belongs to each. Those of the network's inputs
@@ -44,7 +44,7 @@ def _readers(owner: nn.Module, node: fx.Node) -> Iterator[FakeQuantizeBase]:
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        grid = grid_of(owner, user)
+        grid = fake_quantize_of(owner, user)
         if grid is not None:
             yield grid
         elif len(user.all_input_nodes) == 1 and user.op != "output" and not _is_layer(module_of(owner, user)):

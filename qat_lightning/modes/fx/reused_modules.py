@@ -6,10 +6,10 @@ import copy
 
 from torch import fx
 
-from qat_lightning.modes.graph.nodes import grid_of
+from qat_lightning.modes.graph.nodes import fake_quantize_of
 
 
-def give_each_call_its_own(prepared: fx.GraphModule) -> None:
+def copy_reused_modules(prepared: fx.GraphModule) -> None:
     """Copies the modules that a prepared graph calls again, in place.
 
     An int8 layer, batch-norm or hardswish holds the grid of its output. torch.ao makes one of a module,
@@ -17,7 +17,7 @@ def give_each_call_its_own(prepared: fx.GraphModule) -> None:
     """
     called: dict[str, int] = {}
     for node in prepared.graph.nodes:
-        if node.op != "call_module" or grid_of(prepared, node) is not None:
+        if node.op != "call_module" or fake_quantize_of(prepared, node) is not None:
             continue
         name = str(node.target)
         called[name] = count = called.get(name, 0) + 1

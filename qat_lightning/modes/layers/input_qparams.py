@@ -15,8 +15,8 @@ from qat_lightning.base import random_state
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.flow import is_leaf
-from qat_lightning.modes.graph.nodes import module_of, what
-from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_grid
+from qat_lightning.modes.graph.nodes import call_target, module_of
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
 from qat_lightning.modes.trace.tracing import defaults
 
 # What returns numbers that its first argument holds, or 0: they lie on the same grid.
@@ -30,11 +30,11 @@ _KEEPS: frozenset[Any] = frozenset(
     }
 )
 _HARD_SWISHES: frozenset[Any] = frozenset({nn.Hardswish, F.hardswish})
-HARD_SWISH_ENDS = 3.0
+HARD_SWISH_LIMIT = 3.0
 """Beyond which a hard-swish is linear. On a grid that holds it the curve between is a product of integers."""
 
 
-def connect(network: nn.Module, graph: fx.Graph) -> None:
+def connect_inputs(network: nn.Module, graph: fx.Graph) -> None:
     """Tells each layer of a prepared `network` the fake-quantize behind its input, in place.
 
     One that reads different grids in different places, or a grid that is not known, is told nothing. What a
@@ -48,21 +48,21 @@ def connect(network: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(module_of(network, node), IntegerArithmetic):
             grids.setdefault(str(node.target), set()).add(_behind(network, node.args[0]))
-        elif what(network, node) in _HARD_SWISHES and isinstance(
+        elif call_target(network, node) in _HARD_SWISHES and isinstance(
             read := _behind(network, node.args[0]), FakeQuantize
         ):
-            read.exact_value = HARD_SWISH_ENDS
+            read.exact_value = HARD_SWISH_LIMIT
     for name, behind in grids.items():
         grid = behind.pop()
         if not behind and isinstance(grid, FakeQuantize) and grid.axis is None:
-            set_input_grid(network.get_submodule(name), grid)
+            set_input_fake_quantize(network.get_submodule(name), grid)
 
 
-def connect_traced(network: nn.Module) -> None:
+def connect_inputs_by_trace(network: nn.Module) -> None:
     """The same for an eager network, from a trace of a copy in eval mode, where it can be traced."""
     twin = copy.deepcopy(network).eval()
     with suppress(Exception), random_state.preserved():  # whatever a forward raises that gets no tensors
-        connect(network, _Tracer().trace(twin, concrete_args=defaults(twin)))
+        connect_inputs(network, _Tracer().trace(twin, concrete_args=defaults(twin)))
 
 
 def _behind(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
@@ -75,7 +75,7 @@ def _behind(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
             hooked = getattr(owner, "activation_post_process", None)
             if isinstance(hooked, FakeQuantizeBase):
                 return hooked
-        if what(network, node) not in _KEEPS:
+        if call_target(network, node) not in _KEEPS:
             return None
         node = node.args[0]
     return None
