@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qat_lightning import TargetError, keep_for_target, prepare
-from qat_lightning.analysis.keep_for_target import fewest, needed
+from qat_lightning.analysis.keep_for_target import fewest, needed, points_per_unit
 from tests.networks import same_state
 from tests.ruined import (
     Judged,
@@ -84,3 +84,25 @@ def test_errors() -> None:
         keep_for_target(network, batches, fidelity, max_drop=-1)
     with pytest.raises(ValueError, match="is prepared already"):
         keep_for_target(prepare(seeded(Row).train()), batches, fidelity)
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "points"), [(0.9, 1, 100), (1.0, 1, 100), (0.2, -1, 100), (90.0, 1, 1), (100.0, 1, 1)]
+)
+def test_the_unit_of_a_metric_is_recognised(value: float, sign: int, points: int) -> None:
+    assert points_per_unit(value, "val_accuracy", sign) == points
+
+
+@pytest.mark.parametrize(("value", "sign"), [(2.3, -1), (101.0, 1), (-0.1, 1), (float("nan"), 1)])
+def test_a_metric_without_percentage_points_is_refused(value: float, sign: int) -> None:
+    with pytest.raises(ValueError, match=r"'val_loss' is .* for the float network\. Name an accuracy"):
+        points_per_unit(value, "val_loss", sign)
+
+
+def test_a_percentage_is_measured_in_its_own_points() -> None:
+    network = ruin_weight(seeded(Row))
+    share = keep_for_target(network, data(network), fidelity, max_drop=8)
+    percentage = keep_for_target(
+        network, data(network), lambda y, batch: 100 * fidelity(y, batch), max_drop=8
+    )
+    assert percentage == share == ("third.0",)
