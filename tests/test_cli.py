@@ -18,6 +18,7 @@ from PIL import Image
 
 import qat_lightning
 from qat_lightning.cli.train import train
+from qat_lightning.quantize.options import Settings
 from qat_lightning.tasks.models import DigitsCNN
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -93,8 +94,10 @@ def test_every_field_and_file_is_commented() -> None:
 def test_the_callback_is_configured_in_full() -> None:
     cfg = configure(Path())
     arguments = inspect.signature(qat_lightning.QuantizationAwareTraining).parameters
-    assert set(cfg.quantization) - {"_target_"} == set(arguments) - {"qconfig"}
-    defaults = {name: each.default for name, each in arguments.items() if name in cfg.quantization}
+    options = vars(Settings())
+    assert set(cfg.quantization) - {"_target_"} == {*arguments, *options} - {"options", "qconfig"}
+    defaults = options | {name: each.default for name, each in arguments.items()}
+    defaults = {name: value for name, value in defaults.items() if name in cfg.quantization}
     set_here = OmegaConf.to_container(cfg.quantization, resolve=True)
     assert isinstance(set_here, dict)
     del set_here["_target_"], set_here["output_dir"], defaults["output_dir"]

@@ -87,13 +87,14 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "sign", "points"), [(0.9, 1, 100), (1.0, 1, 100), (0.2, -1, 100), (90.0, 1, 1), (100.0, 1, 1)]
+    ("value", "sign", "points"),
+    [(0.9, 1, 100), (1.0, 1, 100), (0.2, -1, 100), (-0.3, 1, 100), (90.0, 1, 1), (100.0, 1, 1)],
 )
 def test_the_unit_of_a_metric_is_recognised(value: float, sign: int, points: int) -> None:
     assert points_per_unit(value, "val_accuracy", sign) == points
 
 
-@pytest.mark.parametrize(("value", "sign"), [(2.3, -1), (101.0, 1), (-0.1, 1), (float("nan"), 1)])
+@pytest.mark.parametrize(("value", "sign"), [(2.3, -1), (101.0, 1), (-1.1, 1), (float("nan"), 1)])
 def test_a_metric_without_percentage_points_is_refused(value: float, sign: int) -> None:
     with pytest.raises(ValueError, match=r"'val_loss' is .* for the float network\. Name an accuracy"):
         points_per_unit(value, "val_loss", sign)

@@ -162,7 +162,7 @@ def test_a_resumed_run_has_the_layers_of_the_first_start(
     assert "Kept float by the run that is resumed: third.0" in caplog.messages
     assert kept(resumed) == ("third.0",)
     assert same_state(whole, resumed) == []
-    assert qat.state_dict()["target"] == {"drop": DROP, "kept": ["third.0"]}
+    assert qat.state_dict()["target"] == {"max_drop": DROP, "kept": ["third.0"]}
     assert not resumed._load_state_dict_pre_hooks
 
 

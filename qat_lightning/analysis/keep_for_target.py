@@ -176,7 +176,7 @@ def points_per_unit(value: float, metric: Metric, sign: int) -> int:
     Raises:
         ValueError: It is neither a share between 0 and 1 nor a percentage.
     """
-    if 0 <= value <= 1:
+    if -1 <= value <= 1:  # below 0 are correlations and the like
         return 100
     if sign > 0 and 1 < value <= 100:
         return 1
