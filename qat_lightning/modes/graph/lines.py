@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-_PACKAGE = Path(__file__).parents[2]
-# The package's own models and data are read as the user's: they can be changed for others.
-_OURS = (str(_PACKAGE / part) for part in ("inspection", "modes", "quantize", "fake_"))
-_NO_USERS = (str(Path(torch.__file__).parent), contextlib.__file__, "<", *_OURS)
+_PACKAGE = str(Path(__file__).parents[2])
+# The package's own models and data modules count as the user's, who can put others in their place.
+_TASKS = str(Path(_PACKAGE) / "tasks")
+_FOREIGN = (str(Path(torch.__file__).parent), contextlib.__file__, "<", _PACKAGE)
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
@@ -54,4 +54,4 @@ def stack_line(node: fx.Node) -> str:
 
 def is_user_file(filename: str) -> bool:
     """Whether a file is neither PyTorch's nor this package's own, nor generated code."""
-    return not filename.startswith(_NO_USERS)
+    return filename.startswith(_TASKS) or not filename.startswith(_FOREIGN)
