@@ -1,14 +1,15 @@
 """Convolution and batch-norm trained as one int8 layer, without the division of torch.ao's module.
 
 The int8 network runs the convolution with batch-norm folded into its weight: channel `c` of the weight is
-multiplied by `f[c] = gamma[c] / sqrt(var[c] + eps)`, and rounded. A per-channel symmetric grid scales with
-its channel, so that rounding and folding commute: `round(f * w) = f * round(w)`. In training the plain
-weight is rounded, the plain convolution runs, and batch-norm follows as in float training. torch.ao's module
-rounds the folded weight and divides the convolution's output by `f` again, which costs several more passes
-over the activations, and gives NaN where `f` is zero (Krishnamoorthi 2018, section 3.2.2, describes it).
+multiplied by `f[c] = gamma[c] / sqrt(var[c] + eps)`, and rounded. With symmetric per-channel qparams a
+channel's scale is proportional to the channel, so that rounding and folding commute:
+`round(f * w) = f * round(w)`. Training therefore rounds the plain weight and runs the plain convolution, and
+batch-norm follows as in float training. torch.ao's module (Krishnamoorthi 2018, section 3.2.2) rounds the
+folded weight and divides the convolution's output by `f` again. That costs several more passes over the
+activations, and gives NaN where `f` is zero.
 
-Once the statistics are frozen, and in eval mode, the folded weight is rounded and the pair is one
-convolution with a bias: the arithmetic of the int8 network.
+In eval mode the folded weight is rounded, and the pair runs as one convolution with a bias: the arithmetic of
+the int8 network. Training with frozen statistics does the same where that is cheaper.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic
 
 
 class FusedConvBn(IntegerArithmetic):
-    """The forward of a fused pair whose weight has a per-channel symmetric grid."""
+    """The forward of a fused pair whose weight has symmetric per-channel qparams."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -38,62 +39,62 @@ class FusedConvBn(IntegerArithmetic):
         if not self._folds(x):
             magnitude = self.weight_fake_quant.magnitude(self.weight)
             y = self.bn(self._conv_forward(x, self._rounded(magnitude), self.bias))
-            self._observe(magnitude)  # after batch-norm has moved its statistics: for what follows this step
+            self._observe(magnitude)  # with the statistics that batch-norm has just updated
             return y
         if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
             self._observe(self.weight_fake_quant.magnitude(self.weight))
         return self._conv_forward(x, self._folded(self._factor()), self.folded_bias())
 
     def folded_bias(self) -> torch.Tensor:
-        """The bias of the convolution that the pair is in eval mode."""
+        """Returns the bias of the folded convolution, which eval mode runs."""
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
 
     def _folds(self, x: torch.Tensor) -> bool:
-        """Whether batch-norm is folded into the weight, or follows as an operation of its own.
+        """Whether to fold batch-norm into the weight, instead of running it as an operation of its own.
 
-        In eval mode it is, as in the int8 network. In training with frozen statistics both are the same
-        function, and the one with less to do is taken: folding passes over the weight, batch-norm over the
+        Eval mode folds, as the int8 network does. In training with frozen statistics both ways compute the
+        same function, and the cheaper one runs: folding passes over the weight, batch-norm over the
         activations.
         """
         return not self.training or (self.freeze_bn and self.weight.numel() < x.numel())
 
     def _factor(self) -> torch.Tensor:
-        """What batch-norm multiplies each channel by."""
+        """Returns the factor by which batch-norm multiplies each channel."""
         rsqrt = torch.rsqrt(self.bn.running_var + self.bn.eps)
         return rsqrt if self.bn.weight is None else self.bn.weight * rsqrt
 
     @torch.no_grad()
     def _observe(self, magnitude: torch.Tensor) -> None:
-        """Makes the grid of the folded weight, from the greatest magnitudes of the plain one."""
-        grid = self.weight_fake_quant
-        if (self.training and grid.observing) or not grid.seen:
-            grid.observe_magnitude(magnitude * self._factor().abs())
+        """Sets the range of the folded weight, from the largest magnitudes of the plain one."""
+        fake_quant = self.weight_fake_quant
+        if (self.training and fake_quant.observing) or not fake_quant.seen:
+            fake_quant.observe_magnitude(magnitude * self._factor().abs())
 
     def _folded(self, factor: torch.Tensor) -> torch.Tensor:
-        """The folded weight, rounded to its grid."""
-        grid = self.weight_fake_quant
-        if not grid.rounding:
+        """Returns the folded weight, fake-quantized."""
+        fake_quant = self.weight_fake_quant
+        if not fake_quant.rounding:
             return self.weight * factor.view(-1, *[1] * (self.weight.ndim - 1))
-        return round_weight(self.weight, grid.scale, grid.bounds, factor)
+        return round_weight(self.weight, fake_quant.scale, fake_quant.bounds, factor)
 
     def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """The plain weight, rounded to the grid of the folded one divided by the factor.
+        """Returns the plain weight, fake-quantized with the folded weight's scale divided by the factor.
 
-        While the grid follows the weight, that is the grid of the plain weight. It also serves for a channel
-        that batch-norm switches off, whose folded grid is nothing.
+        While the range follows the weight, this is the scale of the plain weight itself. A channel that
+        batch-norm switches off has no usable folded scale, and takes the plain one, too.
         """
-        grid = self.weight_fake_quant
-        if not grid.rounding:
+        fake_quant = self.weight_fake_quant
+        if not fake_quant.rounding:
             return self.weight
         with torch.no_grad():
-            scale = magnitude / grid.quant_max
-            if not grid.observing:
-                off = grid.scale <= EPS
-                scale = torch.where(off, scale, grid.scale / self._factor().abs())
+            scale = magnitude / fake_quant.quant_max
+            if not fake_quant.observing:
+                switched_off = fake_quant.scale <= EPS
+                scale = torch.where(switched_off, scale, fake_quant.scale / self._factor().abs())
             scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        return round_weight(self.weight, scale, grid.bounds, inside=grid.observing)
+        return round_weight(self.weight, scale, fake_quant.bounds, inside=fake_quant.observing)
 
 
 class ConvBn1d(FusedConvBn, nniqat.ConvBn1d):

@@ -1,8 +1,8 @@
-"""Where training overwrites what a layer made, so that little more memory is needed than in float training.
+"""Rounding in place, so that training needs little more memory than in float.
 
-A float network keeps one tensor for each layer and each ReLU. Plain fake-quantization adds the input of every
-rounding, and behind a ReLU the ReLU's own copy of its result. Where the fake-quantize is the tensor's one
-reader, it rounds in place, and ReLU and rounding keep a byte for each element.
+A float network keeps one tensor for each layer and each ReLU. Plain fake-quantization also keeps the input of
+each rounding, and behind a ReLU the ReLU's own copy of its result. Where a fake-quantize is the only reader
+of a tensor, it rounds the tensor in place, and the ReLU and the rounding save only a byte for each element.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 
 
 def round_in_place(prepared: nn.Module) -> None:
-    """Lets fake-quantizes overwrite what they alone read, in place, in a prepared eager network or graph."""
+    """Lets fake-quantizes overwrite tensors that nothing else reads, in a prepared eager network or graph."""
     if isinstance(prepared, fx.GraphModule):
         _rectify_relus(prepared)
         readers = _sole_readers(prepared)
     else:
-        layers: list[Any] = [m for m in prepared.modules() if _keeps_its_rounding(m)]
+        layers: list[Any] = [m for m in prepared.modules() if _feeds_only_its_fake_quantize(m)]
         readers = [layer.activation_post_process for layer in layers]
     for fake_quantize in readers:
         if isinstance(fake_quantize, FakeQuantize):
@@ -33,7 +33,7 @@ def round_in_place(prepared: nn.Module) -> None:
 
 
 def restore_relus(prepared: fx.GraphModule) -> None:
-    """Puts plain ReLUs back into a graph, in place, which torch.ao's convert knows."""
+    """Restores the plain ReLUs of a graph, in place: torch.ao's convert knows only those."""
     for node in prepared.graph.nodes:
         if node.target is rectify:
             node.target, node.kwargs = F.relu, {}
@@ -41,7 +41,7 @@ def restore_relus(prepared: fx.GraphModule) -> None:
 
 
 def _rectify_relus(graph_module: fx.GraphModule) -> None:
-    """Makes each ReLU whose one reader is a fake-quantize save a byte for each element."""
+    """Replaces each ReLU that only a fake-quantize reads by one that saves a byte for each element."""
     for node in graph_module.graph.nodes:
         module = module_of(graph_module, node)
         is_relu = type(module) is nn.ReLU or node.target is F.relu
@@ -53,15 +53,20 @@ def _rectify_relus(graph_module: fx.GraphModule) -> None:
 
 
 def _sole_readers(graph_module: fx.GraphModule) -> list[FakeQuantize]:
-    """The fake-quantizes that, wherever the graph calls them, alone read what nobody needs for a gradient."""
+    """Finds the fake-quantizes that may overwrite their input, wherever the graph calls them.
+
+    At each call nothing else may read the input, and the operation before must not need it for its gradient.
+    """
     calls: dict[FakeQuantize, list[bool]] = defaultdict(list)
     for node in graph_module.graph.nodes:
         fake_quantize = module_of(graph_module, node)
         if isinstance(fake_quantize, FakeQuantize):
             source = node.all_input_nodes[0]
-            replaceable = source.target is rectify or isinstance(module_of(graph_module, source), FusedConvBn)
-            calls[fake_quantize].append(replaceable and len(source.users) == 1)
-    return [fake_quantize for fake_quantize, replaceable in calls.items() if all(replaceable)]
+            overwritable = source.target is rectify or isinstance(
+                module_of(graph_module, source), FusedConvBn
+            )
+            calls[fake_quantize].append(overwritable and len(source.users) == 1)
+    return [fake_quantize for fake_quantize, overwritable in calls.items() if all(overwritable)]
 
 
 def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
@@ -69,6 +74,6 @@ def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | 
     return reader if isinstance(reader, FakeQuantize) else None
 
 
-def _keeps_its_rounding(module: nn.Module) -> bool:
-    """Whether an eager layer's output goes to its fake-quantize, by a hook, and nowhere else."""
+def _feeds_only_its_fake_quantize(module: nn.Module) -> bool:
+    """Whether the only hook of an eager layer is the one that passes its output to its fake-quantize."""
     return isinstance(module, FusedConvBn) and len(module._forward_hooks) == 1

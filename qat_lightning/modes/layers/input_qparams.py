@@ -1,4 +1,4 @@
-"""On which grid that lies which each layer reads, found in a graph of the prepared network."""
+"""Finds the fake-quantize that produced each layer's input, in a graph of the prepared network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
 from qat_lightning.modes.trace.tracing import defaults
 
-# What returns numbers that its first argument holds, or 0: they lie on the same grid.
-_KEEPS: frozenset[Any] = frozenset(
+# Operations that return values of their first argument, or 0: the same qparams represent them.
+_KEEPS_QPARAMS: frozenset[Any] = frozenset(
     {
         *(nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.PixelShuffle, nn.ChannelShuffle),
@@ -31,51 +31,51 @@ _KEEPS: frozenset[Any] = frozenset(
 )
 _HARD_SWISHES: frozenset[Any] = frozenset({nn.Hardswish, F.hardswish})
 HARD_SWISH_LIMIT = 3.0
-"""Beyond which a hard-swish is linear. On a grid that holds it the curve between is a product of integers."""
+"""A hard-swish is linear beyond ±3. If the qparams represent 3, its curve is a product of integers."""
 
 
 def connect_inputs(network: nn.Module, graph: fx.Graph) -> None:
-    """Tells each layer of a prepared `network` the fake-quantize behind its input, in place.
+    """Tells each layer of a prepared `network` which fake-quantize produced its input, in place.
 
-    One that reads different grids in different places, or a grid that is not known, is told nothing. What a
-    hard-swish reads gets a grid that its curve fits.
+    A layer is told nothing if its calls read from different fake-quantizes, or if one is unknown. The input
+    of a hard-swish gets qparams that represent 3 exactly.
 
     Args:
         network: The network.
-        graph: One that calls its modules by their names.
+        graph: A graph that calls the modules of `network` by their names.
     """
-    grids: dict[str, set[FakeQuantizeBase | None]] = {}
+    sources: dict[str, set[FakeQuantizeBase | None]] = {}
     for node in graph.nodes:
         if isinstance(module_of(network, node), IntegerArithmetic):
-            grids.setdefault(str(node.target), set()).add(_behind(network, node.args[0]))
+            sources.setdefault(str(node.target), set()).add(_source(network, node.args[0]))
         elif call_target(network, node) in _HARD_SWISHES and isinstance(
-            read := _behind(network, node.args[0]), FakeQuantize
+            source := _source(network, node.args[0]), FakeQuantize
         ):
-            read.exact_value = HARD_SWISH_LIMIT
-    for name, behind in grids.items():
-        grid = behind.pop()
-        if not behind and isinstance(grid, FakeQuantize) and grid.axis is None:
-            set_input_fake_quantize(network.get_submodule(name), grid)
+            source.exact_value = HARD_SWISH_LIMIT
+    for name, found in sources.items():
+        fake_quantize = found.pop()
+        if not found and isinstance(fake_quantize, FakeQuantize) and fake_quantize.axis is None:
+            set_input_fake_quantize(network.get_submodule(name), fake_quantize)
 
 
 def connect_inputs_by_trace(network: nn.Module) -> None:
-    """The same for an eager network, from a trace of a copy in eval mode, where it can be traced."""
+    """Does the same for an eager network, with a trace of a copy in eval mode, if it can be traced."""
     twin = copy.deepcopy(network).eval()
-    with suppress(Exception), random_state.preserved():  # whatever a forward raises that gets no tensors
+    with suppress(Exception), random_state.preserved():  # a forward may raise anything when it gets proxies
         connect_inputs(network, _Tracer().trace(twin, concrete_args=defaults(twin)))
 
 
-def _behind(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
-    """The fake-quantize that made the numbers that `node` returns."""
+def _source(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
+    """Returns the fake-quantize that produced the values of `node`; None if it is unknown."""
     while isinstance(node, fx.Node):
         module = module_of(network, node)
         if isinstance(module, FakeQuantizeBase):
             return module
-        for owner in (module, getattr(module, "requantize", None)):  # which hooks call in eager mode
+        for owner in (module, getattr(module, "requantize", None)):  # eager mode calls both from hooks
             hooked = getattr(owner, "activation_post_process", None)
             if isinstance(hooked, FakeQuantizeBase):
                 return hooked
-        if call_target(network, node) not in _KEEPS:
+        if call_target(network, node) not in _KEEPS_QPARAMS:
             return None
         node = node.args[0]
     return None

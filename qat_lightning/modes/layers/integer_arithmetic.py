@@ -1,11 +1,12 @@
-"""Layers that compute in eval mode what int8 kernels compute: with integers, and with a bias of their grid.
+"""Layers that compute in eval mode what int8 kernels compute: sums of integers, and a rounded bias.
 
-A kernel multiplies and adds integers, which has one result in whatever order, and scales it once. The same
-sum of rounded floats differs with the order, and where it lies next to the middle between two points of the
-output's grid it tips over to the other one; each layer passes that on. Integers of 8 bits are exact in
-float32, and so are their products, and sums up to 2**24. A bias is an integer of the grid of these sums,
-which ONNX Runtime and qnnpack round it to (Jacob et al. 2018, "Quantization and Training of Neural Networks
-for Efficient Integer-Arithmetic-Only Inference", section 2.4).
+An int8 kernel adds products of integers, and scales the sum once. The order of the additions does not change
+the result. A sum of rounded floats does depend on the order: if it is close to the middle between two output
+values, it may be rounded to the other one, and every later layer inherits the difference. So these layers add
+integers as well, in float32, which represents 8-bit integers, their products and sums up to 2**24 exactly.
+ONNX Runtime and qnnpack also round the bias to an integer with the scale of these sums, and so do these
+layers (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 2.4).
 
 In training neither matters, and both would cost passes over the activations.
 """
@@ -26,59 +27,64 @@ _INPUT_KEY = "input_fake_quantize"
 
 
 class IntegerArithmetic:
-    """A layer whose weight is rounded, and that may know the grid of what it reads."""
+    """A layer with a fake-quantized weight, which may know the fake-quantize that produced its input."""
 
     weight_fake_quant: Any
     training: bool
 
     def integer_forward(self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        """What `layer(x, weight, bias)` returns, in eval mode computed with the integers behind all three."""
-        grid = input_fake_quantize(self)
-        if self.training or grid is None or not self._rounds(grid, x):
+        """Returns `layer(x, weight, bias)`; eval mode computes it with the integers of all three."""
+        source = input_fake_quantize(self)
+        if self.training or source is None or not self._has_integers(source, x):
             return layer(x, weight, bias)
-        scale = self.weight_fake_quant.scale
-        step = grid.scale * scale
-        sums = layer(_integers(x, grid.scale), _integers(weight, _channels(scale, weight.ndim)), None)
-        channels = weight.ndim - 1  # of a result that has no batch, as a bias has none
+        weight_scale = self.weight_fake_quant.scale
+        sum_scale = source.scale * weight_scale
+        integer_weight = _integers(weight, _per_channel(weight_scale, weight.ndim))
+        sums = layer(_integers(x, source.scale), integer_weight, None)
+        ndim = weight.ndim - 1  # a result without its batch dimension
         if bias is None:
-            return sums * _channels(step, channels)
-        return torch.addcmul(_channels(round_bias(bias, step), channels), sums, _channels(step, channels))
+            return sums * _per_channel(sum_scale, ndim)
+        rounded_bias = round_bias(bias, sum_scale)
+        return torch.addcmul(_per_channel(rounded_bias, ndim), sums, _per_channel(sum_scale, ndim))
 
-    def _rounds(self, grid: FakeQuantize, x: torch.Tensor) -> bool:
-        """Whether integers stand behind input and weight, and fit into the floats that are computed with."""
+    def _has_integers(self, source: FakeQuantize, x: torch.Tensor) -> bool:
+        """Whether input and weight are rounded, and the arithmetic is exact for their integers."""
         weight = self.weight_fake_quant
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        return exact and grid.rounding and isinstance(weight, FakeQuantize) and weight.rounding
+        return exact and source.rounding and isinstance(weight, FakeQuantize) and weight.rounding
 
     def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
         return self.integer_forward(super()._conv_forward, x, weight, bias)  # type: ignore[misc]
 
 
 def input_fake_quantize(layer: Any) -> FakeQuantize | None:
-    """The fake-quantize that made what `layer` reads, where it is known."""
+    """Returns the fake-quantize that produced the input of `layer`; None if it is unknown."""
     return vars(layer).get(_INPUT_KEY)
 
 
-def set_input_fake_quantize(layer: nn.Module, grid: FakeQuantize) -> None:
-    """Tells `layer` what it reads; not as a submodule, which has its place already."""
-    vars(layer)[_INPUT_KEY] = grid
+def set_input_fake_quantize(layer: nn.Module, fake_quantize: FakeQuantize) -> None:
+    """Tells `layer` which fake-quantize produced its input.
+
+    The fake-quantize does not become a submodule of `layer`: the network has it already, elsewhere.
+    """
+    vars(layer)[_INPUT_KEY] = fake_quantize
 
 
-def _channels(values: torch.Tensor, ndim: int) -> torch.Tensor:
-    """A view with as many dimensions, the channels being the first."""
+def _per_channel(values: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Returns a view of `values` with `ndim` dimensions, channels first."""
     return values.view(-1, *[1] * (ndim - 1))
 
 
-def round_bias(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Rounds a bias to multiples of the product of the input's and the weight's scale."""
-    return _integers(bias, step) * step
+def round_bias(bias: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rounds a bias to multiples of `scale`, the product of the input's and the weight's scale."""
+    return _integers(bias, scale) * scale
 
 
 def _integers(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The integers behind `x`; gradients pass (straight-through)."""
+    """Returns the integers of a rounded `x`; gradients pass (straight-through)."""
     y = x / scale
     if torch.is_grad_enabled() and y.requires_grad:
-        return y + (y.round() - y).detach()  # exact: the difference is
+        return y + (y.round() - y).detach()  # exact, since the difference is
     return y.round_()
 
 

@@ -1,4 +1,4 @@
-"""Which kernels the layers of an int8 network run on, where those of its own engine are wrong or slow."""
+"""Chooses other kernels for the layers of an int8 network where its own engine's are wrong or slow."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from qat_lightning.base import cpu
 from qat_lightning.base.backends import engine
 
 _EXACT = "qnnpack"
-"""The engine whose kernels add in 32 bits on every CPU."""
+"""The engine whose kernels add in 32 bits on every CPU, so that they never overflow."""
 
 
 def pack_weights(network: nn.Module, backend: str) -> None:
-    """Packs the weights of an int8 network for kernels that are right on this CPU, and fast if they can be.
+    """Packs the weights of an int8 network for kernels that are correct on this CPU, and fast where possible.
 
-    Only those of onednn need it, which uses all 8 bits of the activations. On CPUs without VNNI its kernels
-    overflow; qnnpack's do not, and are several times slower. Convolutions in one and three dimensions stay,
-    which qnnpack has not. On CPUs with VNNI, oneDNN has nothing but its reference code, many times slower,
-    for a linear layer whose input has a zero point; fbgemm, which the x86 engine takes for linear layers,
-    adds up the same integers.
+    Only the onednn backend needs this, which uses all 8 bits of the activations.
+
+    - On CPUs without VNNI oneDNN's kernels overflow. qnnpack's do not, but are several times slower. qnnpack
+      has no convolutions in one or three dimensions, so that those keep oneDNN's kernels.
+    - On CPUs with VNNI, oneDNN runs a linear layer whose input has a zero point with its reference code,
+      which is many times slower. The x86 engine runs linear layers with fbgemm, which adds up the same
+      integers.
     """
     if backend != "onednn":
         return

@@ -1,4 +1,4 @@
-"""Which fake-quantizes belong to a layer: its weight's, and those that round what it returns."""
+"""Finds the fake-quantizes of each layer: its weight's, and those that round its output."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 
 
 def layer_fake_quantizes(prepared: nn.Module) -> dict[str, frozenset[FakeQuantizeBase]]:
-    """The fake-quantizes of each layer with weights, by the layer's name, in a prepared network.
+    """Maps the name of each layer with weights, in a prepared network, to the fake-quantizes of that layer.
 
-    One that layers share, such as those of a concatenation, belongs to each. Those of the network's inputs
-    and of operations with several operands belong to none.
+    A fake-quantize that layers share, as before a concatenation, belongs to each of them. Those of the
+    network's inputs and of operations with several operands belong to none.
     """
     names = {module: name for name, module in prepared.named_modules() if _is_layer(module)}
-    found: dict[nn.Module, set[FakeQuantizeBase]] = {layer: set(_own(layer)) for layer in names}
+    found: dict[nn.Module, set[FakeQuantizeBase]] = {layer: set(_attached(layer)) for layer in names}
     for owner, graph in graphs(prepared):
         for node in graph.nodes:
             layer = module_of(owner, node)
             if layer in found:
-                found[layer].update(_readers(owner, node))
+                found[layer].update(_next_fake_quantizes(owner, node))
     return {name: frozenset(found[layer]) for layer, name in names.items()}
 
 
@@ -31,21 +31,21 @@ def _is_layer(module: nn.Module | None) -> bool:
     return hasattr(module, "weight_fake_quant")
 
 
-def _own(layer: nn.Module) -> Iterator[FakeQuantizeBase]:
-    """Its weight's, and in eager mode the one that a hook calls with its output."""
+def _attached(layer: nn.Module) -> Iterator[FakeQuantizeBase]:
+    """Yields the fake-quantize of the weight, and in eager mode the one that a hook calls with the output."""
     for name in ("weight_fake_quant", "activation_post_process"):
-        grid = getattr(layer, name, None)
-        if isinstance(grid, FakeQuantizeBase):
-            yield grid
+        fake_quantize = getattr(layer, name, None)
+        if isinstance(fake_quantize, FakeQuantizeBase):
+            yield fake_quantize
 
 
-def _readers(owner: nn.Module, node: fx.Node) -> Iterator[FakeQuantizeBase]:
-    """The first fake-quantizes after `node`, past what only transforms the one tensor: ReLU, dropout."""
+def _next_fake_quantizes(owner: nn.Module, node: fx.Node) -> Iterator[FakeQuantizeBase]:
+    """Yields the first fake-quantizes after `node`, past operations with one operand, such as ReLU."""
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        grid = fake_quantize_of(owner, user)
-        if grid is not None:
-            yield grid
+        fake_quantize = fake_quantize_of(owner, user)
+        if fake_quantize is not None:
+            yield fake_quantize
         elif len(user.all_input_nodes) == 1 and user.op != "output" and not _is_layer(module_of(owner, user)):
             waiting += user.users

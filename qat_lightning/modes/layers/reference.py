@@ -1,8 +1,8 @@
-"""The reference graph: a float copy of a prepared network with quantize/dequantize where it rounds.
+"""The reference graph: a float copy of a prepared network, with a quantize/dequantize pair at each rounding.
 
-Works for every mode, since both keep their fake-quantizes and their fused layers as modules: each
-fake-quantize becomes a quantize/dequantize pair of `torch.ops.quantized_decomposed`, and each fused layer
-becomes a plain one, batch-norm folded in, with its weight stored as int8.
+It works for both modes, since both keep fake-quantizes and fused layers as modules. Each fake-quantize
+becomes a quantize/dequantize pair of `torch.ops.quantized_decomposed`. Each fused layer becomes a plain one
+with batch-norm folded in and its weight stored as int8.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _OPS = torch.ops.quantized_decomposed
 
 
 class QuantizeDequantize(nn.Module):
-    """Rounds its input to a fixed grid, as two operations that an exporter can see.
+    """Rounding with fixed qparams, as two operations that an exporter can see.
 
     Args:
-        fake_quantize: Has the grid: one for the tensor, or one for each channel.
+        fake_quantize: Provides the qparams, per-tensor or per-channel.
     """
 
     def __init__(self, fake_quantize: Any) -> None:
@@ -50,16 +50,16 @@ class QuantizeDequantize(nn.Module):
         return self.dequantize(self.quantize(x))
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """Integers of a float tensor."""
+        """Returns the integers of a float tensor."""
         quantize = _OPS.quantize_per_tensor if self.axis is None else _OPS.quantize_per_channel
-        return quantize(x, *self._grid())
+        return quantize(x, *self._qparams())
 
     def dequantize(self, integers: torch.Tensor) -> torch.Tensor:
-        """The floats that they stand for."""
+        """Returns the floats that the integers represent."""
         dequantize = _OPS.dequantize_per_tensor if self.axis is None else _OPS.dequantize_per_channel
-        return dequantize(integers, *self._grid())
+        return dequantize(integers, *self._qparams())
 
-    def _grid(self) -> tuple[Any, ...]:
+    def _qparams(self) -> tuple[Any, ...]:
         axis = () if self.axis is None else (self.axis,)
         return self.scale, self.zero_point, *axis, *self.bounds, self.dtype
 
@@ -68,8 +68,8 @@ class ReferenceWeight(QuantizeDequantize):
     """A weight that is stored as int8 and dequantized where it is used.
 
     Args:
-        fake_quantize: The grid of the weight.
-        weight: In float32.
+        fake_quantize: Provides the qparams of the weight.
+        weight: The weight in float32.
     """
 
     def __init__(self, fake_quantize: Any, weight: torch.Tensor) -> None:
@@ -77,17 +77,17 @@ class ReferenceWeight(QuantizeDequantize):
         self.register_buffer("int8", self.quantize(weight.detach().float()))
 
     def forward(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """The rounded weight; what is given is the float one, where a graph rounds it."""
+        """Returns the rounded weight; ignores the float `weight` that a graph passes to be rounded."""
         integers: Any = self.int8
         return self.dequantize(integers)
 
 
 class ReferenceLayer(nn.Module):
-    """A convolution or linear layer with such a weight.
+    """A convolution or linear layer with a :class:`ReferenceWeight`.
 
     Args:
         layer: The float layer, with batch-norm folded in.
-        fake_quantize: The grid of its weight.
+        fake_quantize: Provides the qparams of its weight.
         relu: Whether a ReLU is fused into it.
     """
 
@@ -107,7 +107,7 @@ class ReferenceLayer(nn.Module):
 
 
 def _bounds(fake_quantize: Any) -> tuple[int, int]:
-    """The least and the greatest integer that a fake-quantize rounds to."""
+    """Returns the smallest and the largest integer of a fake-quantize."""
     if isinstance(fake_quantize, FakeQuantize):
         return fake_quantize.bounds
     observer = fake_quantize.activation_post_process
@@ -115,12 +115,15 @@ def _bounds(fake_quantize: Any) -> tuple[int, int]:
 
 
 def reference(prepared: nn.Module) -> nn.Module:
-    """Makes the reference graph of a prepared network, in eval mode on the CPU, of a copy."""
+    """Makes the reference graph of a prepared network from a copy, in eval mode on the CPU."""
     return _rebuilt(prepared, _reference_layer, _quantize_dequantize)
 
 
 def floating(prepared: nn.Module) -> nn.Module:
-    """The same without any rounding: the float network with the trained weights, batch-norm folded in."""
+    """Makes the reference graph without any rounding.
+
+    The result is a float network with the trained weights, batch-norm folded in.
+    """
     return _rebuilt(prepared, _float_layer, lambda child, weight: nn.Identity())
 
 
@@ -149,14 +152,14 @@ def _rebuilt(
 
 
 def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
-    """The fake-quantizes that round a parameter, which a function of the graph then gets, and these."""
+    """Maps each fake-quantize that rounds a parameter, for a functional call, to the parameter."""
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     return {
-        grid: parameters[read.target]
+        fake_quantize: parameters[read.target]
         for read in graph_module.graph.nodes
         if read.op == "get_attr" and read.target in parameters
         for user in read.users
-        if (grid := fake_quantize_of(graph_module, user)) is not None
+        if (fake_quantize := fake_quantize_of(graph_module, user)) is not None
     }
 
 
@@ -185,7 +188,7 @@ def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:
 def _replace_each(
     module: nn.Module, chosen: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]
 ) -> None:
-    """Replaces the chosen modules; one that is registered twice (a shared observer) stays shared."""
+    """Replaces the chosen modules; a module that is registered twice (a shared observer) stays shared."""
     made: dict[nn.Module, nn.Module] = {}
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if name and chosen(child):

@@ -1,4 +1,4 @@
-"""The classes that layers train in, in the place of torch.ao's, and back: its convert knows its own."""
+"""Swaps the classes of prepared layers: this package's for training, torch.ao's for conversion."""
 
 from __future__ import annotations
 
@@ -12,48 +12,52 @@ from qat_lightning.modes.layers import fused_conv_bn, integer_arithmetic
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+_TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     next(base for base in ours.__bases__ if issubclass(base, nn.Module)): ours
     for module in (integer_arithmetic, fused_conv_bn)
     for ours in vars(module).values()
     if isinstance(ours, type) and issubclass(ours, IntegerArithmetic) and issubclass(ours, nn.Module)
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCH_AO_CLASSES = {ours: theirs for theirs, ours in _TRAINING_CLASSES.items()}
 
 
 def use_training_classes(prepared: nn.Module) -> None:
-    """Makes the layers in a prepared network ours where their weights have this package's grid, in place.
+    """Gives layers whose weights have this package's :class:`FakeQuantize` their training class, in place.
 
-    A pair of convolution and batch-norm only where that grid is symmetric for each channel. Layers keep their
-    names and state: only the class of each changes.
+    A fused convolution and batch-norm changes only if the qparams of its weight are symmetric and
+    per-channel. Layers keep their names and their state.
     """
     module: Any
     for module in prepared.modules():
-        grid = getattr(module, "weight_fake_quant", None)
-        if not isinstance(grid, FakeQuantize):
+        fake_quant = getattr(module, "weight_fake_quant", None)
+        if not isinstance(fake_quant, FakeQuantize):
             continue
-        if grid.axis == 0:
-            grid.allocate(module.weight.shape[0])
-        ours = _OURS.get(type(module))
-        if ours is not None and (not issubclass(ours, FusedConvBn) or (grid.axis == 0 and grid.symmetric)):
+        if fake_quant.axis == 0:
+            fake_quant.allocate(module.weight.shape[0])
+        ours = _TRAINING_CLASSES.get(type(module))
+        commutes = fake_quant.axis == 0 and fake_quant.symmetric  # folding batch-norm with rounding
+        if ours is not None and (commutes or not issubclass(ours, FusedConvBn)):
             module.__class__ = ours
 
 
 def use_torch_ao_classes(prepared: nn.Module) -> None:
-    """Turns them back into torch.ao's, in place, with the biases that they computed with."""
+    """Gives these layers torch.ao's classes back, in place, with the biases that eval mode computes with.
+
+    torch.ao's convert knows its own classes only.
+    """
     for module in prepared.modules():
-        if type(module) in _THEIRS:
+        if type(module) in _TORCH_AO_CLASSES:
             store_rounded_bias(module)
-            module.__class__ = _THEIRS[type(module)]
+            module.__class__ = _TORCH_AO_CLASSES[type(module)]
 
 
 @torch.no_grad()
 def store_rounded_bias(layer: Any) -> None:
-    """Gives a layer the bias that it computes with in eval mode, in place, so that int8 gets that one."""
-    grid = input_fake_quantize(layer)
+    """Rounds a layer's bias as eval mode does, in place, so that the int8 layer has the same bias."""
+    source = input_fake_quantize(layer)
     bias = layer.folded_bias() if isinstance(layer, FusedConvBn) else layer.bias
-    if grid is None or bias is None or not grid.rounding:
+    if source is None or bias is None or not source.rounding:
         return
-    moved = round_bias(bias, grid.scale * layer.weight_fake_quant.scale) - bias
+    change = round_bias(bias, source.scale * layer.weight_fake_quant.scale) - bias
     owner = layer.bn if isinstance(layer, FusedConvBn) else layer
-    owner.bias = nn.Parameter(moved if owner.bias is None else owner.bias + moved)
+    owner.bias = nn.Parameter(change if owner.bias is None else owner.bias + change)
