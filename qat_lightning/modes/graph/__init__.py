@@ -1,1 +1,1 @@
-"""Reading and editing `torch.fx` graphs, and putting them back in the place of a forward."""
+"""Reading and editing `torch.fx` graphs, and running one in place of a module's forward."""

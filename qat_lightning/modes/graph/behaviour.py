@@ -1,9 +1,8 @@
-"""What a traced network keeps of the class it was traced from.
+"""Carries attributes of the original network over to its graph module, and explains what is lost.
 
-A graph module has the modules of the original under their names, but none of its plain attributes
-and none of its methods but `forward`. The attributes are carried over. A method cannot be, since it
-would run the original's layers, not the prepared ones: calling it raises an error that names the
-method and the fix.
+A graph module has the modules of the original under their names, but none of its plain attributes and no
+method except `forward`. The attributes are carried over. The methods cannot be: they would run the layers of
+the original instead of the prepared ones. Calling one raises an error that names the method and the fix.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _OWN = frozenset(vars(nn.Module())) | frozenset(dir(fx.GraphModule))
 
 
 class LostMethod:
-    """Stands where the original network had a method; calling it says what to do instead."""
+    """A stand-in for a method of the original network; calling it raises an error that says what to do."""
 
     def __init__(self, network: str, method: str) -> None:
         self.network, self.method = network, method
@@ -32,7 +31,7 @@ class LostMethod:
 
 
 class LostForward(nn.Module):
-    """Stands where the original network had a container; its layers are there, its `forward` is not."""
+    """A stand-in for a container of the original network, with its layers but without its `forward`."""
 
     def __init__(self, network: str, path: str, fix: str | None = None) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class LostForward(nn.Module):
 
 
 def attributes(network: nn.Module) -> dict[str, Any]:
-    """The plain attributes of `network` and of its class, and a :class:`LostMethod` for each method."""
+    """Returns the plain attributes of `network` and its class, and a :class:`LostMethod` for each method."""
     kept: dict[str, Any] = {}
     for cls in reversed(type(network).__mro__):
         if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.nn."):
@@ -61,42 +60,42 @@ def attributes(network: nn.Module) -> dict[str, Any]:
 
 
 def unused_state(network: nn.Module, graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The layers, parameters and buffers of `network` that its forward, and so its graph, does not use."""
+    """Returns the layers, parameters and buffers of `network` that its forward, and so its graph, ignores."""
     buffers = {
         name: nn.Buffer(value, persistent=name not in network._non_persistent_buffers_set)
         for name, value in network._buffers.items()
         if value is not None
     }
     state = {**network._modules, **network._parameters, **buffers}
-    return {name: value for name, value in state.items() if not _is_there(graph_module, name)}
+    return {name: value for name, value in state.items() if not _is_used(graph_module, name)}
 
 
 def _is_carried(name: str, network: nn.Module) -> bool:
     return name not in _OWN and not name.startswith("__") and name not in network._modules
 
 
-def _is_there(graph_module: fx.GraphModule, name: str) -> bool:
+def _is_used(graph_module: fx.GraphModule, name: str) -> bool:
     """Whether the graph itself uses a module, a parameter or a buffer of that name."""
     state = (graph_module._modules, graph_module._parameters, graph_module._buffers)
     return any(name in part for part in state)
 
 
 def attach(graph_module: fx.GraphModule, kept: dict[str, Any]) -> None:
-    """Gives a graph module the attributes; `meta` is where a deep copy of a graph module finds them."""
-    kept = {name: value for name, value in kept.items() if not _is_there(graph_module, name)}
+    """Sets the attributes on a graph module, and in its `meta`, from which a deep copy takes them."""
+    kept = {name: value for name, value in kept.items() if not _is_used(graph_module, name)}
     graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {}).update(kept)
     for name, value in kept.items():
         setattr(graph_module, name, value)
 
 
 def attached(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The attributes that `attach` gave."""
+    """Returns the attributes that :func:`attach` set."""
     kept = graph_module.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
     return {name: getattr(graph_module, name, value) for name, value in kept.items()}
 
 
 def mark_containers(graph_module: fx.GraphModule, network: str, fix: str | None = None) -> None:
-    """Replaces the graph module's empty containers by ones whose `forward` says what to do."""
+    """Replaces the graph module's containers, which have no forward, by ones whose `forward` says so."""
     for path, module in list(graph_module.named_modules()):
         if type(module) is nn.Module:
             container = LostForward(network, path, fix)

@@ -1,4 +1,4 @@
-"""Small modules of a graph that choose by their own `training` flag, as the traced forward did."""
+"""Small modules that let a graph do one thing in training mode and another in eval mode."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch.fx.node import map_aggregate
 
 
 class ByMode(nn.Module):
-    """Calls `function` with one set of arguments in training mode and with another in eval mode.
+    """A call of `function` with one set of arguments in training mode and another in eval mode.
 
     Args:
-        function: What the two traces both call.
+        function: What both traces call.
         method: Whether `function` is the name of a method of the first argument.
-        train: Positional and keyword arguments in training mode; `Slot(i)` stands for the i-th
-            tensor.
+        train: Positional and keyword arguments in training mode; `Slot(i)` stands for the i-th tensor.
         evaluate: The same in eval mode.
     """
 
@@ -28,14 +27,14 @@ class ByMode(nn.Module):
 
     @classmethod
     def of(cls, node: fx.Node, args: Any, kwargs: Any) -> ByMode:
-        """Does in training mode what `node` does, and in eval mode the same with the given arguments."""
+        """Makes a module that calls what `node` calls; `args` and `kwargs` are its arguments in eval mode."""
         slots: dict[fx.Node, Slot] = {n: Slot(i) for i, n in enumerate(node.all_input_nodes)}
 
-        def stored(arguments: Any) -> Any:
+        def with_slots(arguments: Any) -> Any:
             return map_aggregate(arguments, lambda a: slots[a] if isinstance(a, fx.Node) else a)
 
-        train = stored(node.args), stored(node.kwargs)
-        return cls(node.target, node.op == "call_method", train, (stored(args), stored(kwargs)))
+        train = with_slots(node.args), with_slots(node.kwargs)
+        return cls(node.target, node.op == "call_method", train, (with_slots(args), with_slots(kwargs)))
 
     def forward(self, *tensors: Any) -> Any:
         arguments = self.train_arguments if self.training else self.eval_arguments
@@ -46,7 +45,7 @@ class ByMode(nn.Module):
 
 
 class OutputByMode(nn.Module):
-    """Returns its first argument in training mode and its second in eval mode."""
+    """A module that returns its first argument in training mode and its second in eval mode."""
 
     def forward(self, train: Any, evaluate: Any) -> Any:
         return train if self.training else evaluate
@@ -67,9 +66,9 @@ def _fill(arguments: Any, tensors: tuple[Any, ...]) -> Any:
 
 
 def by_mode(node: fx.Node, args: Any, kwargs: Any) -> nn.Module:
-    """The module that does in training mode what `node` does and in eval mode the given arguments.
+    """Returns a module that does what `node` does, with `args` and `kwargs` as its arguments in eval mode.
 
-    A dropout becomes `nn.Dropout`, which torch.ao knows how to carry through int8.
+    A dropout becomes `nn.Dropout`, which torch.ao can carry through int8.
     """
     function: Any = node.target
     dropout = _DROPOUTS.get(function)

@@ -1,7 +1,7 @@
-"""Dropout does nothing in an int8 network, so nothing may be rounded for its sake. Nor does stochastic depth.
+"""Removes the rounding after dropout and stochastic depth, which do nothing in an int8 network.
 
-torch.ao rounds the output of a dropout in training, on a grid of its own, and leaves that grid out of
-the int8 network: in eval mode the prepared network would clip where the int8 one does not.
+torch.ao gives the output of a dropout a fake-quantize with qparams of its own, and leaves these qparams out
+of the int8 network. In eval mode the prepared network would clip values that the int8 network does not clip.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 def keep_qparams_through_dropout(prepared: fx.GraphModule) -> None:
     """Removes the fake-quantizes after dropouts whose input is rounded, in place.
 
-    What shared the grid of one, such as a pool, shares the input's instead.
+    An operation that shared the qparams of a removed fake-quantize, such as a pool, shares the input's
+    instead.
     """
     for node in _dropouts(prepared):
         if fake_quantize_of(prepared, node.all_input_nodes[0]) is not None:
-            kept = node.all_input_nodes[0].target
+            input_name = node.all_input_nodes[0].target
             for user in list(node.users):
                 if fake_quantize_of(prepared, user) is not None:
-                    _call_instead(prepared, module_of(prepared, user), kept)
+                    _call_instead(prepared, module_of(prepared, user), input_name)
                     user.replace_all_uses_with(node)
                     prepared.graph.erase_node(user)
     prepared.delete_all_unused_submodules()
@@ -45,12 +46,13 @@ def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _is_dropout(module: nn.Module | None) -> bool:
-    """Whether `module` returns its input as it is in eval mode; timm, which has one too, is optional."""
+    """Whether `module` is a dropout: random in training mode, the identity in eval mode."""
+    # timm is optional, so its DropPath is recognized by name.
     return isinstance(module, _DropoutNd | StochasticDepth) or type(module).__name__ == "DropPath"
 
 
-def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, kept: Any) -> None:
-    """Lets every call of the module `old` be one of the module named `kept`."""
+def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, new: Any) -> None:
+    """Replaces every call of the module `old` by a call of the module with the name `new`."""
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and module_of(graph_module, node) is old:
-            node.target = kept
+            node.target = new

@@ -1,7 +1,6 @@
-"""Who reads whose output in a network's forward.
+"""Describes which modules read which outputs in a network's forward.
 
-Of two modules that follow each other, the first may be fused with the second only if nobody else reads what
-lies between them.
+A module may be fused with the one that follows it only if nothing else reads the tensor between them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Flow:
 
     Attributes:
         calls: How often each module was called, by name.
-        readers: For each module what read its output: the names of modules, or None for anything else.
+        readers: For each module, by name, the readers of its output: names of modules, or None for others.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -35,7 +34,10 @@ class Flow:
 
 
 def follower(name: str, flows: Sequence[Flow]) -> str | None:
-    """The module that alone reads the output of `name`, in every flow that calls one of the two, and once."""
+    """Returns the module that follows `name`; None if there is none that may be fused with it.
+
+    That module is the only reader of the output of `name`. Each flow calls both once, or neither.
+    """
     readers = [flow.readers.get(name, []) for flow in flows if flow.calls[name]]
     reader = readers[0][0] if readers and readers[0] else None
     if reader is None or any(others != [reader] for others in readers):
@@ -45,7 +47,7 @@ def follower(name: str, flows: Sequence[Flow]) -> str | None:
 
 
 def is_leaf(module: nn.Module, name: str, keep_float: tuple[str, ...]) -> bool:
-    """Whether what happens inside `module` is its own affair. An Identity is nothing at all."""
+    """Whether a flow treats `module` as one unit and ignores what happens inside; not so for an Identity."""
     if is_inside(name, keep_float) or isinstance(module, QuantStub | DeQuantStub | torch.jit.ScriptModule):
         return True
     package = type(module).__module__
@@ -53,5 +55,5 @@ def is_leaf(module: nn.Module, name: str, keep_float: tuple[str, ...]) -> bool:
 
 
 def attributes(network: nn.Module) -> list[Any]:
-    """The values that modules hold as attributes, where a forward may have left something to read later."""
+    """Returns the values of all module attributes, where a forward may have stored a tensor for later."""
     return [value for module in network.modules() for value in tree_leaves(vars(module))]

@@ -1,6 +1,7 @@
-"""Functions in a graph: their names, and how all calls of one stay float.
+"""Names the functions that a graph calls, and keeps all calls of a function float.
 
-A module that torch.ao does not know stays float, and is in no fusion. So each such call becomes one.
+torch.ao keeps a module float, and out of every fusion, if it does not know the class of the module. So each
+call that is to stay float becomes such a module.
 """
 
 from __future__ import annotations
@@ -17,32 +18,33 @@ from qat_lightning.modes.graph.by_mode import ByMode
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """How a recipe names a function: `"operator.add()"`, `"torch.matmul()"`, `"torch.Tensor.view()"`."""
+    """Returns the name for recipes: `"operator.add()"`, `"torch.matmul()"`, `"torch.Tensor.view()"`."""
     name = getattr(function, "__name__", type(function).__name__)
-    for place in (operator, torch, F):
-        if getattr(place, name, None) is function:
-            return f"{place.__name__}.{name}()"
+    for namespace in (operator, torch, F):
+        if getattr(namespace, name, None) is function:
+            return f"{namespace.__name__}.{name}()"
     if hasattr(function, "__objclass__"):  # a method of tensors, looked up on the class
         return f"torch.Tensor.{name}()"
     return f"{function.__module__}.{name}()"
 
 
 def called_functions(graph: fx.Graph) -> frozenset[str]:
-    """The names of the functions, and methods of tensors, that a graph calls."""
+    """Returns the names of the functions, and of the methods of tensors, that a graph calls."""
     return frozenset(name for node in graph.nodes if (name := _name(node)))
 
 
 def keep_functions_float(
     graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...], *, own_weights: bool
 ) -> None:
-    """Makes a module of each call of the functions in `keep_float`, in place.
+    """Replaces each call of a function in `keep_float` by a module that does the same, in place.
 
     Args:
         graph_module: A traced network.
-        scopes: Of its nodes; that of each new one is added.
-        keep_float: Names of functions, among others.
-        own_weights: Also of `F.linear` and the like where the weight is a parameter of the network: torch.ao
-            keeps its int8 form in an attribute, which only a graph module would save.
+        scopes: The scopes of its nodes; those of the new nodes are added.
+        keep_float: Names to keep float; those that are not of functions are ignored here.
+        own_weights: Whether to keep `F.linear` and convolutions float, too, if their weight is a parameter of
+            the network. torch.ao keeps the int8 weight of such a call in a plain attribute, which only a
+            graph module would save.
     """
     for node in list(graph_module.graph.nodes):
         if _name(node) in keep_float or (own_weights and _has_own_weight(node)):

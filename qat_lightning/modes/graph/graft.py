@@ -1,8 +1,9 @@
-"""A module that stays itself: the same object, of the user's class, whose `forward` runs a graph.
+"""Grafts a graph onto a module: the module stays the same object, and its `forward` runs the graph.
 
-A LightningModule is more than its `forward`: the Trainer holds it, and calls its other methods. Its prepared
-layers are put back onto it under their names, and its class becomes a subclass of the user's whose `forward`
-is the code of the graph. The graph itself is kept unregistered: what it calls are the module's own children.
+A LightningModule is more than its `forward`: the Trainer holds the object and calls its other methods. So the
+prepared layers replace the originals under the same names, and the module's class becomes a subclass of the
+user's whose `forward` is the code of the graph. The module keeps the graph as a plain attribute, not as a
+submodule: the graph calls the module's own children.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from qat_lightning.modes.graph.behaviour import LostForward, mark_containers
 from qat_lightning.modes.graph.subclass import with_forward
 
 _ATTRIBUTE = "_qat_graft"
-_MARK = "_qat_runs_a_graph"  # of the classes that `graft` makes
+_MARK = "_qat_runs_a_graph"  # an attribute of the classes that `graft` makes
 _FIX = "Call the whole module instead."
 
 
 @dataclass
 class _Graft:
-    """What a grafted module keeps to become a graph module again.
+    """The data from which a grafted module becomes a graph module again.
 
     Attributes:
         graph: The graph.
-        meta: The graph module's `meta`, from which torch.ao converts.
+        meta: The graph module's `meta`, which torch.ao needs to convert.
         added: Names of the modules, parameters and buffers that the user's class does not have.
     """
 
@@ -38,7 +39,7 @@ class _Graft:
 
 
 def must_stay_in_place(network: nn.Module) -> bool:
-    """Whether `network` has to remain the object that it is: a LightningModule, told by its steps."""
+    """Whether `network` must stay the same object: a LightningModule, recognized by its `training_step`."""
     return hasattr(network, "training_step")
 
 
@@ -48,13 +49,13 @@ def is_grafted(module: nn.Module) -> bool:
 
 
 def calls(module: nn.Module, name: str) -> bool:
-    """Whether the graph of a grafted module uses its submodule `name`, or something in it."""
+    """Whether the graph of a grafted module uses the submodule `name`, or anything inside it."""
     graft = vars(module).get(_ATTRIBUTE)
     return graft is not None and _uses(targets(graft.graph), name)
 
 
 def graphs(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """Yields each module in `module`, or itself, that runs a graph, with the graph."""
+    """Yields each module that runs a graph, and the graph: `module` itself or modules inside it."""
     for child in module.modules():
         if is_grafted(child):
             yield child, vars(child)[_ATTRIBUTE].graph
@@ -63,7 +64,7 @@ def graphs(module: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
 
 
 def targets(graph: fx.Graph) -> set[str]:
-    """Names of the modules, parameters and buffers that a graph uses."""
+    """Returns the names of the modules, parameters and buffers that a graph uses."""
     return {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
 
 
@@ -73,7 +74,8 @@ def graft(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) -> No
     Args:
         module: The module that the graph was traced from.
         graph_module: The prepared or int8 network.
-        used: What the graph used before it was prepared or converted. What is gone gets a stand-in.
+        used: Names that the graph used before it was prepared or converted. Modules among them that it no
+            longer has get a stand-in.
     """
     mark_containers(graph_module, type(module).__name__, _FIX)
     forward: Any = type(graph_module).forward
@@ -81,12 +83,12 @@ def graft(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) -> No
     _replace(module, graph_module, used)
     added = _add(module, graph_module)
     vars(module)[_ATTRIBUTE] = _Graft(graph_module.graph, dict(graph_module.meta), added)
-    vars(module).pop("forward", None)  # DDP in Lightning leaves one, bound to the class before
+    vars(module).pop("forward", None)  # Lightning's DDP leaves one that is bound to the old class
     module.__class__ = _subclass(module, forward)
 
 
 def ungraft(module: nn.Module) -> fx.GraphModule:
-    """A graph module of the graph of a grafted `module`, which shares all modules with it."""
+    """Makes a graph module from the graph of a grafted `module`; the two share all submodules."""
     state: _Graft = vars(module)[_ATTRIBUTE]
     graph_module = fx.GraphModule(module, copy.deepcopy(state.graph), type(module).__name__)
     graph_module.meta.update(state.meta)
@@ -94,7 +96,7 @@ def ungraft(module: nn.Module) -> fx.GraphModule:
 
 
 def regraft(module: nn.Module, graph_module: fx.GraphModule) -> None:
-    """Gives a grafted `module` the graph that was made of its own, in place."""
+    """Replaces the graph of a grafted `module` by one that was made from it, in place."""
     state: _Graft = vars(module)[_ATTRIBUTE]
     kept = targets(graph_module.graph)
     used = targets(state.graph) - set(state.added)
@@ -106,18 +108,18 @@ def regraft(module: nn.Module, graph_module: fx.GraphModule) -> None:
 
 
 def _subclass(module: nn.Module, forward: Any) -> type[nn.Module]:
-    users = type(module).__bases__[0] if _MARK in vars(type(module)) else type(module)
-    grafted = with_forward(users, forward)
+    user_class = type(module).__bases__[0] if _MARK in vars(type(module)) else type(module)
+    grafted = with_forward(user_class, forward)
     setattr(grafted, _MARK, True)
     return grafted
 
 
 def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) -> None:
-    """Puts what was prepared in the place of what it was made from, wherever that is registered."""
+    """Replaces each original module by the prepared one, wherever the original is registered."""
     prepared = dict(graph_module.named_modules())
     new: dict[nn.Module, nn.Module] = {}
     for name, old in module.named_modules():
-        # A ModuleList or ModuleDict has no forward that could be lost, and is indexed.
+        # A ModuleList or ModuleDict stays: it has no forward to lose, and the user's code indexes it.
         if name and _uses(used, name) and type(old).forward is not nn.Module.forward:
             lost = name not in prepared
             new[old] = LostForward(type(module).__name__, name, _FIX) if lost else prepared[name]
@@ -133,17 +135,17 @@ def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) ->
 
 
 def _uses(used: set[str], name: str) -> bool:
-    """Whether a graph that uses those names uses `name`, or something in it."""
+    """Whether one of the names in `used` is `name`, or lies inside it."""
     return any(f"{path}.".startswith(f"{name}.") for path in used)
 
 
 def _add(module: nn.Module, graph_module: fx.GraphModule) -> list[str]:
-    """Gives `module` what the graph uses and the user's class does not have; returns the names."""
+    """Gives `module` what the graph uses and `module` does not have yet; returns the names."""
     added = []
     for kind in ("_modules", "_parameters", "_buffers"):
         for name, value in vars(graph_module)[kind].items():
             if name not in vars(module)[kind]:
-                vars(module).pop(name, None)  # a constant, which in a graph is a buffer
+                vars(module).pop(name, None)  # a constant of the module, which the graph has as a buffer
                 setattr(module, name, nn.Buffer(value) if kind == "_buffers" else value)
                 added.append(name)
     return added

@@ -1,4 +1,4 @@
-"""Forward hooks and parametrizations: fusing would drop them without a word, so they are refused."""
+"""Refuses networks with forward hooks or parametrizations, which fusing would silently drop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def check_hooks(network: nn.Module) -> None:
         shown = name or type(network).__name__
         if parametrize.is_parametrized(module):
             raise ValueError(
-                f"{shown!r} has a parametrized weight (weight or spectral norm), which is computed anew at "
-                "each forward and cannot be stored as int8. Make it plain first: "
+                f"{shown!r} has a parametrized weight (weight or spectral norm), which each forward computes "
+                "anew, so that it cannot be stored as int8. Make it plain first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
             )
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(
                 f"{shown!r} has a forward hook, which fusing and conversion would drop. Remove it before "
-                "the network is prepared (handle.remove()), and register it on the prepared network if it "
-                "only looks; torch.nn.utils.weight_norm and spectral_norm are hooks, too."
+                "the network is prepared (handle.remove()). A hook that only observes can be registered on "
+                "the prepared network. torch.nn.utils.weight_norm and spectral_norm are hooks, too."
             )

@@ -1,4 +1,4 @@
-"""Identities, which stand for what a network leaves out: they keep their neighbours from being fused."""
+"""Removes `nn.Identity` from graphs: it would keep its neighbours from being fused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qat_lightning.modes.graph.nodes import call_target
 
 
 def erase_identities(network: nn.Module, graph: fx.Graph) -> None:
-    """Takes the calls of `nn.Identity` out of a graph of `network`, in place."""
+    """Removes the calls of `nn.Identity` from a graph of `network`, in place."""
     for node in list(graph.nodes):
         if call_target(network, node) is nn.Identity:
             node.replace_all_uses_with(node.all_input_nodes[0])

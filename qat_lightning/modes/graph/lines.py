@@ -1,4 +1,4 @@
-"""Lines of the user's code, as `file:line: code`: behind an error, a graph's node, a forward."""
+"""Finds the line of the user's code behind an error, a graph's node or a forward, as `file:line: code`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from torch import fx, nn
 
 _PACKAGE = str(Path(__file__).parents[2])
-# The package's own models and data modules count as the user's, who can put others in their place.
+# The package's own models and data modules count as the user's code: the user can replace them.
 _TASKS = str(Path(_PACKAGE) / "tasks")
-_FOREIGN = (str(Path(torch.__file__).parent), contextlib.__file__, "<", _PACKAGE)
+_NOT_USER = (str(Path(torch.__file__).parent), contextlib.__file__, "<", _PACKAGE)
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """The last frame of the traceback outside PyTorch and this package: the line that the user can change."""
+    """Returns the last frame of the traceback in the user's code, outside PyTorch and this package."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
     return frames[-1] if frames else None
 
 
 def user_line(error: BaseException, network: nn.Module) -> str:
-    """The line of :func:`user_frame`, or the file of `network`'s class."""
+    """Returns the line of :func:`user_frame`, or the file of `network`'s class."""
     frame = user_frame(error)
     if frame is None:
         return f"{inspect.getsourcefile(type(network))}"
@@ -33,7 +33,7 @@ def user_line(error: BaseException, network: nn.Module) -> str:
 
 
 def forward_line(network: nn.Module) -> str:
-    """The line where the forward of `network`'s class begins."""
+    """Returns the line where the forward of `network`'s class begins."""
     code = getattr(type(network).forward, "__code__", None)
     if code is None:
         return "an unknown line"
@@ -42,16 +42,16 @@ def forward_line(network: nn.Module) -> str:
 
 
 def stack_line(node: fx.Node) -> str:
-    """The line that made a node of a graph."""
+    """Returns the line that created a node of a graph."""
     lines = (node.stack_trace or "").splitlines()
     frames = [(line.split('"', 2), code.strip()) for line, code in pairwise([*lines, ""]) if "File " in line]
-    users = [(place, code) for place, code in frames if is_user_file(place[1])]
-    if not users:
+    user_frames = [(place, code) for place, code in frames if is_user_file(place[1])]
+    if not user_frames:
         return "an unknown line"
-    (_, file, rest), code = users[-1]
+    (_, file, rest), code = user_frames[-1]
     return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
 
 
 def is_user_file(filename: str) -> bool:
-    """Whether a file is neither PyTorch's nor this package's own, nor generated code."""
-    return filename.startswith(_TASKS) or not filename.startswith(_FOREIGN)
+    """Whether a file is the user's: not PyTorch's, not this package's own, and not generated code."""
+    return filename.startswith(_TASKS) or not filename.startswith(_NOT_USER)

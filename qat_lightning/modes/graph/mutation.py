@@ -1,7 +1,8 @@
-"""What a forward overwrites: whoever reads the tensor later reads the result, and a graph has to say so.
+"""Makes in-place operations explicit in a graph: later readers of an overwritten tensor read the result.
 
-Rounding puts another tensor where the overwritten one was, and int8 operations overwrite nothing, so that a
-later reader would see the old values. A trace records `a += b` as `a + b`, so that it is none of these.
+A graph that is traced from `relu(x, inplace=True)` lets later operations read `x`. In a prepared network
+rounding puts a new tensor in between, and int8 operations overwrite nothing, so that these operations would
+read the old values. `a += b` needs no care: a trace records it as `a + b`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import fx, nn
 
 
 def redirect_later_reads(network: nn.Module, graph: fx.Graph) -> None:
-    """Lets later readers of an overwritten tensor read the result instead, in place."""
+    """Makes later readers of an overwritten tensor read the result of the operation instead, in place."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = node.args[0] if node.args else None

@@ -1,4 +1,4 @@
-"""What the nodes of a graph call."""
+"""Looks up what a node of a graph calls: a module, a function, a method or a fake-quantize."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SHARES_INPUT_QPARAMS: frozenset[Any] = frozenset(
     for config in get_native_backend_config().configs
     if config.observation_type is ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT
 )
-"""What torch.ao observes together with its input, since it only moves numbers: types, functions, methods."""
+"""Operations, such as a reshape, whose output has the qparams of its input: types, functions and methods."""
 
 
 def module_of(network: nn.Module, node: fx.Node) -> Any:
-    """The module that `node` calls; None if it calls none."""
+    """Returns the module that `node` calls; None if it calls something else."""
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def call_target(network: nn.Module, node: fx.Node) -> Any:
-    """The type of the module, the function, or the name of the method that `node` calls."""
+    """Returns the type of the module, the function, or the name of the method that `node` calls."""
     return node.target if node.op != "call_module" else type(module_of(network, node))
 
 
 def fake_quantize_of(network: nn.Module, node: fx.Node) -> FakeQuantizeBase | None:
-    """The fake-quantize that `node` calls; None if it calls none."""
+    """Returns the fake-quantize that `node` calls; None if it calls something else."""
     module = module_of(network, node)
     return module if isinstance(module, FakeQuantizeBase) else None

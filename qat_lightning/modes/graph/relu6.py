@@ -1,8 +1,8 @@
-"""ReLU6 becomes ReLU: int8 fuses a ReLU into the layer before it, and a clamp at 6 costs an op of its own.
+"""Replaces ReLU6 by ReLU, which int8 fuses into the layer before it; a clamp at 6 is an extra operation.
 
-The range of a fake-quantize ends where the data ends, so the upper clamp has nothing left to do:
-training adapts, and parameter names stay, so float checkpoints still load. The clamp of a hard sigmoid,
-`relu6(x + 3) / 6`, is none of these and stays.
+The range of a fake-quantize ends where the data ends, so that the upper clamp is not needed, and training
+adapts. The names of the parameters stay, so that float checkpoints still load. The clamp of a hard sigmoid,
+`relu6(x + 3) / 6`, is part of a function and stays.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 def is_relu6_module(module: nn.Module) -> bool:
-    """Whether `module` clamps to 0…6."""
+    """Whether `module` clamps to 0…6: a ReLU6, or a Hardtanh with these limits."""
     return isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0, 6)
 
 
 def clamped_to_six(function: Any, args: Any, kwargs: Any) -> Any:
-    """What a call clamps to 0…6, or None where it does something else."""
+    """Returns the input of a call that clamps to 0…6; None for any other call."""
     if function not in (F.relu6, F.hardtanh, F.hardtanh_):
         return None
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -33,12 +33,12 @@ def clamped_to_six(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def is_inside(name: str, roots: tuple[str, ...]) -> bool:
-    """Whether a module is one of `roots`, or in one of them."""
+    """Whether the module `name` is one of `roots`, or inside one of them."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def replace_relu6_modules(network: nn.Module, kept: tuple[str, ...] = ()) -> int:
-    """Replaces the ReLU6 modules in `network` but those that are `kept` or in them, and returns how many."""
+    """Replaces the ReLU6 modules in `network`, except in the modules `kept`, and returns how many."""
     count = 0
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if name and not is_inside(name, kept) and is_relu6_module(module):
@@ -50,7 +50,7 @@ def replace_relu6_modules(network: nn.Module, kept: tuple[str, ...] = ()) -> int
 
 
 def replace_relu6_in_graph(graph_module: fx.GraphModule, scopes: Any, kept: tuple[str, ...]) -> int:
-    """Replaces modules and calls, in place, but those in the modules that are `kept`; returns how many."""
+    """Replaces ReLU6 modules and calls, in place, except in the modules `kept`, and returns how many."""
     nodes = list(graph_module.graph.nodes)
     calls = [node for node in nodes if node.op == "call_module"]
     shifted = [str(node.target) for node in calls if any(map(_is_shifted, node.all_input_nodes))]
@@ -65,12 +65,12 @@ def replace_relu6_in_graph(graph_module: fx.GraphModule, scopes: Any, kept: tupl
 
 
 def _is_shifted(x: fx.Node) -> bool:
-    """Whether a value in a graph is `y + 3` or the like, of which a hard sigmoid takes the clamp."""
+    """Whether a value in a graph is a tensor plus a number, as `x + 3` in a hard sigmoid."""
     return x.target in _SUMS and sum(isinstance(operand, fx.Node) for operand in x.args) == 1
 
 
 def normalize_relu_calls(graph_module: fx.GraphModule) -> None:
-    """Makes `torch.relu(x)` and `x.relu()` of a graph `F.relu(x)`, in place, which alone torch.ao fuses."""
+    """Rewrites `torch.relu(x)` and `x.relu()` as `F.relu(x)`, in place: torch.ao fuses no other form."""
     for node in graph_module.graph.nodes:
         is_function = node.op == "call_function" and node.target in (torch.relu, torch.relu_)
         if is_function or (node.op == "call_method" and node.target in ("relu", "relu_")):
