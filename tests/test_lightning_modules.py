@@ -202,7 +202,7 @@ class Listed(TinyModule):
 
 def test_lists_dicts_and_layers_outside_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("qat_lightning.callback.rank_zero_info", said.append)
+    monkeypatch.setattr("qat_lightning.run.messages.rank_zero_info", said.append)
     module = Listed()
     outside, other = module.outside, module.heads["other"]
     qat = fit(tmp_path, module)

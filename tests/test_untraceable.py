@@ -138,7 +138,7 @@ class Loose(TinyModule):
 @pytest.mark.parametrize("build", [lambda: TinyModule(Mixed(ByValue())), Loose])
 def test_in_a_trainer(tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("qat_lightning.callback.rank_zero_info", said.append)
+    monkeypatch.setattr("qat_lightning.run.messages.rank_zero_info", said.append)
     qat = QuantizationAwareTraining(untraceable="float", output_dir=tmp_path)
     trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(build())
     assert "not traceable and float: " in said[0]
