@@ -1,4 +1,4 @@
-"""The modes of quantization, by name. A further one is one more entry."""
+"""The quantization modes by name; to add a mode, add an entry to `MODES`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def check_mode(mode: str) -> str:
 
 
 def check_untraceable(untraceable: str) -> str:
-    """Returns `untraceable` if it says what to do with parts that cannot be traced.
+    """Returns `untraceable` if it is `"error"` or `"float"`.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It is neither.
     """
     if untraceable not in ("error", "float"):
         raise ValueError(
-            "untraceable must be 'error', or 'float' to keep the parts float that torch.fx cannot trace, but "
-            f"received {untraceable!r}."
+            "untraceable must be 'error', or 'float' to keep float what torch.fx cannot trace, but received "
+            f"{untraceable!r}."
         )
     return untraceable
 
 
 def choose_mode(network: nn.Module, mode: str) -> tuple[str, str]:
-    """The name of the mode to prepare `network` in, and why in a few words."""
+    """Returns the name of the mode to prepare `network` in, and the reason in a few words."""
     if mode != "auto":
         return mode, "as asked"
     if any(isinstance(m, QuantStub | DeQuantStub | QuantWrapper) for m in network.modules()):

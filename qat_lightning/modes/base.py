@@ -1,4 +1,4 @@
-"""What a mode of quantization is: the interface behind `mode="eager"` and `mode="fx"`."""
+"""The interface of a quantization mode, which `mode="eager"` and `mode="fx"` implement."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from qat_lightning.modes.qconfig import Override, QConfigLike
 
 @dataclass(frozen=True)
 class Options:
-    """What to prepare a network with; every name in it is resolved.
+    """The options of `prepare`, with every name or glob resolved to names of the network.
 
     Attributes:
         backend: One of :data:`qat_lightning.base.backends.BACKENDS`.
-        qconfig: One's own QConfig or QConfigMapping, or None for the backend's default.
+        qconfig: A user-defined QConfig or QConfigMapping, `"torch"` for PyTorch's default, or None for the
+            backend's default here.
         keep_float: Names of the submodules, and of the functions (`"operator.add()"`), that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).
         overrides: QConfigs of single layers, by name.
         replace_relu6: Whether ReLU6 becomes ReLU.
-        untraceable: `"error"` or `"float"`: what happens to parts that cannot be traced (fx mode only).
-        example_inputs: What `forward` takes, or None (eager mode only).
+        untraceable: `"error"` or `"float"`: how to treat parts that cannot be traced (fx mode only).
+        example_inputs: Example arguments of `forward`, or None (eager mode only).
     """
 
     backend: str
@@ -37,12 +38,12 @@ class Options:
 
 
 class ModeResult(NamedTuple):
-    """What a mode makes of a float network.
+    """The result of preparing a float network.
 
     Attributes:
         network: The prepared network.
         untraceable: Name and line of each part that could not be traced and stays float.
-        relu6: How many ReLU6 became ReLU.
+        relu6: Number of ReLU6 that became ReLU.
     """
 
     network: nn.Module
@@ -51,7 +52,7 @@ class ModeResult(NamedTuple):
 
 
 class Mode(Protocol):
-    """How a float network becomes a prepared one, and that an int8 one."""
+    """A way to turn a float network into a prepared one, and a prepared one into an int8 one."""
 
     name: str
 
@@ -59,14 +60,15 @@ class Mode(Protocol):
         """Raises if the mode cannot prepare `network`. Changes nothing.
 
         Returns:
-            `options` with what was found out on the way, so that the same can be prepared from a recipe.
+            `options`, with the results of the check, such as the groups to fuse, filled in. A recipe that
+            stores them prepares the same network again.
         """
 
     def functions(self, network: nn.Module, untraceable: str) -> frozenset[str] | None:
-        """Names of the functions that `network` calls; None where the mode has no graph to tell from."""
+        """Returns the names of the functions that `network` calls; None if the mode has no graph."""
 
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
-        """Fuses `network` and inserts fake-quantization. The result may share its modules."""
+        """Fuses `network` and inserts fake-quantizes. The result may share modules with `network`."""
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        """Converts a prepared network, in eval mode on the CPU, in place or into a new one."""
+        """Converts a prepared network, which is in eval mode on the CPU, in place or into a new one."""

@@ -1,4 +1,4 @@
-"""Which fake-quantize goes where: the QConfigs of each backend, one's own, and their fingerprints."""
+"""QConfigs: the default of each backend, user-defined ones, and the fingerprints that recipes store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Overrides = Mapping[str, Override | None]
 # of activation the sum cannot saturate.
 _SEVEN_BITS = ("x86", "fbgemm")
 
-# torch.ao has no training module for them: int8 would round a weight that training does not.
+# torch.ao has no training module for these: int8 would round a weight that training leaves as it is.
 _NOT_ROUNDED_IN_TRAINING = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
@@ -42,12 +42,12 @@ _NOT_ROUNDED_IN_TRAINING = (
 
 
 def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
-    """The QConfig that `prepare` uses: per-tensor affine activations, per-channel symmetric weights.
+    """Returns the QConfig that `prepare` uses: per-tensor affine activations, per-channel symmetric weights.
 
     Args:
         backend: x86 and fbgemm get activations of 7 bits, qnnpack and onednn of 8.
-        observer: Of the activations: `"moving_average"`, `"min_max"` or `"histogram"`. Weights are observed
-            anew at each step, since all of a weight is there to be seen.
+        observer: The observer of activations: `"moving_average"`, `"min_max"` or `"histogram"`. Weights need
+            no choice: each step observes the whole weight anew.
 
     Raises:
         ValueError: There is no such observer.
@@ -60,7 +60,7 @@ def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
         quant_max=127 if backend in _SEVEN_BITS else 255,
         dtype=torch.quint8,
         qscheme=torch.per_tensor_affine,
-        eps=2**-12 if backend == "qnnpack" else EPS,  # qnnpack adds no tensors of very unequal scales
+        eps=2**-12 if backend == "qnnpack" else EPS,  # qnnpack cannot add tensors of very unequal scales
     )
     weight = FakeQuantize.with_args(
         observer=OBSERVERS["min_max_per_channel"],
@@ -74,7 +74,7 @@ def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
 
 
 def check_qconfig(qconfig: object) -> None:
-    """Raises a `TypeError` if `qconfig` is nothing that a network can be prepared with."""
+    """Raises a `TypeError` if no network can be prepared with `qconfig`."""
     if qconfig is not None and qconfig != "torch" and not isinstance(qconfig, QConfig | QConfigMapping):
         raise TypeError(
             "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, 'torch' for PyTorch's own "
@@ -84,29 +84,29 @@ def check_qconfig(qconfig: object) -> None:
 
 
 def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping:
-    """The QConfigMapping that prepares a network for `backend`, or for one's own `qconfig`."""
+    """Returns the QConfigMapping to prepare a network with, for `backend` or for a user-defined `qconfig`."""
     if isinstance(qconfig, QConfigMapping):
         return qconfig
     mapping = get_default_qat_qconfig_mapping(backend)
-    theirs: Any = mapping.global_qconfig
+    torch_default: Any = mapping.global_qconfig
     if qconfig != "torch":
-        ours = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
-        mapping.set_global(ours)
-        # Operations whose grid is fixed (sigmoid) or shared (reshape) keep what PyTorch gives them.
+        chosen = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
+        mapping.set_global(chosen)
+        # Operations with fixed (sigmoid) or shared (reshape) qparams keep PyTorch's rules.
         for kind, rule in dict(mapping.object_type_qconfigs).items():
-            if rule is not None and rule.activation is theirs.activation:
-                mapping.set_object_type(kind, QConfig(ours.activation, rule.weight))
+            if rule is not None and rule.activation is torch_default.activation:
+                mapping.set_object_type(kind, QConfig(chosen.activation, rule.weight))
         for kind in _NOT_ROUNDED_IN_TRAINING:
             mapping.set_object_type(kind, None)
-    # An embedding's table has a scheme of its own, and torch.ao raises at any other.
+    # torch.ao accepts only one scheme for the table of an embedding, and raises for any other.
     return mapping.set_object_type(nn.Embedding, None).set_object_type(nn.EmbeddingBag, None)
 
 
 def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConfig | None]:
-    """The same for `torch.ao`'s eager mode: QConfigs by module name or type, the default under ''.
+    """Returns the same for `torch.ao`'s eager mode: QConfigs by module name or type, the default under ''.
 
     Raises:
-        TypeError: `qconfig` is a QConfigMapping with rules that eager mode has no place for.
+        TypeError: `qconfig` is a QConfigMapping with rules that eager mode does not support.
     """
     if not isinstance(qconfig, QConfigMapping):
         if qconfig == "torch":
@@ -123,7 +123,7 @@ def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConf
 
 
 def describe(fake_quantize: FakeQuantizeBase) -> str:
-    """The grid of one fake-quantize in words: observer, scheme, dtype and range of integers."""
+    """Describes a fake-quantize in words: observer, scheme, dtype and range of integers."""
     observer = getattr(fake_quantize, "activation_post_process", None)
     kind: Any = type(observer)
     name = OBSERVER_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
@@ -135,10 +135,10 @@ def describe(fake_quantize: FakeQuantizeBase) -> str:
 
 
 def qconfig_name(qconfig: QConfigLike | None) -> str:
-    """What a recipe stores of a qconfig: `"default"`, `"torch"`, or the fingerprint of one's own.
+    """Returns what a recipe stores of a qconfig: `"default"`, `"torch"`, or a fingerprint.
 
-    The functions inside a QConfig cannot be stored as JSON, so that one's own has to be passed again; the
-    fingerprint, a hash of what it makes, tells whether it is the same.
+    The functions in a user-defined qconfig cannot be stored as JSON, so that it must be passed again. Its
+    fingerprint, a hash of the fake-quantizes that it makes, shows whether it is the same.
     """
     if qconfig is None:
         return "default"
@@ -149,7 +149,7 @@ def qconfig_name(qconfig: QConfigLike | None) -> str:
 
 
 def check_override(value: object) -> None:
-    """Raises a `TypeError` if `value` is nothing that a single layer can be prepared with."""
+    """Raises a `TypeError` if no single layer can be prepared with `value`."""
     if value is not None and value not in BACKENDS and not isinstance(value, QConfig):
         raise TypeError(
             "overrides map names or globs of layers to a torch.ao.quantization.QConfig, to the name of a "
@@ -159,41 +159,40 @@ def check_override(value: object) -> None:
 
 
 def override_qconfig(value: Override) -> QConfig:
-    """The QConfig of an override, which may be the name of a backend."""
+    """Returns the QConfig of an override, which may be the name of a backend."""
     return default_qconfig(value) if isinstance(value, str) else value
 
 
 def stored_overrides(stored: Mapping[str, str], given: Overrides) -> dict[str, Override]:
-    """The overrides to prepare with again, for a recipe that stores `stored`.
+    """Returns the overrides to prepare with again, for a recipe that stores `stored`.
 
     Raises:
-        RecipeMismatchError: One was a QConfig of one's own, and `given` does not have that one.
+        RecipeMismatchError: One of them was a user-defined QConfig, and `given` does not contain it.
     """
     found: dict[str, Override] = {}
     for name, value in stored.items():
         override = value if value in BACKENDS else given.get(name)
         if override is None or qconfig_name(override) != value:
             raise RecipeMismatchError(
-                f"The layer {name!r} was prepared with a QConfig of its own, whose code is in no file, and "
-                f"received {override!r} for it. Pass it as overrides={{{name!r}: …}}."
+                f"The layer {name!r} was prepared with a QConfig of its own, which no file stores. Pass it "
+                f"again as overrides={{{name!r}: …}}; received {override!r}."
             )
         found[name] = override
     return found
 
 
 def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None:
-    """The qconfig to prepare with again, for a recipe that stores `name`.
+    """Returns the qconfig to prepare with again, for a recipe that stores `name`.
 
     Raises:
-        RecipeMismatchError: It was one's own, and `qconfig` is not that one.
+        RecipeMismatchError: It was a user-defined one, and `qconfig` differs from it.
     """
     if qconfig is None and name == "torch":
         return name
     if qconfig_name(qconfig) != name:
         raise RecipeMismatchError(
-            "A network prepared with one's own QConfig needs that QConfig again, since its code is in no "
-            f"file. This one was prepared with {name!r}, but received {qconfig_name(qconfig)!r}. Pass it as "
-            "qconfig=…."
+            "A network prepared with a user-defined QConfig needs that QConfig again, since no file stores it. "
+            f"This one was prepared with {name!r}, but received {qconfig_name(qconfig)!r}. Pass it as qconfig=…."
         )
     return qconfig
 
