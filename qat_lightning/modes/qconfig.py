@@ -191,8 +191,9 @@ def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None
         return name
     if qconfig_name(qconfig) != name:
         raise RecipeMismatchError(
-            "A network prepared with a user-defined QConfig needs that QConfig again, since no file stores it. "
-            f"This one was prepared with {name!r}, but received {qconfig_name(qconfig)!r}. Pass it as qconfig=…."
+            "A network prepared with a user-defined QConfig needs that QConfig again, since no file stores "
+            f"it. This one was prepared with {name!r}, but received {qconfig_name(qconfig)!r}. Pass it as "
+            "qconfig=…."
         )
     return qconfig
 

@@ -1,1 +1,1 @@
-"""FX graph mode: PyTorch's workflow on a graph that is captured from the network."""
+"""FX graph mode: torch.ao's workflow on a graph that is traced from the network."""

@@ -1,7 +1,7 @@
-"""FX graph mode: the network is traced, so additions, functional calls and fusions are found by themselves.
+"""FX graph mode: traces the network, so that fusions, additions and functional calls are found in its graph.
 
-`prepare_qat_fx` is its tracer, `fuse` and `prepare` in a row; here the last two follow a trace of
-our own, which keeps the difference between training and eval mode.
+torch.ao's `prepare_qat_fx` runs its own tracer, `fuse` and `prepare`. Here `fuse` and `prepare` follow this
+package's trace, which keeps the differences between training and eval mode.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FxMode:
     name = "fx"
 
     def check(self, network: nn.Module, options: Options) -> Options:
-        """Raises if there is an explicit list of fusions, which a graph has no use for."""
+        """Raises if `fuse` lists groups, or if the network has hooks or no `forward` to trace."""
         if options.fuse != "auto":
             raise ValueError(
                 "In fx mode fusions are found in the graph, so fuse must be 'auto', but received "
@@ -55,11 +55,11 @@ class FxMode:
         return options
 
     def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
-        """Names of the functions that the graph of `network` calls."""
+        """Returns the names of the functions that the graph of `network` calls."""
         return called_functions(_trace(network, untraceable)[0].graph)
 
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
-        """Traces, fuses and prepares; the result shares parameters with `network`, or is the same object.
+        """Traces, fuses and prepares. The result is `network` itself, or shares its parameters.
 
         Raises:
             UntraceableError: `torch.fx` cannot trace the network.
@@ -99,7 +99,7 @@ class FxMode:
         return prepared
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        """Converts a prepared graph into an int8 one, without what only training runs."""
+        """Converts a prepared graph into an int8 one, which runs only what eval mode runs."""
         if graft.is_grafted(prepared):
             graft.regraft(prepared, _int8(graft.ungraft(prepared)))
             return prepared
@@ -108,7 +108,7 @@ class FxMode:
         return _finish(_int8(prepared), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
-        mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # the user's stays
+        mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # may be the user's
         for name, value in options.overrides.items():
             mapping = mapping.set_module_name(name, override_qconfig(value))
         for name in options.keep_float:
@@ -122,9 +122,9 @@ def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[s
 
 @cache
 def _backend_config() -> BackendConfig:
-    """What torch.ao knows to quantize, but transposed convolutions.
+    """Returns torch.ao's backend config without transposed convolutions.
 
-    It has no training module for them: their weights would be rounded in int8 alone, per tensor at that.
+    torch.ao has no training module for them: only the int8 network would round their weights, and per tensor.
     """
     configs = get_native_backend_config().configs
     names = ("ConvTranspose", "conv_transpose")
@@ -144,7 +144,7 @@ def _check_own_forward(network: nn.Module) -> None:
 
 
 def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
-    """Converts a prepared graph; it is used up."""
+    """Converts a prepared graph, and consumes it."""
     evaluate_only(prepared)
     restore_relus(prepared)
     copy_reused_modules(prepared)
@@ -153,7 +153,7 @@ def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:
-    """Names of the modules that the graph calls as a whole, whose inner layers stay float with them."""
+    """Returns the names of modules that the graph calls as a whole: layers inside them stay float."""
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     return [
         name
@@ -171,7 +171,7 @@ def _finish(graph_module: fx.GraphModule, kept: dict[str, Any], name: str) -> fx
 
 
 def _place_on_device(prepared: nn.Module) -> None:
-    """Moves the new fake-quantizes to where the network's parameters are."""
+    """Moves the new fake-quantizes to the device of the network's parameters."""
     parameter = next(prepared.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
         prepared.to(parameter.device)

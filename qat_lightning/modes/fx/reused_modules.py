@@ -1,4 +1,4 @@
-"""A module that a graph calls twice becomes two int8 modules, each with the grid of its own output."""
+"""Copies modules that a graph calls several times, so that each call has its own output qparams in int8."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from qat_lightning.modes.graph.nodes import fake_quantize_of
 
 
 def copy_reused_modules(prepared: fx.GraphModule) -> None:
-    """Copies the modules that a prepared graph calls again, in place.
+    """Gives each further call of a module in a prepared graph a copy of the module, in place.
 
-    An int8 layer, batch-norm or hardswish holds the grid of its output. torch.ao makes one of a module,
-    however often it is called, with the grid of one of the calls.
+    An int8 layer, batch-norm or hardswish holds the scale and the zero point of its output. torch.ao makes
+    only one of each module, however often it is called, with the qparams of one of the calls.
     """
     called: dict[str, int] = {}
     for node in prepared.graph.nodes:

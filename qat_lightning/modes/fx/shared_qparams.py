@@ -1,9 +1,9 @@
-"""What only moves numbers (cat, reshape, max pooling) keeps its input's grid in int8, so in training, too.
+"""Lets operations that only move values (cat, reshape, max pooling) share their input's qparams.
 
-torch.ao gives the inputs and the output of such an operation one fake-quantize, but one operation at a
-time: where a concatenation reads a reshaped tensor, the reshape keeps the grid that it had before the two
-were joined. Training then rounds to one grid and int8 to another, and PyTorch warns of "large numerical
-inaccuracies".
+In int8 such an operation keeps the qparams of its input, so that training must do the same. torch.ao gives
+its inputs and its output one fake-quantize, but handles one operation at a time. Where a concatenation reads
+a reshaped tensor, the reshape keeps the fake-quantize that it had before the concatenation was handled.
+Training and int8 then round with different qparams, and PyTorch warns of "large numerical inaccuracies".
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, f
 
 
 def share_qparams(prepared: fx.GraphModule) -> None:
-    """Gives everything that int8 keeps on one grid one fake-quantize, in place."""
+    """Gives all tensors that share qparams in int8 a single fake-quantize, in place."""
     leader: dict[nn.Module, nn.Module] = {}
     for node in prepared.graph.nodes:
         if call_target(prepared, node) in SHARES_INPUT_QPARAMS:
             around = [fake_quantize_of(prepared, n) for n in (*node.all_input_nodes, *node.users)]
-            groups = [_last(leader, grid) for grid in around if grid is not None and _is_free(grid)]
-            leader |= {grid: first for first in groups[:1] for grid in groups}
+            group = [_leader_of(leader, each) for each in around if each is not None and _is_free(each)]
+            leader |= {each: first for first in group[:1] for each in group}
     for node in prepared.graph.nodes:
-        grid = fake_quantize_of(prepared, node)
-        if grid is not None and _last(leader, grid) is not grid:
-            prepared.set_submodule(str(node.target), _last(leader, grid))
+        fake_quantize = fake_quantize_of(prepared, node)
+        if fake_quantize is not None and _leader_of(leader, fake_quantize) is not fake_quantize:
+            prepared.set_submodule(str(node.target), _leader_of(leader, fake_quantize))
 
 
-def _last(leader: dict[nn.Module, Any], grid: nn.Module) -> nn.Module:
-    """The fake-quantize that `grid` is to follow, or itself."""
-    while leader.get(grid, grid) is not grid:
-        grid = leader[grid]
-    return grid
+def _leader_of(leader: dict[nn.Module, Any], fake_quantize: nn.Module) -> nn.Module:
+    """Returns the fake-quantize that replaces `fake_quantize`, or that one itself."""
+    while leader.get(fake_quantize, fake_quantize) is not fake_quantize:
+        fake_quantize = leader[fake_quantize]
+    return fake_quantize
 
 
-def _is_free(grid: nn.Module) -> bool:
-    """Whether a grid follows the data: a sigmoid's is fixed."""
-    return not isinstance(grid, FixedQParamsFakeQuantize)
+def _is_free(fake_quantize: nn.Module) -> bool:
+    """Whether the qparams follow the data; those of a sigmoid, for example, are fixed."""
+    return not isinstance(fake_quantize, FixedQParamsFakeQuantize)

@@ -1,10 +1,11 @@
-"""Operations that stay float in the int8 network: torch.ao's int8 ones do not keep to the trained grid.
+"""Keeps operations float in the int8 network if torch.ao's int8 versions do not use the trained qparams.
 
-- With a number, `x + 1` and `x * 2`, they take no grid. They derive one from the input's, and round the
-  number.
-- A concatenation takes the grid of its first input, which need not be that of the others.
+- `x + 1` and `x * 2`, with a number: the int8 versions derive the qparams of the output from those of the
+  input, and round the number.
+- `torch.cat`: the int8 version takes the qparams of its first input, which may differ from those of the
+  others.
 
-Float, between dequantize and quantize, they compute what was trained.
+In float, between dequantize and quantize, these operations compute what was trained.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, f
 
 
 def add_number(x: torch.Tensor, number: Any) -> torch.Tensor:
-    """`x + number`, under a name for which torch.ao knows no int8 operation."""
+    """Returns `x + number`; torch.ao knows no int8 version of this function."""
     return x + number
 
 
 def multiply_by_number(x: torch.Tensor, number: Any) -> torch.Tensor:
-    """`x * number`, likewise."""
+    """Returns `x * number`; torch.ao knows no int8 version of this function."""
     return x * number
 
 
 def concatenate(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """`torch.cat`, likewise."""
+    """Does the same as `torch.cat`; torch.ao knows no int8 version of this function."""
     return torch.cat(tensors, dim)
 
 
@@ -40,13 +41,13 @@ _WITH_NUMBER: dict[Any, Any] = {
 
 
 def keep_unlowered(prepared: fx.GraphModule) -> None:
-    """Puts the operations of this file into a prepared graph, in place, before it is converted."""
+    """Replaces operations in a prepared graph by those of this file, in place, before conversion."""
     for node in prepared.graph.nodes:
         if node.target in _WITH_NUMBER and _takes_a_number(node):
             left, right = node.args
             node.target = _WITH_NUMBER[node.target]
             node.args = (left, right) if isinstance(left, fx.Node) else (right, left)
-        elif node.target is torch.cat and not _on_one_grid(prepared, node):
+        elif node.target is torch.cat and not _has_equal_qparams(prepared, node):
             node.target = concatenate
     prepared.recompile()
 
@@ -55,14 +56,14 @@ def _takes_a_number(node: fx.Node) -> bool:
     return len(node.args) == 2 and not node.kwargs and sum(isinstance(a, fx.Node) for a in node.args) == 1
 
 
-def _on_one_grid(prepared: fx.GraphModule, node: fx.Node) -> bool:
-    return len({_grid(prepared, tensor) for tensor in node.all_input_nodes}) <= 1
+def _has_equal_qparams(prepared: fx.GraphModule, node: fx.Node) -> bool:
+    return len({_qparams_source(prepared, tensor) for tensor in node.all_input_nodes}) <= 1
 
 
-def _grid(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The fake-quantize whose grid an int8 tensor has: a reshape passes its input's on."""
-    grid = fake_quantize_of(prepared, node)
-    if grid is None:
+def _qparams_source(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Returns the fake-quantize whose qparams the int8 tensor has; a reshape passes on those of its input."""
+    fake_quantize = fake_quantize_of(prepared, node)
+    if fake_quantize is None:
         return module_of(prepared, node)
     source = node.all_input_nodes[0]
     before = source.all_input_nodes[0] if source.all_input_nodes else source
@@ -70,5 +71,5 @@ def _grid(prepared: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         call_target(prepared, source) in SHARES_INPUT_QPARAMS
         and fake_quantize_of(prepared, before) is not None
     ):
-        return _grid(prepared, before)
-    return grid
+        return _qparams_source(prepared, before)
+    return fake_quantize
