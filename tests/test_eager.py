@@ -154,9 +154,9 @@ def test_wrong_example_inputs() -> None:
         (
             [["conv1", "relu1", "bn1"]],
             {},
-            r"\(Conv2d, ReLU6, BatchNorm2d\), but torch.ao cannot .* Possible are",
+            r"\(Conv2d, ReLU6, BatchNorm2d\), but torch.ao cannot .* A group may be a Conv1d",
         ),
-        ([["conv1"]], {}, r"\['conv1'\] \(Conv2d\), but a group has two or three modules. Possible"),
+        ([["conv1"]], {}, r"\['conv1'\] \(Conv2d\), but a group has two or three modules. A group may be"),
         ([[]], {}, r"the group \[\] \(no module\), but a group has two or three"),
         ([["conv1", "bn1"], ["bn1", "relu1"]], {}, "names the module 'bn1' twice"),
         (

@@ -175,7 +175,7 @@ def test_without_example_inputs_the_parts_that_can_be_traced_are_fused() -> None
     with pytest.raises(UntraceableError) as caught:
         prepare(Untraceable())
     message = str(caught.value)
-    assert "cannot trace Untraceable, so that this is unknown for ['norm']" in message
+    assert "cannot trace Untraceable, so the layer is unknown for ['norm']" in message
     assert "test_fusion.py:" in message
     assert "x.abs().max() > 1e6" in message
     assert groups_of(prepare(Untraceable(), keep_float=["norm"])) == IN_BLOCKS

@@ -1,1 +1,1 @@
-"""Eager mode: PyTorch's workflow for models that hold QuantStubs."""
+"""Eager mode: torch.ao's workflow for networks whose own code contains QuantStubs."""

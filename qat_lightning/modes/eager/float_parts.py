@@ -1,7 +1,7 @@
-"""Modules of an eager network that compute in float between int8 neighbours.
+"""Keeps modules of an eager network float between int8 neighbours.
 
-Their inputs are dequantized and their output is rounded to a grid of its own, in training as in int8. Hooks
-and a stub do it, so that the names of the parameters stay.
+Such a module dequantizes its inputs and rounds its output with qparams of its own, in training as in int8.
+Hooks and a stub do this, so that the names of the parameters stay.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def keep_float(module: nn.Module, qconfig: Any) -> None:
         module.__class__ = nn.Sequential  # type: ignore[assignment]  # torch.ao does not look inside a fused one
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
-    if type(module).forward is not nn.Sequential.forward:  # which runs the stub as its last layer
+    if type(module).forward is not nn.Sequential.forward:  # a Sequential runs the stub as its last layer
         module.register_forward_hook(_quantize_output)
 
 
 def compute_in_float(network: nn.Module) -> None:
-    """Does the same for what has no int8 form or a poor one, in a network whose modules have QConfigs.
+    """Does the same for modules with no int8 form, or a poor one, in a network whose modules have QConfigs.
 
-    An int8 average pool rounds to the grid of its input, which is coarse for averages and nothing that
-    training could know of.
+    An int8 average pool rounds with the qparams of its input. That is coarse for averages, and training would
+    not simulate it.
     """
     fused = {child for module in network.modules() if isinstance(module, _FusedModule) for child in module}
     for module in [module for module in network.modules() if module not in fused]:
@@ -50,7 +50,7 @@ def compute_in_float(network: nn.Module) -> None:
 
 
 def _lacks_int8(module: nn.Module) -> bool:
-    """Whether eager mode has no int8 form of `module` that it could train for."""
+    """Whether eager mode has no int8 form of `module` that training can simulate."""
     if isinstance(module, _BatchNorm):
         exists = type(module) in (nn.BatchNorm2d, nn.BatchNorm3d)
         return not (exists and module.affine and module.track_running_stats)
@@ -66,7 +66,10 @@ def _quantize_output(module: Any, args: Any, output: Any) -> Any:
 
 
 def _dequantize_if_int8(module: Any, args: Any, kwargs: Any) -> Any:
-    """The same; what stands before the QuantStub or after the DeQuantStub gets and gives floats."""
+    """Dequantizes the inputs, and notes whether any was int8.
+
+    Before the QuantStub and after the DeQuantStub of a network none is, and the output stays float, too.
+    """
     if isinstance(module.requantize, Quantize):
         module.between_int8 = any(_is_int8(value) for value in tree_leaves((args, kwargs)))
     return _dequantize_inputs(module, args, kwargs)

@@ -1,7 +1,7 @@
-"""Which modules of a network are fused in eager mode: found in its forward, or listed and checked.
+"""Finds the groups of modules to fuse in eager mode, or checks the groups that the user lists.
 
-Groups are those that torch.ao fuses for training: a convolution or linear layer with what follows it, so that
-the int8 network runs them as one operation.
+A group is one that torch.ao fuses for training, such as a convolution with the batch-norm and the ReLU after
+it. The int8 network runs it as one operation.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ _FUSABLE: set[tuple[type[nn.Module], ...]] = {
     (nn.BatchNorm2d, nn.ReLU),
     (nn.BatchNorm3d, nn.ReLU),
 }
-_POSSIBLE = (
-    "Possible are Conv1d, Conv2d or Conv3d with the BatchNorm of as many dimensions, with a ReLU, or with "
-    "both in this order; Linear with ReLU; Linear with BatchNorm1d; BatchNorm2d or BatchNorm3d with ReLU."
+_ALLOWED = (
+    "A group may be a Conv1d, Conv2d or Conv3d with the BatchNorm of the same dimensions, with a ReLU, or "
+    "with both in this order; a Linear with a ReLU or BatchNorm1d; or a BatchNorm2d or BatchNorm3d with a "
+    "ReLU."
 )
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def find_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
-    """The groups of modules that can be fused without changing what `network` computes.
+    """Finds the groups of modules that can be fused without changing what `network` computes.
 
     Raises:
-        UntraceableError: The forward cannot be traced, there are no example inputs to watch it on, and so for
-            some batch-norms nobody knows what they follow.
+        UntraceableError: For some batch-norms the layer before them is unknown: the forward cannot be traced,
+            and there are no example inputs to watch it with.
         ValueError: The network does not run on the example inputs.
     """
     kept = options.keep_float
     try:
         return _match(network, traced(network, kept), options)
-    except Exception as error:  # a forward meets proxies that it was not written for, and may raise anything
+    except Exception as error:  # a forward may raise anything when it gets proxies
         if options.example_inputs is not None:
             return _match(network, watched(network, options.example_inputs, kept), options)
         groups = _match(network, list(traced_parts(network, kept)), options)
@@ -63,23 +64,23 @@ def find_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
         norms = [n for n, m in network.named_modules() if isinstance(m, NORMS) and n not in fused]
         unknown = [name for name in norms if not is_inside(name, kept)]
         if unknown:
-            raise UntraceableError(_unknown(network, unknown, error)) from error
+            raise UntraceableError(_unknown_message(network, unknown, error)) from error
         return groups
 
 
-def _unknown(network: nn.Module, norms: list[str], error: Exception) -> str:
+def _unknown_message(network: nn.Module, norms: list[str], error: Exception) -> str:
     return (
-        "In eager mode BatchNorm is fused into the layer that it follows, but torch.fx cannot trace "
-        f"{type(network).__name__}, so that this is unknown for {norms[:3]}{' …' if len(norms) > 3 else ''}: "
+        "Eager mode fuses each BatchNorm into the layer before it, but torch.fx cannot trace "
+        f"{type(network).__name__}, so the layer is unknown for {norms[:3]}{' …' if len(norms) > 3 else ''}: "
         f"{error}\n  at {user_line(error, network)}\n"
-        "Pass example_inputs=(…,), on which one forward pass is watched (a LightningModule has "
-        "example_input_array for them); or list the fusions, as in fuse=[['conv1', 'bn1', 'relu1'], …]; or "
-        "rewrite that line and use mode='fx', which finds them in the graph."
+        "Pass example_inputs=(…,) for one forward pass that shows it (a LightningModule has "
+        "example_input_array for this); or list the fusions, as in fuse=[['conv1', 'bn1', 'relu1'], …]; or "
+        "rewrite that line and use mode='fx', which finds the fusions in the graph."
     )
 
 
 def _match(network: nn.Module, flows: Sequence[Flow], options: Options) -> tuple[Group, ...]:
-    """The longest fusable group from each module on, in the order of the forward."""
+    """Returns the longest fusable group that starts at each module, in the order of the forward."""
     modules = dict(_candidates(network, options.keep_float))
     taken: set[str] = set()
     groups = []
@@ -96,7 +97,7 @@ def _match(network: nn.Module, flows: Sequence[Flow], options: Options) -> tuple
 def _chain(
     name: str | None, flows: Sequence[Flow], modules: dict[str, nn.Module], taken: set[str]
 ) -> Iterator[str]:
-    """`name` and the next two modules, as long as nobody else reads what lies between them."""
+    """Yields `name` and up to two modules after it, if nothing else reads the tensors between them."""
     for _ in range(3):
         if name is None or name not in modules or name in taken:
             return
@@ -105,17 +106,17 @@ def _chain(
 
 
 def _candidates(network: nn.Module, keep_float: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that may be replaced: in one place only, quantized, and with nothing attached to them."""
+    """Yields the modules that may be fused: registered once, not kept float, without hooks."""
     named = list(network.named_modules(remove_duplicate=False))
-    places = Counter(module for _, module in named)
+    registrations = Counter(module for _, module in named)
     for name, module in named:
         attached = module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module)
-        if places[module] == 1 and not attached and not is_inside(name, keep_float):
+        if registrations[module] == 1 and not attached and not is_inside(name, keep_float):
             yield name, module
 
 
 def _obstacle(modules: Sequence[Any], replace_relu6: bool) -> str | None:
-    """Why `modules` cannot be fused for training, or None."""
+    """Returns the reason why `modules` cannot be fused for training; None if they can."""
     kinds = tuple(nn.ReLU if replace_relu6 and is_relu6_module(m) else type(m) for m in modules)
     if any(is_relu6_module(m) for m in modules) and nn.ReLU not in kinds:
         return "a ReLU6 is fused only where it becomes a ReLU (replace_relu6=True)"
@@ -136,7 +137,7 @@ def check_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
     """Returns the groups of `options.fuse` if each can be fused.
 
     Raises:
-        TypeError: It is no list of groups of names.
+        TypeError: `options.fuse` is not a list of groups of names.
         ValueError: A name is unknown or in two groups, or torch.ao cannot fuse a group.
     """
     groups = options.fuse
@@ -156,7 +157,7 @@ def check_groups(network: nn.Module, options: Options) -> tuple[Group, ...]:
         if known[name] in first:
             other = first[known[name]]
             same = "" if other == name else f", the same module as {other!r}"
-            raise ValueError(f"fuse names the module {name!r}{same} twice, but a module is fused once.")
+            raise ValueError(f"fuse names the module {name!r}{same} twice, but a module is fused only once.")
         first[known[name]] = name
     for group in groups:
         _check_group(group, [known[name] for name in group], options)
@@ -173,4 +174,4 @@ def _check_group(group: Sequence[str], modules: list[nn.Module], options: Option
         reason = _obstacle(modules, options.replace_relu6 and not floating)
     if reason is not None:
         kinds = ", ".join(type(module).__name__ for module in modules) or "no module"
-        raise ValueError(f"fuse has the group {list(group)} ({kinds}), but {reason}. {_POSSIBLE}")
+        raise ValueError(f"fuse has the group {list(group)} ({kinds}), but {reason}. {_ALLOWED}")

@@ -1,4 +1,4 @@
-"""Who reads whose output, from the graph of a network or of its parts."""
+"""Finds which modules read which outputs, from the graph of a network or of its parts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from qat_lightning.modes.trace.tracing import defaults
 
 
 def traced(network: nn.Module, keep_float: tuple[str, ...], prefix: str = "") -> list[Flow]:
-    """The flows of `network` in training and in eval mode, from its graphs.
+    """Returns the flows of `network` in training and in eval mode, from its graphs.
 
     Raises:
-        Exception: Whatever its forward raises when it gets no tensors but proxies.
+        Exception: Anything that its forward raises when it gets proxies instead of tensors.
     """
     flows = []
     for training in (True, False):
         twin = copy.deepcopy(network).train(training)
         with random_state.preserved():
             graph = _Tracer(keep_float, prefix).trace(twin, concrete_args=defaults(twin))
-        kept = {proxy.node for proxy in attributes(twin) if isinstance(proxy, fx.Proxy)}
-        flows.append(_flow_of(graph, kept, prefix))
+        stored = {proxy.node for proxy in attributes(twin) if isinstance(proxy, fx.Proxy)}
+        flows.append(_flow_of(graph, stored, prefix))
     return flows
 
 
 def traced_parts(network: nn.Module, keep_float: tuple[str, ...], prefix: str = "") -> Iterator[Flow]:
-    """The flows of the outermost parts of `network` that can be traced, each for itself."""
+    """Yields the flows of the outermost parts of `network` that can be traced, each part by itself."""
     for key, child in network.named_children():
         name = prefix + key
         if not is_leaf(child, name, keep_float):
@@ -44,7 +44,7 @@ def traced_parts(network: nn.Module, keep_float: tuple[str, ...], prefix: str = 
 
 
 def _check_called_whole(parent: nn.Module, key: str, child: nn.Module) -> None:
-    """Raises if `child` is a Sequential, and the code of `parent` might call its layers one by one."""
+    """Raises if `child` is a Sequential and the code of `parent` might call its layers one by one."""
     if type(child).forward is not nn.Sequential.forward or isinstance(parent, TRANSPARENT):
         return
     for kind in type(parent).__mro__[: type(parent).__mro__.index(nn.Module)]:
@@ -52,7 +52,7 @@ def _check_called_whole(parent: nn.Module, key: str, child: nn.Module) -> None:
         called = [node.func for node in nodes if isinstance(node, ast.Call)]
         uses = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == key]
         if any(isinstance(use.ctx, ast.Load) and use not in called for use in uses):
-            raise ValueError(f"{kind.__name__} does something else with {key!r} than call it")
+            raise ValueError(f"{kind.__name__} does more with {key!r} than call it")
 
 
 class _Tracer(fx.Tracer):
@@ -64,16 +64,17 @@ class _Tracer(fx.Tracer):
         return is_leaf(m, self.prefix + module_qualified_name, self.keep_float)
 
 
-def _flow_of(graph: fx.Graph, kept: set[fx.Node], prefix: str) -> Flow:
+def _flow_of(graph: fx.Graph, stored: set[fx.Node], prefix: str) -> Flow:
+    """Returns the flow of a graph; `stored` are the nodes whose results the forward left in attributes."""
     flow = Flow()
     for node in graph.nodes:
         if node.op == "call_module":
             flow.calls[prefix + node.target] += 1
             flow.readers[prefix + node.target] = [_reader(user, node, prefix) for user in node.users]
-            flow.readers[prefix + node.target] += [None] * (node in kept)
+            flow.readers[prefix + node.target] += [None] * (node in stored)
         elif node.op == "get_attr":
             owner, _, _ = node.target.rpartition(".")
-            flow.calls[prefix + owner] += 1  # whoever reads a weight needs its owner to stay as it is
+            flow.calls[prefix + owner] += 1  # the reader of a weight needs the weight's module unfused
     return flow
 
 

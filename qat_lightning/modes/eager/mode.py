@@ -1,4 +1,4 @@
-"""Eager mode: the network's own code runs, with the stubs that its author wrote."""
+"""Eager mode: runs the network's own code, with the QuantStubs that its author wrote."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-# torch.ao has these modules for training, and leaves them out of eager mode's tables.
+# torch.ao has training modules for one-dimensional convolutions, but its mappings for eager mode lack them.
 _TRAINED = ao.get_default_qat_module_mappings() | {nn.Conv1d: nnqat.Conv1d, nni.ConvReLU1d: nniqat.ConvReLU1d}
 _CONVERTED = ao.get_default_static_quant_module_mappings() | {
     nnqat.Conv1d: nnq.Conv1d,
@@ -40,7 +40,7 @@ class EagerMode:
     name = "eager"
 
     def check(self, network: nn.Module, options: Options) -> Options:
-        """Raises if `network` lacks stubs, or cannot be fused; returns `options` with the groups to fuse."""
+        """Raises if `network` lacks stubs or cannot be fused; returns `options` with the groups to fuse."""
         kind = type(network).__name__
         stubs = [ao.QuantStub, ao.DeQuantStub]
         missing = [
@@ -61,7 +61,7 @@ class EagerMode:
         return replace(options, fuse=find_groups(network, options))
 
     def functions(self, network: nn.Module, untraceable: str) -> None:
-        """Says that there is no graph to find functions in."""
+        """Returns None: eager mode has no graph to find functions in."""
 
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses and prepares `network` in place."""
@@ -106,7 +106,7 @@ def _owns_fuse_model(network: nn.Module) -> bool:
 
 
 def _call_fuse_model(network: nn.Module) -> None:
-    """Calls the network's `fuse_model`, with `is_qat=True` where it takes that, as torchvision's do."""
+    """Calls the network's `fuse_model` if there is one, with `is_qat=True` if it accepts that argument."""
     if not _owns_fuse_model(network):
         return
     fuse_model: Any = network.fuse_model

@@ -1,6 +1,6 @@
-"""ReLU6 becomes ReLU where the code of an eager network calls it: `F.relu6(x)` and `F.hardtanh(x, 0, 6)`.
+"""Replaces ReLU6 by ReLU where an eager network's code calls `F.relu6(x)` or `F.hardtanh(x, 0, 6)`.
 
-There is no graph to edit, so the modules whose code has such a call run it under a torch-function mode.
+There is no graph to edit, so that modules with such a call run their forward under a torch-function mode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qat_lightning.modes.graph.subclass import with_forward
 
 
 class _AsRelu(TorchFunctionMode):
-    """Rectifies where the code inside clamps to 0…6."""
+    """A mode that turns clamps to 0…6 into ReLUs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x = clamped_to_six(func, args, kwargs or {})
@@ -30,7 +30,7 @@ class _AsRelu(TorchFunctionMode):
 
 
 class _AsItIs(TorchFunctionMode):
-    """Clamps inside the other mode, by a function that it does not know."""
+    """A mode that protects clamps to 0…6 from an outer :class:`_AsRelu`, with a function it does not know."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x = clamped_to_six(func, args, kwargs or {})
@@ -38,10 +38,10 @@ class _AsItIs(TorchFunctionMode):
 
 
 def replace_relu6_calls(network: nn.Module, kept: tuple[str, ...]) -> int:
-    """Makes the calls in the code of `network`'s modules, but of those that are `kept`, ReLUs, in place.
+    """Turns the clamps in the code of `network`'s modules into ReLUs, except in the modules `kept`, in place.
 
     Returns:
-        The number of calls in that code.
+        The number of these calls.
     """
     count = 0
     for name, module in network.named_modules():
@@ -54,7 +54,7 @@ def replace_relu6_calls(network: nn.Module, kept: tuple[str, ...]) -> int:
 
 
 def hard_sigmoids(network: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose code adds a number, as a hard sigmoid does before its clamp."""
+    """Returns the names of modules whose code calls `add_scalar`, as a hard sigmoid does before its clamp."""
     return tuple(
         name
         for name, module in network.named_modules()
@@ -64,20 +64,20 @@ def hard_sigmoids(network: nn.Module) -> tuple[str, ...]:
 
 def _run_under(module: nn.Module, mode: type[TorchFunctionMode]) -> None:
     """Makes the `forward` of `module` run under `mode`, in place."""
-    users = type(module)
+    user_class = type(module)
 
-    @functools.wraps(users.forward)
+    @functools.wraps(user_class.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with mode():
-            return users.forward(self, *args, **kwargs)
+            return user_class.forward(self, *args, **kwargs)
 
-    module.__class__ = with_forward(users, forward)
+    module.__class__ = with_forward(user_class, forward)
 
 
 def _code_of(kind: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of the user's methods, and of the user's functions that they call."""
-    users = [each for each in kind.__mro__ if not _is_torchs(each.__module__)]
-    pending = [value for each in users for value in vars(each).values() if inspect.isfunction(value)]
+    """Yields the code of the user's methods, and of the user's functions that they call."""
+    user_classes = [each for each in kind.__mro__ if not _is_torchs(each.__module__)]
+    pending = [value for each in user_classes for value in vars(each).values() if inspect.isfunction(value)]
     seen: set[FunctionType] = set()
     while pending:
         function = pending.pop()
@@ -94,7 +94,7 @@ def _is_torchs(module: str | None) -> bool:
 
 
 def _clamps_in(code: CodeType) -> Iterator[str]:
-    """The clamps that `code` calls; one of `hardtanh` has a 6 in its statement, unlike one to -1…1."""
+    """Yields the clamps to 0…6 that `code` calls; a `hardtanh` is one if its statement contains a 6."""
     open_call = ""
     for instruction in dis.get_instructions(code):
         if instruction.argval == "relu6":

@@ -1,4 +1,4 @@
-"""Who reads whose output, from watching a copy of a network run."""
+"""Finds which modules read which outputs, by watching a copy of the network run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qat_lightning.modes.graph.flow import Flow, attributes, is_leaf
 
 
 def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, ...]) -> list[Flow]:
-    """The flows of `network` in eval and in training mode, from running copies of it on `inputs`.
+    """Returns the flows of `network` in eval and in training mode, from running copies of it on `inputs`.
 
-    A forward that needs more in training (targets, say) is watched in eval mode only. Batch-norm stays in
-    eval mode, since it would refuse a batch of one.
+    If the forward needs more arguments in training, such as targets, it is watched in eval mode only.
+    Batch-norms stay in eval mode, since they would refuse a batch of one.
 
     Raises:
         ValueError: The network does not run on `inputs`.
@@ -32,9 +32,9 @@ def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, 
                 flows.append(_watch(network, inputs, keep_float, training=True))
     except Exception as error:
         raise ValueError(
-            f"{type(network).__name__} cannot be traced, and it does not run on the example inputs either, "
-            f"which would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a "
-            "tuple of what forward takes."
+            f"{type(network).__name__} cannot be traced, and it does not run on the example inputs, which "
+            f"would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a tuple of "
+            "the arguments of forward."
         ) from error
     return flows
 
@@ -57,13 +57,13 @@ def _watch(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, .
 
 
 class _Watch(TorchFunctionMode):
-    """Records in a flow what the leaf modules, and the functions between them, read."""
+    """A mode that notes in a flow which outputs the leaf modules, and the functions between them, read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flow = Flow()
         self.depth = 0
-        # The tensors are held, so that no id is used again.
+        # Holding the tensors keeps their ids from being reused.
         self.makers: dict[int, tuple[str, torch.Tensor]] = {}
 
     def follow(self, module: nn.Module, name: str) -> None:
@@ -86,7 +86,7 @@ class _Watch(TorchFunctionMode):
         module.register_forward_hook(leave)
 
     def read(self, values: Any, reader: str | None = None) -> None:
-        """Records that `reader`, or anything that is no module, reads the tensors in `values`."""
+        """Notes that `reader` reads the tensors in `values`; None for a reader that is not a module."""
         for value in _tensors(values):
             if id(value) in self.makers:
                 maker, _ = self.makers[id(value)]
