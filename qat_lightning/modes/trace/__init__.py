@@ -1,1 +1,1 @@
-"""From a float network to a graph that follows `train()` and `eval()`."""
+"""Tracing: turns a float network into a graph that follows `train()` and `eval()`."""

@@ -1,4 +1,4 @@
-"""Functions that a trace cannot look into, such as those that compute with sizes: recorded as calls."""
+"""Functions and modules that a trace cannot look into: each becomes a single call in the graph."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.fx.node import map_aggregate
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a trace does not look into.
+class Opaque:
+    """The modules and functions that a trace does not look into.
 
     Attributes:
         modules: Names of modules.
-        functions: Functions, each with the namespace where its caller found it.
+        functions: Functions, such as one that computes with sizes, each with the namespace of its caller.
     """
 
     modules: frozenset[str] = frozenset()
@@ -26,10 +26,10 @@ class Whole:
 
     def with_culprit(
         self, error: BaseException | None, network: nn.Module, splittable: Callable[[nn.Module], bool]
-    ) -> Whole | None:
-        """Adds what failed to be traced: the innermost function, or module that is not `splittable`.
+    ) -> Opaque | None:
+        """Adds the innermost function, or module that is not `splittable`, that could not be traced.
 
-        None if there is neither, or if it is in here already.
+        Returns None if there is neither, or if it is among these already.
         """
         names = {module: name for name, module in network.named_modules()}
         frames = _frames(error)
@@ -39,17 +39,17 @@ class Whole:
                 name = names.get(module, "")
                 if not name or splittable(module) or name in self.modules:
                     return None
-                return Whole(self.modules | {name}, self.functions)
+                return Opaque(self.modules | {name}, self.functions)
             function = caller.f_globals.get(frame.f_code.co_name)
             if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
                 if _is_ours(function) or any(f is function for _, f in self.functions):
                     continue
-                return Whole(self.modules, (*self.functions, (caller.f_globals, function)))
+                return Opaque(self.modules, (*self.functions, (caller.f_globals, function)))
         return None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """While it lasts, a call of one of the functions with a proxy is recorded."""
+        """Makes a trace inside the block record calls of these functions, if an argument is a proxy."""
         for namespace, function in self.functions:
             namespace[function.__name__] = _recording(function)
         try:
@@ -64,7 +64,7 @@ def _is_ours(function: FunctionType) -> bool:
 
 
 def _frames(error: BaseException | None) -> list[FrameType]:
-    """From the outermost to the innermost."""
+    """Returns the frames of an error's traceback, the outermost first."""
     frames, traceback = [], error.__traceback__ if error else None
     while traceback is not None:
         frames.append(traceback.tb_frame)
@@ -73,6 +73,8 @@ def _frames(error: BaseException | None) -> list[FrameType]:
 
 
 def _recording(function: FunctionType) -> Callable[..., Any]:
+    """Wraps a function so that a call with a proxy becomes a node instead of running the function."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         proxies: list[fx.Proxy] = []
         map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else None)

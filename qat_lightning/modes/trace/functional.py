@@ -1,4 +1,4 @@
-"""Convolutions and linear layers that are called as functions: written out, as torch.ao reads them."""
+"""Rewrites functional convolutions and linear layers in a graph to the form that torch.ao understands."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def write_out_arguments(graph: fx.Graph) -> None:
 
 
 def linear(*args: Any) -> torch.Tensor:
-    """`F.linear` whose bias is computed: an int8 one stores it, so that this stays float."""
+    """Does the same as `F.linear`, but stays float: int8 stores the bias, and here it is computed."""
     return F.linear(*args)
 
 
 def convolution(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    """A convolution whose bias is computed, likewise."""
+    """Does the same as a functional convolution, but stays float, for the same reason."""
     weight, bias, stride, padding, dilation, groups = args
-    flip, extra = False, [0] * (x.ndim - 2)  # those of a transposed convolution
-    return torch.convolution(x, weight, bias, stride, padding, dilation, flip, extra, groups)
+    transposed, output_padding = False, [0] * (x.ndim - 2)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
 def _each(value: Any, dimensions: int) -> Any:
@@ -48,7 +48,8 @@ def write_out_padding(network: nn.Module) -> list[str]:
     """Replaces the padding `"same"` or `"valid"` of convolutions by numbers, in place.
 
     Returns:
-        Names of those where `"same"` means more on one side than on the other, which int8 has not.
+        Names of the convolutions where `"same"` pads one side more than the other, which int8 kernels do not
+        support.
     """
     uneven = []
     for name, module in network.named_modules():
@@ -64,13 +65,13 @@ def write_out_padding(network: nn.Module) -> list[str]:
 
 
 def read_metadata_from_buffers(network: nn.Module, graph: fx.Graph) -> None:
-    """Lets a graph that asks a weight for its shape, device or dtype ask a buffer without content, in place.
+    """Makes a graph read the shape, device and dtype of weights from buffers without content, in place.
 
-    The weight of an int8 layer is no tensor attribute.
+    It could not read them from an int8 layer, whose weight is not a tensor attribute.
     """
     for node in list(graph.nodes):
-        asking = [user for user in node.users if _asks_a_fact(user)]
-        if node.op != "get_attr" or "." not in str(node.target) or not asking:
+        readers = [user for user in node.users if _reads_metadata(user)]
+        if node.op != "get_attr" or "." not in str(node.target) or not readers:
             continue
         weight = _attribute(network, str(node.target))
         if isinstance(weight, torch.Tensor):
@@ -78,13 +79,13 @@ def read_metadata_from_buffers(network: nn.Module, graph: fx.Graph) -> None:
             network.register_buffer(name, weight.new_empty(()).expand(weight.shape), persistent=False)
             with graph.inserting_before(node):
                 facts = graph.create_node("get_attr", name)
-            for user in asking:
-                user.replace_input_with(node, facts)
+            for reader in readers:
+                reader.replace_input_with(node, facts)
             if not node.users:
                 graph.erase_node(node)
 
 
-def _asks_a_fact(node: fx.Node) -> bool:
+def _reads_metadata(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")

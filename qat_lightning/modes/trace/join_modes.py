@@ -1,4 +1,4 @@
-"""Merges the graph that eval mode runs into the one that training mode runs."""
+"""Joins the graph of training mode and the graph of eval mode into one that follows the mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from qat_lightning.modes.graph.lines import stack_line
 
 
 def join_modes(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[str, Any]:
-    """Merges `evaluate` into `graph`, in place, and returns the scopes of the nodes it made.
+    """Joins `evaluate`, the graph of eval mode, into `graph`, that of training mode, in place.
+
+    Returns:
+        The scopes of the new nodes.
 
     Raises:
         UntraceableError: Eval mode calls a layer in a way that training mode does not.
@@ -21,26 +24,24 @@ def join_modes(network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> dict[
 
 
 class _Join:
-    """The two graphs, and which node of one is which of the other."""
+    """The two graphs, and for each node of the eval graph its counterpart in the training graph."""
 
     def __init__(self, network: nn.Module, graph: fx.Graph, evaluate: fx.Graph) -> None:
         self.network, self.graph, self.evaluate = network, graph, evaluate
-        self.twin: dict[fx.Node, fx.Node] = {}
+        self.counterpart: dict[fx.Node, fx.Node] = {}
         self.scopes: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        """Does it, and returns the scopes of the nodes it made."""
+        """Joins the graphs, and returns the scopes of the new nodes."""
         remaining = list(self.graph.nodes)
-        unmatched = []
         for node in self.evaluate.nodes:
             if node.op == "output":
                 continue
             match = next((i for i, n in enumerate(remaining) if self._same_call(node, n)), None)
             if match is None:
-                unmatched.append(node)
                 self._copy(node)
             else:
-                self.twin[node] = remaining[match]
+                self.counterpart[node] = remaining[match]
                 del remaining[: match + 1]
         self._choose_arguments()
         self._choose_output()
@@ -50,21 +51,21 @@ class _Join:
     def _same_call(self, evaluate: fx.Node, train: fx.Node) -> bool:
         if (evaluate.op, evaluate.target) != (train.op, train.target):
             return False
-        inputs = [self.twin.get(node) for node in evaluate.all_input_nodes]
+        inputs = [self.counterpart.get(node) for node in evaluate.all_input_nodes]
         return inputs == train.all_input_nodes and (
             evaluate.op not in ("placeholder", "get_attr", "call_module")
             or self._arguments(evaluate) == (train.args, train.kwargs)
         )
 
     def _arguments(self, evaluate: fx.Node) -> tuple[Any, Any]:
-        """The arguments of an eval node, in terms of the training graph's nodes."""
+        """Returns the arguments of an eval node in terms of the training graph's nodes."""
         return (
-            fx.node.map_arg(evaluate.args, self.twin.__getitem__),
-            fx.node.map_arg(evaluate.kwargs, self.twin.__getitem__),
+            fx.node.map_arg(evaluate.args, self.counterpart.__getitem__),
+            fx.node.map_arg(evaluate.kwargs, self.counterpart.__getitem__),
         )
 
     def _copy(self, node: fx.Node) -> None:
-        """Brings a node that only eval mode has into the training graph, just before the output."""
+        """Copies a node that only eval mode has into the training graph, just before the output."""
         if node.op == "call_module" and _keeps_state(self.network.get_submodule(str(node.target))):
             raise UntraceableError(
                 f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
@@ -74,11 +75,11 @@ class _Join:
                 stack_line(node),
             )
         with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
-            self.twin[node] = self.graph.node_copy(node, self.twin.__getitem__)
-            self.scopes[self.twin[node].name] = ("", type(None))
+            self.counterpart[node] = self.graph.node_copy(node, self.counterpart.__getitem__)
+            self.scopes[self.counterpart[node].name] = ("", type(None))
 
     def _choose_arguments(self) -> None:
-        for evaluate, train in self.twin.items():
+        for evaluate, train in self.counterpart.items():
             arguments = self._arguments(evaluate)
             if train.op in ("call_function", "call_method") and arguments != (
                 train.args,
@@ -95,9 +96,9 @@ class _Join:
         new.meta = dict(node.meta)
         self.scopes[new.name] = (name, type(module))
         node.replace_all_uses_with(new)
-        for evaluate, train in self.twin.items():
+        for evaluate, train in self.counterpart.items():
             if train is node:
-                self.twin[evaluate] = new
+                self.counterpart[evaluate] = new
         self.graph.erase_node(node)
 
     def _choose_output(self) -> None:

@@ -1,6 +1,7 @@
-"""Layers of one's own class that call the function with their own weight: torch.nn's layer in their place.
+"""Replaces functional calls inside user-defined layers by calls of torch.nn layers, which torch.ao can fuse.
 
-Such as timm's `Conv2dSame`, which pads first. torch.ao fuses a batch-norm into a layer, not into a function.
+An example is timm's `Conv2dSame`, which pads its input and calls `F.conv2d` with its own weight. torch.ao
+fuses a batch-norm into a layer, but not into a function.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ _KINDS: dict[Any, type[nn.Module]] = {
 
 
 def call_plain_layers(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """Makes such calls of functions, all of whose arguments are written out, calls of layers, in place.
+    """Replaces each call of a function with the weight of a layer by a call of a torch.nn layer, in place.
 
     Args:
-        network: What the graph was traced from. It is not changed.
-        graph: The graph.
+        network: The network that was traced. It is not changed.
+        graph: Its graph, with all arguments of these calls written out.
 
     Returns:
-        The layers by the names that the graph calls them by, which in `network` are those of one's own class.
+        The torch.nn layers by name: the graph calls each by the name of the user-defined layer in `network`.
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -39,16 +40,16 @@ def call_plain_layers(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Modul
         if len(settings) == 1:
             plain[name] = _plain(network.get_submodule(name), *settings.pop())
             for node in nodes:
-                read = [value for value in node.args[1:3] if isinstance(value, fx.Node)]
+                parameters = [value for value in node.args[1:3] if isinstance(value, fx.Node)]
                 node.op, node.target, node.args = "call_module", name, node.args[:1]
-                for value in read:
+                for value in parameters:
                     if not value.users:
                         graph.erase_node(value)
     return plain
 
 
 def _owner(network: nn.Module, node: fx.Node) -> str | None:
-    """Name of the layer whose weight and bias a call of a function has, if it is of the same kind."""
+    """Returns the name of the layer whose weight and bias a function call uses, if it is of the same kind."""
     if node.op != "call_function" or node.target not in _KINDS:
         return None
     _, weight, bias = node.args[:3]
@@ -67,7 +68,7 @@ def _reads(value: Any, name: str) -> bool:
 
 
 def _plain(layer: Any, *settings: Any) -> nn.Module:
-    """A layer of torch.nn that shares the parameters of `layer`."""
+    """Returns a torch.nn layer that shares the parameters of `layer`."""
     if isinstance(layer, nn.Linear):
         plain: Any = nn.Linear(layer.in_features, layer.out_features, device="meta")
     else:

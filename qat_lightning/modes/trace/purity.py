@@ -1,7 +1,8 @@
-"""A trace records operations on tensors and nothing else: what else a forward does happens once, for ever.
+"""Refuses forwards with side effects, which a trace cannot record.
 
-A random number drawn in Python, or a counter that a forward advances, would be frozen at the value that the
-trace met. Both are found by comparing before and after, and refused.
+A trace records only operations on tensors. A random number that the forward draws in Python, or a counter
+that it advances, would be frozen at the value it had in the trace. Both are found by comparing states before
+and after.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class Impure(ValueError):
-    """A forward did something that a graph would not repeat.
+    """The error for a forward with a side effect, which a graph would not repeat.
 
     Attributes:
-        module: The module that it did it to; None where that is not known.
+        module: The module that the forward changed; None if that is not known.
     """
 
     def __init__(self, message: str, module: nn.Module | None = None) -> None:
@@ -32,7 +33,7 @@ class Impure(ValueError):
 
 @contextmanager
 def refuse_side_effects(network: nn.Module) -> Iterator[None]:
-    """Raises a `ValueError` if the block draws random numbers or changes the modules; both are undone."""
+    """Raises :class:`Impure` if the block draws random numbers or changes the modules, and undoes both."""
     random_before, plain_before = random_state.capture(), _plain(network)
     buffers = {module: dict(module._buffers) for module in network.modules()}
     try:
@@ -57,7 +58,7 @@ def _plain(network: nn.Module) -> dict[tuple[nn.Module, str], Any]:
 
 
 def _undo(before: Any, after: Any, buffers: dict[nn.Module, dict[str, Any]]) -> tuple[nn.Module, str] | None:
-    """Puts attributes and buffers back, and says of one that was changed whose it is, and its name."""
+    """Restores attributes and buffers; returns the module and the name of one that had changed, if any."""
     changed = None
     for (module, name), value in before.items():
         if after.get((module, name), value) != value or isinstance(vars(module).get(name), fx.Proxy):

@@ -1,13 +1,14 @@
 """Turns a float network into a `torch.fx` graph that still follows `train()` and `eval()`.
 
-A trace records one run, so whatever `forward` decides by `self.training` is decided once and for
-all: a network traced in training mode drops out in eval, too. Here it is traced twice, in training
-and in eval mode, and the two graphs are merged into one:
+A trace records one run, so that each decision that `forward` makes by `self.training` is fixed: a network
+traced in training mode would apply dropout in eval mode, too. So the network is traced twice, in training and
+in eval mode, and the two graphs are joined into one:
 
-- a call whose literal arguments differ, such as `F.dropout(x, 0.5, True)` and `F.dropout(x, 0.5,
-  False)`, becomes a small module that picks its arguments by its own `training` flag;
-- outputs that differ (a tuple with auxiliary logits in training, a tensor in eval) are both
-  computed, and a last small module returns the one that fits. Conversion keeps the eval one alone.
+- A call with different literal arguments, such as `F.dropout(x, 0.5, True)` and `F.dropout(x, 0.5, False)`,
+  becomes a small module that chooses its arguments by its own `training` flag.
+- If the outputs differ (a tuple with auxiliary logits in training, a tensor in eval), the graph computes
+  both, and a small module at the end returns the one of the current mode. Conversion keeps only the eval
+  output.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.identities import erase_identities
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.mutation import redirect_later_reads
-from qat_lightning.modes.trace.calls import Whole
+from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
 from qat_lightning.modes.trace.join_modes import join_modes
 from qat_lightning.modes.trace.norm_acts import split_norms
@@ -45,7 +46,7 @@ QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def reads_training(module: nn.Module) -> bool:
-    """Whether the forward of `module`'s class looks at `self.training`."""
+    """Whether the forward of `module`'s class reads `self.training`."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and any(
         step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "training"
@@ -59,25 +60,25 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def holds_quantizable(module: nn.Module) -> bool:
-    """Whether there is a convolution or a linear layer in `module`, or it is one."""
+    """Whether `module` is or contains a convolution or a linear layer."""
     return any(isinstance(child, QUANTIZABLE) for child in module.modules())
 
 
 class _Tracer(QuantizationTracer):  # type: ignore[misc]
     """torch.ao's tracer, with more leaves.
 
-    A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path)
-    stays whole: nothing is lost, and its own flag keeps deciding.
+    A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path) becomes a
+    single call. Nothing is lost, and its own flag keeps deciding.
     """
 
-    def __init__(self, whole: Whole) -> None:
+    def __init__(self, opaque: Opaque) -> None:
         super().__init__([], [])
-        self.whole = whole
+        self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
 
     def create_arg(self, a: Any) -> Any:
-        """Names a constant tensor as the trace before named an equal one, so that the graphs agree."""
+        """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
         if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
             for name, value in vars(self.root).items():
                 if name.startswith("_tensor_constant") and same_tensor(a, value):
@@ -100,7 +101,7 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
-            or module_qualified_name in self.whole.modules
+            or module_qualified_name in self.opaque.modules
             or isinstance(m, FXFloatFunctional | _FusedModule)
             or (reads_training(m) and not holds_quantizable(m))
         )
@@ -117,36 +118,36 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
         find the qconfig of a function call.
 
     Raises:
-        UntraceableError: `torch.fx` cannot trace it, or the two traces cannot be merged; the
-            message names the file and the line.
+        UntraceableError: `torch.fx` cannot trace it, or the two graphs cannot be joined. The message names
+            the file and the line.
     """
     try:
-        return trace_with(network, Whole())
+        return trace_with(network, Opaque())
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return trace_with(network, Whole(leaves))
+        return trace_with(network, Opaque(leaves))
 
 
-def trace_with(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """Traces as :func:`trace` does; `whole`, and what turns out not to be traceable, become one call each."""
+def trace_with(network: nn.Module, opaque: Opaque) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """Traces like :func:`trace`, with a single call for each part in `opaque` and each untraceable part."""
     with split_norms(network):
-        return _trace_split(network, whole)
+        return _trace_split(network, opaque)
 
 
-def _trace_split(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = _Tracer(whole)
+def _trace_split(network: nn.Module, opaque: Opaque) -> tuple[fx.GraphModule, dict[str, Any]]:
+    tracer = _Tracer(opaque)
     try:
         with traceable_transformers(network):
             with _mode(network, training=True):
                 graph = _trace_once(tracer, network)
             with _mode(network, training=False):
-                eval_graph = _trace_once(_Tracer(whole), network)
+                eval_graph = _trace_once(_Tracer(opaque), network)
     except UntraceableError as error:
-        more = whole.with_culprit(error.__cause__, network, holds_quantizable)
+        more = opaque.with_culprit(error.__cause__, network, holds_quantizable)
         if more is None:
             raise
         return _trace_split(network, more)
@@ -164,7 +165,7 @@ def _trace_split(network: nn.Module, whole: Whole) -> tuple[fx.GraphModule, dict
 
 @contextmanager
 def _mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Puts every module into one mode, and each back into its own afterwards."""
+    """Puts all modules into one mode, and restores the mode of each afterwards."""
     before = {module: module.training for module in network.modules()}
     for module in before:
         module.training = training
@@ -177,7 +178,7 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     try:
-        with refuse_side_effects(network), tracer.whole.recorded():
+        with refuse_side_effects(network), tracer.opaque.recorded():
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
         frame = user_frame(error)
@@ -195,12 +196,12 @@ def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
     names = list(inspect.signature(network.forward).parameters)
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
         if node.target.lstrip("*").startswith(f"{name}_"):
-            node.target = name  # a specialized argument keeps its name, so that it can be passed by it
+            node.target = name  # keeps a specialized argument passable by name
     return graph
 
 
 def defaults(network: nn.Module) -> dict[str, Any] | None:
-    """The optional arguments of `forward` that decide paths: a graph has the path of the default.
+    """Returns the optional arguments of `forward` that may decide its path: a graph follows their defaults.
 
     Passing another value to the graph raises, instead of silently taking the wrong path.
     """
@@ -210,7 +211,7 @@ def defaults(network: nn.Module) -> dict[str, Any] | None:
 
 
 def _part(error: Exception, tracer: _Tracer) -> str:
-    """Name of the innermost module at fault for an error of a trace."""
+    """Returns the name of the innermost module that caused an error of a trace."""
     if not isinstance(error, Impure):
         return tracer.failed[1] if error is tracer.failed[0] else ""
     names = (name for name, module in tracer.root.named_modules() if module is error.module)
@@ -222,7 +223,7 @@ def _line(frame: traceback.FrameSummary, file: str) -> str:
 
 
 def evaluate_only(graph_module: fx.GraphModule) -> None:
-    """Leaves in a prepared graph, in place, what eval mode runs: for conversion and export."""
+    """Reduces a prepared graph to what eval mode runs, in place, for conversion and export."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and isinstance(
             graph_module.get_submodule(str(node.target)), OutputByMode

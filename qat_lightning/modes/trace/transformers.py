@@ -1,7 +1,7 @@
-"""torch.nn's transformer layers, traceable: their linear layers are quantized, their attention stays float.
+"""Makes torch.nn's transformer layers traceable: their linear layers are quantized, attention stays float.
 
-torch.fx calls a module of torch.nn as a whole, and the forwards of these ones branch on values besides. While
-a network is traced they run the plain sum of their blocks: the same function without the fast paths.
+torch.fx treats each module of torch.nn as a single call, and the forwards of these modules also branch on
+values. While a network is traced, they run plain forwards: the same functions without the fast paths.
 """
 
 from __future__ import annotations

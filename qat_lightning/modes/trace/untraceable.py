@@ -1,4 +1,4 @@
-"""Around what `torch.fx` cannot trace: the smallest parts that fail stay whole, and float."""
+"""Traces a network around the smallest parts that `torch.fx` cannot trace, which stay float."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
-from qat_lightning.modes.trace.calls import Whole
+from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.tracing import trace_with
 
 
 def trace_around(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
-    """Traces `network`, calling as a whole each submodule in whose own forward the trace fails.
+    """Traces `network`; a submodule whose own forward cannot be traced becomes a single call.
 
     Returns:
-        The graph module and the scopes, as `trace` returns them, and the lines at
-        which the parts failed, by name.
+        The graph module and the scopes, as `trace` returns them, and for the name of each such submodule the
+        line at which its trace failed.
 
     Raises:
-        UntraceableError: The forward of `network` itself is at fault.
+        UntraceableError: The forward of `network` itself cannot be traced.
     """
     kept: dict[str, str] = {}
     while True:
         try:
-            graph_module, scopes = trace_with(network, Whole(frozenset(kept)))
+            graph_module, scopes = trace_with(network, Opaque(frozenset(kept)))
         except UntraceableError as error:
             if not error.part or error.part in kept:
                 raise
