@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo_models import Entry, entries
 from qat_lightning import convert, prepare
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight.inventory import count_work
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.quantize.recipe import recipe_of

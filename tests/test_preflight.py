@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import PreflightError, QuantizationAwareTraining, convert, preflight, prepare
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight.dry_run import dry_run
+from qat_lightning.base.inputs import Inputs
 from tests.networks import CASES, Case, ConvBnRelu, Residual
 from tests.runs import TinyModule, trainer
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from qat_lightning import QuantizationAwareTraining, convert, prepare
-from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.cli import report as command
 from qat_lightning.fake_quant.phases import set_enabled

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.base import cpu
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.report import machine
 from qat_lightning.report.speed import LEAST_ROUNDS, MOST_ROUNDS, Candidate, measure, of_batch, pinned_threads
 

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.scoring import lone_trainer, validate
 from qat_lightning.base.errors import nearest
+from qat_lightning.base.inputs import Inputs
 
 Metric = str | Callable[[Any, Any], float]
 

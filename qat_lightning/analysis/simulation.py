@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qat_lightning.analysis.batches import Batches, collect_inputs, inputs_of
-from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
 from qat_lightning.fake_quant.phases import average_over, only_observe, set_enabled, set_eval
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.cli import resolvers
 from qat_lightning.export.load import load_graph
 from qat_lightning.export.runtime import RuntimeNetwork, Signature

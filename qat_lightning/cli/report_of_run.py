@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from qat_lightning.analysis.inputs import Catcher, Inputs
+from qat_lightning.base.inputs import Catcher, Inputs
 from qat_lightning.quantize.recipe import quantized_networks
 from qat_lightning.report.build import FinishedRun
 from qat_lightning.report.content import Score

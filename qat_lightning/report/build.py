@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.base.atomic import replacing
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.quantize.batch_norms import restore_batch_norms
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.report.content import Report, Score

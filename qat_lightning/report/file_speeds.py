@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.console import Console
 from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs, arguments_of
+from qat_lightning.base.inputs import Inputs, arguments_of
 from qat_lightning.export import load_runtime
 from qat_lightning.export.example import example_of
 from qat_lightning.export.onnx import write_graph

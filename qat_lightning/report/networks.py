@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight import inventory
 from qat_lightning.analysis.preflight.call_location import call_lines
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.quantize.recipe import recipe_of
 from qat_lightning.report.content import Network
 from qat_lightning.report.layers import measure_layers

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.utils._pytree import tree_leaves, tree_map
 
-from qat_lightning.analysis.inputs import Inputs
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.report.content import Speed
 
 BATCHES = (1, 8, 32)

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qat_lightning.analysis.inputs import Inputs
 from qat_lightning.analysis.preflight.network_report import Finding
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
 from qat_lightning.modes.graph.relu6 import is_inside

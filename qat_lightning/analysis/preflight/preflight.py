@@ -9,12 +9,12 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from qat_lightning.analysis.inputs import Catcher, Inputs, first_samples
 from qat_lightning.analysis.preflight.call_location import call_lines
 from qat_lightning.analysis.preflight.dry_run import dry_run, stage
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError, UntraceableError
+from qat_lightning.base.inputs import Catcher, Inputs, first_samples
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.networks import network_names, prepare_module
 from qat_lightning.quantize.options import ModuleOptions, Settings

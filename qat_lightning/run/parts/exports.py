@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from torch import nn
 
-from qat_lightning.analysis.inputs import Inputs, arguments_of
 from qat_lightning.base.errors import ConversionError, nearest
+from qat_lightning.base.inputs import Inputs, arguments_of
 from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.export.extras import require
 from qat_lightning.modes.graph.subclass import with_forward

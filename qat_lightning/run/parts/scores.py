@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from qat_lightning.analysis.inputs import Catcher, Inputs
 from qat_lightning.analysis.scoring import lone_trainer, validate
+from qat_lightning.base.inputs import Catcher, Inputs
 from qat_lightning.export.load import size_of
 from qat_lightning.modes.layers.reference import floating
 from qat_lightning.quantize.copies import copy_of
