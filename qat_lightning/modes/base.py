@@ -67,6 +67,9 @@ class Mode(Protocol):
     def functions(self, network: nn.Module, untraceable: str) -> frozenset[str] | None:
         """Returns the names of the functions that `network` calls; None if the mode has no graph."""
 
+    def prepares_in_place(self, network: nn.Module) -> bool:
+        """Returns whether the prepared network has to be `network` itself."""
+
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses `network` and inserts fake-quantizes. The result may share modules with `network`."""
 

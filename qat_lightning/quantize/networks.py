@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from qat_lightning.base import random_state
 from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.modes import MODES, choose_mode
 from qat_lightning.modes.graph.graft import calls
+from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.qconfig import qconfig_name
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import example_inputs_of
@@ -64,6 +66,13 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
             before.
     """
     names = network_names(module, settings)
+    if len(names) > 1:  # or a failure of the second would leave the first one prepared
+        with random_state.preserved():
+            _prepare_all(structural_copy(module), names, settings)
+    return _prepare_all(module, names, settings)
+
+
+def _prepare_all(module: nn.Module, names: Sequence[str], settings: Settings) -> list[Prepared]:
     networks = [module.get_submodule(name) for name in names]
     floating = [n for n in networks if recipe_of(n) is None]
     own = dict(zip(floating, _split(floating, settings), strict=True)) if floating else {}

@@ -7,12 +7,15 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from qat_lightning.base import random_state
 from qat_lightning.base.backends import engine
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, ModeResult, Options, choose_mode
+from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
+from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.qconfig import describe, qconfig_name
+from qat_lightning.modes.trace.tracing import ONE_AT_A_TIME
 from qat_lightning.quantize.batch_norms import note_batch_norms
 from qat_lightning.quantize.floating import check_float
 from qat_lightning.quantize.options import PrepareOptions, Settings
@@ -52,21 +55,43 @@ def prepare(
     settings = Settings.of(options, "prepare", one_network=True)
     _check_example_inputs(example_inputs)
     check_float(network)
-    chosen, _ = choose_mode(network, settings.mode)
-    resolved = _resolve(network, chosen, settings, example_inputs)
+    with ONE_AT_A_TIME:
+        return _prepare_as(network, settings, example_inputs)
+
+
+def _prepare_as(network: nn.Module, settings: Settings, example_inputs: tuple[Any, ...] | None) -> nn.Module:
+    mode = MODES[choose_mode(network, settings.mode)[0]]
+    resolved = _resolve(network, mode, settings, example_inputs)
     with quiet_torch_ao(), engine(settings.backend):
-        resolved = MODES[chosen].check(network, resolved)
-        made = MODES[chosen].prepare(network, resolved)
-        prepared = made.network
-        replace_zero_scales(prepared)
-        recipe = _recipe(made, chosen, resolved)
-    attach(prepared, recipe)
-    note_batch_norms(prepared)
-    return prepared
+        if not mode.prepares_in_place(network):
+            return _prepare_a_copy(network, mode, resolved)
+        with random_state.preserved():
+            _prepare_a_copy(network, mode, resolved)
+        return _prepare(network, mode, resolved)
+
+
+def _prepare_a_copy(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
+    """Prepares a copy that shares all tensors with `network`. If that fails, nothing has changed."""
+    state = random_state.capture()
+    try:
+        return _prepare(structural_copy(network), mode, options)
+    except BaseException:
+        random_state.restore(state)
+        raise
+
+
+def _prepare(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
+    options = mode.check(network, options)
+    result = mode.prepare(network, options)
+    recipe = _recipe(result, mode.name, options)
+    replace_zero_scales(result.network)
+    attach(result.network, recipe)
+    note_batch_norms(result.network)
+    return result.network
 
 
 def _resolve(
-    network: nn.Module, mode: str, settings: Settings, example_inputs: tuple[Any, ...] | None
+    network: nn.Module, mode: Mode, settings: Settings, example_inputs: tuple[Any, ...] | None
 ) -> Options:
     """Turns patterns into the names of what they match in `network`."""
     overrides = resolve_overrides(network, settings.overrides or {})
@@ -74,7 +99,7 @@ def _resolve(
     kept = resolve_keep_float(
         network,
         [*settings.keep_float, *floating],
-        lambda network: MODES[mode].functions(network, settings.untraceable),
+        lambda network: mode.functions(network, settings.untraceable),
     )
     return Options(
         backend=settings.backend,

@@ -63,6 +63,10 @@ class EagerMode:
     def functions(self, network: nn.Module, untraceable: str) -> None:
         """Returns None: eager mode has no graph to find functions in."""
 
+    def prepares_in_place(self, network: nn.Module) -> bool:
+        """Returns True: the network runs its own code."""
+        return True
+
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses and prepares `network` in place."""
         modes = {module: module.training for module in network.modules()}

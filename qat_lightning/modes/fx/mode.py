@@ -26,6 +26,7 @@ from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
 from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
 from qat_lightning.modes.graph.hooks import check_hooks
 from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
+from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.layers.training_classes import use_training_classes
@@ -56,7 +57,11 @@ class FxMode:
 
     def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
         """Returns the names of the functions that the graph of `network` calls."""
-        return called_functions(_trace(network, untraceable)[0].graph)
+        return called_functions(_trace(structural_copy(network), untraceable)[0].graph)
+
+    def prepares_in_place(self, network: nn.Module) -> bool:
+        """Returns whether `network` must stay the same object, as a LightningModule does."""
+        return graft.must_stay_in_place(network)
 
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Traces, fuses and prepares. The result is `network` itself, or shares its parameters.

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qat_lightning.modes.graph.subclass import with_forward
 
@@ -70,16 +71,24 @@ def _split_forward(user_forward: Any) -> Any:
         if not isinstance(x, fx.Proxy):
             return user_forward(self, x)
         last = next(iter(reversed(x.node.graph.nodes)))
-        function = F.batch_norm
-        F.batch_norm = partial(_call_child, self)
-        try:
+        with _ChildInstead(self):
             result = user_forward(self, x)
-        finally:
-            F.batch_norm = function
         _erase_checks(last, result.node)
         return result
 
     return forward
+
+
+class _ChildInstead(TorchFunctionMode):
+    """Calls the child of a module where its forward calls `F.batch_norm`, in this thread alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = partial(_call_child, self.module) if func is F.batch_norm else func
+        return call(*args, **(kwargs or {}))
 
 
 def _call_child(

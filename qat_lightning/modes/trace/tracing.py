@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from qat_lightning.modes.trace.own_layers import call_plain_layers
 from qat_lightning.modes.trace.purity import Impure, refuse_side_effects, same_state
 from qat_lightning.modes.trace.transformers import traceable_transformers
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a network is traced or prepared: torch.fx patches `nn.Module` meanwhile."""
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -76,6 +79,19 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
         self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
+        self.thread = threading.get_ident()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Traces; torch.fx patches `nn.Module` meanwhile, so one thread traces at a time."""
+        with ONE_AT_A_TIME:
+            self.thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Reads an attribute of a module; other threads, which see torch.fx's patches, read the value."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
         """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
@@ -87,6 +103,8 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         before = random_state.capture()
         try:
             result = super().call_module(m, forward, args, kwargs)

@@ -136,8 +136,8 @@ def _check_trained(module: nn.Module) -> None:
     if norms and not any(_has_seen_data(each) for each in norms):
         raise TargetError(
             "An accuracy target compares int8 with the float network that the training starts from, but this "
-            "one is not trained: no batch-norm in it has seen data, so that its metric says nothing. Load trained "
-            "weights first (on the command line weights=…), or leave out accuracy_target."
+            "one is not trained: no batch-norm in it has seen data, so that its metric says nothing. Load "
+            "trained weights first (on the command line weights=…), or leave out accuracy_target."
         )
 
 
