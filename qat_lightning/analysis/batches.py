@@ -12,11 +12,11 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.analysis.scoring import lone_trainer, validate
 from qat_lightning.base.errors import nearest
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.torch_internals import tree_leaves, tree_map
 
 Metric = str | Callable[[Any, Any], float]
 

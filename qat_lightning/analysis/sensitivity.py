@@ -8,7 +8,6 @@ from typing import Any, Unpack
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.batches import Batches, Metric, check_metric, count_samples, score
 from qat_lightning.analysis.preflight.inventory import count_work, parts
@@ -17,6 +16,7 @@ from qat_lightning.analysis.simulation import Simulation, simulate
 from qat_lightning.base import random_state
 from qat_lightning.base.inputs import Inputs, first_samples
 from qat_lightning.base.sqnr import sqnr
+from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.modes.layers.layer_fake_quantizes import layer_fake_quantizes
 from qat_lightning.quantize.options import ModuleOptions, Settings

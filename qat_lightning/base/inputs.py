@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from qat_lightning.base.torch_internals import tree_leaves, tree_map
 
 
 class Inputs(NamedTuple):

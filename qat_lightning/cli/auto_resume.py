@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from torch import distributed
 
 from qat_lightning.base.atomic import remove_partial, replacing
+from qat_lightning.cli.hydra_internals import unresolved
 from qat_lightning.run.checkpoints import checkpoints_in, newest_usable
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
@@ -185,7 +186,7 @@ def _folders_of_other_times(folder: Path) -> Iterator[Path]:
     hydra = cfg.hydra
     with read_write(hydra):
         for group, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
-            raw = hydra[group]._get_node(key)._value()
+            raw = unresolved(hydra[group], key)
             raw = re.sub(r"\$\{run_name:\}", f"{_TIME}/{_TIME}", str(raw))
             hydra[group][key] = re.sub(r"\$\{now:[^}]*\}", _TIME, raw)
     path = hydra.run.dir

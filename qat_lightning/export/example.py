@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from qat_lightning.base import cpu
 from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.sqnr import sqnr
+from qat_lightning.base.torch_internals import tree_map_only
 from qat_lightning.export.runtime import Runtime, RuntimeNetwork
 from qat_lightning.export.structure import STRUCTURE_KEY, structure_of, tensors_of
 from qat_lightning.fake_quant.ranges import check_observed

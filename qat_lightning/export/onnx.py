@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_map
 
 from qat_lightning.base import manifest
 from qat_lightning.base.atomic import replacing
 from qat_lightning.base.quiet import quiet_exporters, quiet_torch_ao
+from qat_lightning.base.torch_internals import MappingKey, tree_flatten_with_path, tree_map
 from qat_lightning.export.example import Example, example_of
 from qat_lightning.export.extras import require
 from qat_lightning.export.runtime import OnnxRuntime

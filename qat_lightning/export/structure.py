@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten, treespec_dumps, treespec_loads
+
+from qat_lightning.base.torch_internals import (
+    tree_leaves,
+    tree_structure,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 STRUCTURE_KEY = "qat_lightning.outputs"
 

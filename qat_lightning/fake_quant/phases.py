@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.base.schedule import Phase
+from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
 
 
@@ -80,7 +81,7 @@ def freeze_bn_statistics(module: nn.Module, *, frozen: bool) -> None:
                 child.freeze_bn_stats() if frozen else child.update_bn_stats()
     for parent in module.modules():  # the parent's mode exempts networks in eval mode, such as a teacher
         for child in parent.children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in inside_fused:
+            if isinstance(child, BatchNorm) and child not in inside_fused:
                 child.train(not frozen and parent.training)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph import behaviour
 
 _ATTRIBUTE = "_batch_norms"
 
 
-class LocalBatchNorm(_BatchNorm):
+class LocalBatchNorm(BatchNorm):
     """A batch-norm over this process alone, of any number of dimensions."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -26,7 +26,7 @@ class LocalBatchNorm(_BatchNorm):
 def note_batch_norms(network: nn.Module) -> None:
     """Makes the classes of the batch-norms inside `network` an attribute of it and of its copies."""
     named = network.named_modules(remove_duplicate=False)
-    noted = {name: type(module) for name, module in named if isinstance(module, _BatchNorm)}
+    noted = {name: type(module) for name, module in named if isinstance(module, BatchNorm)}
     if isinstance(network, fx.GraphModule):
         behaviour.attach(network, {_ATTRIBUTE: noted})
     else:
@@ -38,7 +38,7 @@ def restore_batch_norms(network: nn.Module) -> None:
     present = dict(network.named_modules(remove_duplicate=False))
     noted: dict[str, type[nn.Module]] = getattr(network, _ATTRIBUTE, {})
     for name, kind in noted.items():
-        if isinstance(present.get(name), _BatchNorm):
+        if isinstance(present.get(name), BatchNorm):
             present[name].__class__ = kind
 
 

@@ -7,19 +7,16 @@ from typing import TypeVar
 
 from torch import nn
 
+from qat_lightning.base.lightning_internals import forget_original
+from qat_lightning.base.torch_internals import modules_of
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def copy_of(module: ModuleT) -> ModuleT:
     """A deep copy that also works as a LightningModule of its own; not compiled, where `module` is."""
     copied = copy.deepcopy(module)
-    if hasattr(copied, "_metric_attributes"):
-        # Lightning's memory of its metrics, by the ids of the original's.
-        vars(copied)["_metric_attributes"] = None
-    for name in vars(copied).get("_compiler_ctx") or ():
-        # Lightning's compiled methods, which would run the original.
-        vars(copied).pop(name.removeprefix("original_"), None)
-        vars(copied)["_compiler_ctx"] = None
+    forget_original(copied)
     return copied
 
 
@@ -33,7 +30,7 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
         return new  # type: ignore[return-value]
     old = module.get_submodule(name)
     for parent in list(module.modules()):
-        for key, child in parent._modules.items():
+        for key, child in modules_of(parent).items():
             if child is old:
                 setattr(parent, key, new)
     return module

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from qat_lightning.base import random_state
+from qat_lightning.base.torch_internals import tree_map
 from qat_lightning.quantize.copies import copy_of
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from qat_lightning.base import torch_internals
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.trace.tracing import holds_quantizable
 from qat_lightning.quantize.recipe import recipe_of
@@ -25,10 +26,7 @@ def check_float(network: nn.Module) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module`, or a part of it, is compiled: by `torch.compile` or by its own `compile`."""
-    return any(
-        child._compiled_call_impl is not None or type(child).__name__ == "OptimizedModule"
-        for child in module.modules()
-    )
+    return any(torch_internals.is_compiled(child) for child in module.modules())
 
 
 def check_not_quantized(network: nn.Module) -> None:

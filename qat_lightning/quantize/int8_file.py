@@ -16,6 +16,7 @@ from qat_lightning.base.atomic import replacing
 from qat_lightning.base.backends import engine
 from qat_lightning.base.errors import Int8FileError, RecipeMismatchError
 from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.base.torch_internals import module_versions, set_module_versions
 from qat_lightning.modes.layers.kernels import pack_weights
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
 from qat_lightning.quantize.convert import convert_in_place
@@ -196,12 +197,12 @@ def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
     """The part of a state dict that belongs to the submodule `name`, with the versions of its modules."""
     prefix = f"{name}." if name else ""
     inner = OrderedDict((k.removeprefix(prefix), v) for k, v in state_dict.items() if k.startswith(prefix))
-    versions = getattr(state_dict, "_metadata", {})
-    inner._metadata = {  # type: ignore[attr-defined]
+    versions = {
         key.removeprefix(name).removeprefix("."): value
-        for key, value in versions.items()
+        for key, value in module_versions(state_dict).items()
         if key == name or key.startswith(prefix)
     }
+    set_module_versions(inner, versions)
     return inner
 
 

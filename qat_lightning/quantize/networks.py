@@ -12,6 +12,7 @@ from torch import nn
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
 from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.base.torch_internals import load_hooks
 from qat_lightning.modes import MODES, choose_mode
 from qat_lightning.modes.graph.graft import calls
 from qat_lightning.modes.graph.structure import structural_copy
@@ -93,8 +94,7 @@ def prepare_when_loaded(module: nn.Module, settings: Settings, *, keep_as_loaded
         settings: How to prepare it.
         keep_as_loaded: Whether what that run kept float stays float, too.
     """
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(getattr(hook, "hook", None), "func", None) is _prepare_for for hook in hooks):
+    if not any(getattr(hook, "func", None) is _prepare_for for hook in load_hooks(module)):
         module.register_load_state_dict_pre_hook(partial(_prepare_for, settings, keep_as_loaded))
 
 

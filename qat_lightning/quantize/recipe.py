@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base.errors import RecipeMismatchError
+from qat_lightning.base.torch_internals import load_hooks, saves_with
 from qat_lightning.modes.graph import behaviour
 
 STATE_KEY = "_qat_recipe"
@@ -120,7 +121,7 @@ def attach(network: nn.Module, recipe: Recipe) -> None:
         behaviour.attach(network, {_ATTRIBUTE: recipe})
     else:
         setattr(network, _ATTRIBUTE, recipe)
-    if _save not in network._state_dict_hooks.values():
+    if not saves_with(network, _save):
         network.register_state_dict_post_hook(_save)
         network.register_load_state_dict_pre_hook(_load)
 
@@ -149,8 +150,7 @@ def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
 
 def refuse_prepared_states(module: nn.Module) -> None:
     """Makes a float module refuse the state dict of a prepared one with words, instead of a list of keys."""
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(each, "hook", None) is _refuse_prepared for each in hooks):
+    if _refuse_prepared not in load_hooks(module):
         module.register_load_state_dict_pre_hook(_refuse_prepared)
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.preflight.inventory import parts
 from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
+from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.report.content import Layer

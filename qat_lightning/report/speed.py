@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.torch_internals import tree_leaves, tree_map
 from qat_lightning.report.content import Speed
 
 BATCHES = (1, 8, 32)

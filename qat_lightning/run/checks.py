@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from qat_lightning.base import lightning_internals
 from qat_lightning.base.atomic import check_writable
 from qat_lightning.run import messages, trainer_facts
 
@@ -105,7 +106,7 @@ def check_loggers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Raises a `MisconfigurationException` if a logger would trace the prepared module by TorchScript."""
     traced = module.example_input_array is not None
     for logger in trainer.loggers:
-        if traced and isinstance(logger, TensorBoardLogger) and logger._log_graph:
+        if traced and isinstance(logger, TensorBoardLogger) and lightning_internals.writes_graph(logger):
             raise MisconfigurationException(
                 "TensorBoardLogger(log_graph=True) traces the module by TorchScript, which knows no in-place "
                 "autograd functions, and fake-quantization is made of them. Leave log_graph out, and for a "

@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from qat_lightning.base import lightning_internals
+
 _BATCHES = "epoch_loop.batch_progress"
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
@@ -60,7 +62,7 @@ def forget_restart(trainer: pl.Trainer) -> None:
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
         loop = trainer.fit_loop
         loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
-        loop._restarting = False
+        lightning_internals.forget_restart(trainer)
 
 
 def _batches(checkpoint: Mapping[str, Any]) -> Any:
@@ -74,6 +76,5 @@ def _validation_is_due(trainer: pl.Trainer) -> bool:
     if trainer.validating:
         done = loop.val_loop.batch_progress
         return not (done.is_last_batch and done.current.completed == done.current.ready)
-    fetcher = trainer.fit_loop._data_fetcher
     just_done = loop.batch_progress.current.completed < loop.batch_progress.current.processed
-    return bool(just_done and fetcher is not None and loop._should_check_val_fx(fetcher))
+    return bool(just_done and lightning_internals.validates_now(trainer))

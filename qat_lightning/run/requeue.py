@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from qat_lightning.base import lightning_internals
+
 
 class RequeueBetweenSteps(pl.Callback):
     """Lets Lightning write SLURM's checkpoint where a run goes on from it exactly.
@@ -25,7 +27,7 @@ class RequeueBetweenSteps(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts a handler that remembers the signal in the place of Lightning's."""
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = lightning_internals.cluster_environment(trainer)
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
         self._signal = environment.requeue_signal or signal.SIGUSR1
@@ -38,7 +40,7 @@ class RequeueBetweenSteps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Answers a signal that came, unless gradients of the next step have been accumulated."""
-        if not trainer.fit_loop._should_accumulate():
+        if not lightning_internals.accumulates(trainer):
             self._answer_if_it_came(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]

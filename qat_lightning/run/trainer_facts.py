@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from qat_lightning.base import lightning_internals
 from qat_lightning.quantize.floating import is_compiled as holds_compiled
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
@@ -30,13 +30,13 @@ def check_strategy(trainer: pl.Trainer) -> None:
             "Ranges and int8 conversion need float32 weights, but precision is "
             f"{trainer.precision!r}. Use '32-true', 'bf16-mixed' or '16-mixed'."
         )
-    synchronizes = getattr(trainer.strategy, "_layer_sync", None) is not None
+    synchronizes = lightning_internals.synchronizes_batch_norm(trainer)
     if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise MisconfigurationException(
             "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
             "the CPU, leave it out."
         )
-    start_method = getattr(trainer.strategy.launcher, "_start_method", None)
+    start_method = lightning_internals.start_method(trainer)
     if start_method is not None:
         raise MisconfigurationException(
             f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
@@ -48,7 +48,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
 def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Calls the module's `configure_model`, if it has one, within the contexts that Lightning uses."""
     if is_overridden("configure_model", module):
-        call._call_configure_model(trainer)
+        lightning_internals.configure_model(trainer)
 
 
 def epochs(trainer: pl.Trainer) -> float:
@@ -100,7 +100,7 @@ def is_fast_dev_run(trainer: pl.Trainer) -> bool:
 
 def is_compiled(module: pl.LightningModule) -> bool:
     """Whether `module` was passed compiled, or holds a compiled network."""
-    return module._compiler_ctx is not None or holds_compiled(module)
+    return lightning_internals.is_compiled(module) or holds_compiled(module)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
@@ -111,7 +111,7 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
 
 def validation_data(trainer: pl.Trainer) -> Any:
     """The validation loaders as the user gave them, whole: not a rank's share. None where there are none."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    source = lightning_internals.validation_source(trainer)
     return source.dataloader() if source.is_defined() else None
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.preflight import inventory
 from qat_lightning.analysis.preflight.call_location import call_lines, follow
@@ -19,6 +18,7 @@ from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
+from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.convert import convert_in_place

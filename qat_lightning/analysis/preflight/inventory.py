@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.analysis.preflight.network_report import Finding
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.torch_internals import Convolution, ConvTranspose
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
 from qat_lightning.modes.graph.relu6 import is_inside
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import Recipe
 
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
-_NO_INT8_TRAINING = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvTransposeNd)
+_WEIGHTED = (Convolution, nn.Linear)
+_NO_INT8_TRAINING = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, ConvTranspose)
 _BATCH_NORM = "BatchNorm"
 
 
@@ -37,7 +38,7 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
 
     def note(name: str) -> Any:
         def count(module: Any, args: Any, output: torch.Tensor) -> None:
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            transposed = isinstance(module, ConvTranspose)
             elements = args[0].numel() if transposed else output.numel()
             macs[name] += elements * module.weight[0].numel()
 

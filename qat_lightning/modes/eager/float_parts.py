@@ -11,21 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.ao import quantization as ao
-from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.nn.quantized import Quantize
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
-from torch.utils._pytree import tree_leaves, tree_map
 
-_AVERAGES = (_AvgPoolNd, _AdaptiveAvgPoolNd)
+from qat_lightning.base.torch_internals import (
+    AdaptiveAvgPool,
+    AvgPool,
+    BatchNorm,
+    ConvTranspose,
+    tree_leaves,
+    tree_map,
+)
+from qat_lightning.modes.torch_ao_internals import FusedModule
+
+_AVERAGES = (AvgPool, AdaptiveAvgPool)
 
 
 def keep_float(module: nn.Module, qconfig: Any) -> None:
     """Keeps `module` float between int8 neighbours."""
     for child in module.modules():
         child.qconfig = None  # type: ignore[assignment]
-    if isinstance(module, _FusedModule):
+    if isinstance(module, FusedModule):
         module.__class__ = nn.Sequential  # type: ignore[assignment]  # torch.ao does not look inside a fused one
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
@@ -39,7 +44,7 @@ def compute_in_float(network: nn.Module) -> None:
     An int8 average pool rounds with the qparams of its input. That is coarse for averages, and training would
     not simulate it.
     """
-    fused = {child for module in network.modules() if isinstance(module, _FusedModule) for child in module}
+    fused = {child for module in network.modules() if isinstance(module, FusedModule) for child in module}
     for module in [module for module in network.modules() if module not in fused]:
         qconfig: Any = getattr(module, "qconfig", None)
         if qconfig is not None and (isinstance(module, _AVERAGES) or _lacks_int8(module)):
@@ -51,10 +56,10 @@ def compute_in_float(network: nn.Module) -> None:
 
 def _lacks_int8(module: nn.Module) -> bool:
     """Whether eager mode has no int8 form of `module` that training can simulate."""
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BatchNorm):
         exists = type(module) in (nn.BatchNorm2d, nn.BatchNorm3d)
         return not (exists and module.affine and module.track_running_stats)
-    return isinstance(module, _ConvTransposeNd)
+    return isinstance(module, ConvTranspose)
 
 
 def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.base import random_state
+from qat_lightning.base.torch_internals import BatchNorm, tree_leaves
 from qat_lightning.modes.graph.flow import Flow, attributes, is_leaf
 
 
@@ -44,7 +43,7 @@ def _watch(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, .
     twin, inputs = copy.deepcopy((network, inputs))
     twin.train(training)
     for module in twin.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval()
     watch = _Watch()
     for name, module in twin.named_modules():

@@ -11,7 +11,14 @@ import inspect
 from typing import Any, NoReturn
 
 from torch import fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+from qat_lightning.base.torch_internals import (
+    buffers_of,
+    is_persistent,
+    modules_of,
+    parameters_of,
+    preserved_attributes,
+)
 
 _OWN = frozenset(vars(nn.Module())) | frozenset(dir(fx.GraphModule))
 
@@ -62,35 +69,35 @@ def attributes(network: nn.Module) -> dict[str, Any]:
 def unused_state(network: nn.Module, graph_module: fx.GraphModule) -> dict[str, Any]:
     """Returns the layers, parameters and buffers of `network` that its forward, and so its graph, ignores."""
     buffers = {
-        name: nn.Buffer(value, persistent=name not in network._non_persistent_buffers_set)
-        for name, value in network._buffers.items()
+        name: nn.Buffer(value, persistent=is_persistent(network, name))
+        for name, value in buffers_of(network).items()
         if value is not None
     }
-    state = {**network._modules, **network._parameters, **buffers}
+    state = {**modules_of(network), **parameters_of(network), **buffers}
     return {name: value for name, value in state.items() if not _is_used(graph_module, name)}
 
 
 def _is_carried(name: str, network: nn.Module) -> bool:
-    return name not in _OWN and not name.startswith("__") and name not in network._modules
+    return name not in _OWN and not name.startswith("__") and name not in modules_of(network)
 
 
 def _is_used(graph_module: fx.GraphModule, name: str) -> bool:
     """Whether the graph itself uses a module, a parameter or a buffer of that name."""
-    state = (graph_module._modules, graph_module._parameters, graph_module._buffers)
+    state = (modules_of(graph_module), parameters_of(graph_module), buffers_of(graph_module))
     return any(name in part for part in state)
 
 
 def attach(graph_module: fx.GraphModule, kept: dict[str, Any]) -> None:
     """Sets the attributes on a graph module, and in its `meta`, from which a deep copy takes them."""
     kept = {name: value for name, value in kept.items() if not _is_used(graph_module, name)}
-    graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {}).update(kept)
+    preserved_attributes(graph_module).update(kept)
     for name, value in kept.items():
         setattr(graph_module, name, value)
 
 
 def attached(graph_module: fx.GraphModule) -> dict[str, Any]:
     """Returns the attributes that :func:`attach` set."""
-    kept = graph_module.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+    kept = preserved_attributes(graph_module)
     return {name: getattr(graph_module, name, value) for name, value in kept.items()}
 
 
@@ -107,4 +114,4 @@ def mark_containers(graph_module: fx.GraphModule, network: str, fix: str | None 
             for name, buffer in module.named_buffers(recurse=False):
                 container.register_buffer(name, buffer)
             parent, _, leaf = path.rpartition(".")
-            graph_module.get_submodule(parent)._modules[leaf] = container
+            modules_of(graph_module.get_submodule(parent))[leaf] = container

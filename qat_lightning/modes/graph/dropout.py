@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
+from qat_lightning.base.torch_internals import Dropout
 from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 
 
@@ -48,7 +48,7 @@ def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
 def _is_dropout(module: nn.Module | None) -> bool:
     """Whether `module` is a dropout: random in training mode, the identity in eval mode."""
     # timm is optional, so its DropPath is recognized by name.
-    return isinstance(module, _DropoutNd | StochasticDepth) or type(module).__name__ == "DropPath"
+    return isinstance(module, Dropout | StochasticDepth) or type(module).__name__ == "DropPath"
 
 
 def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, new: Any) -> None:

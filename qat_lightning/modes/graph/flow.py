@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
-from torch.utils._pytree import tree_leaves
 
+from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.modes.graph.relu6 import is_inside
 
 TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from qat_lightning.base.torch_internals import modules_of
 from qat_lightning.modes.graph.behaviour import LostForward, mark_containers
 from qat_lightning.modes.graph.subclass import with_forward
 
@@ -126,12 +127,12 @@ def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) ->
     for old, replacement in new.items():
         if isinstance(replacement, LostForward):
             for key, child in old.named_children():
-                if key not in replacement._modules:
+                if key not in modules_of(replacement):
                     replacement.add_module(key, new.get(child, child))
     for parent in list(module.modules()):
-        for key, registered in parent._modules.items():
+        for key, registered in modules_of(parent).items():
             if registered in new:
-                parent._modules[key] = new[registered]
+                modules_of(parent)[key] = new[registered]
 
 
 def _uses(used: set[str], name: str) -> bool:

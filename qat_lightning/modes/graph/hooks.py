@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from qat_lightning.base.torch_internals import has_forward_hooks
+
 
 def check_hooks(network: nn.Module) -> None:
     """Raises a `ValueError` if a module has forward hooks, or a parametrized weight."""
@@ -16,7 +18,7 @@ def check_hooks(network: nn.Module) -> None:
                 "anew, so that it cannot be stored as int8. Make it plain first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
             )
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             raise ValueError(
                 f"{shown!r} has a forward hook, which fusing and conversion would drop. Remove it before "
                 "the network is prepared (handle.remove()). A hook that only observes can be registered on "

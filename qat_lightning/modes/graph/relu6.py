@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat_lightning.base.torch_internals import modules_of
+
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -44,7 +46,7 @@ def replace_relu6_modules(network: nn.Module, kept: tuple[str, ...] = ()) -> int
         if name and not is_inside(name, kept) and is_relu6_module(module):
             parent, _, leaf = name.rpartition(".")
             relu = nn.ReLU(inplace=bool(module.inplace)).train(module.training)
-            network.get_submodule(parent)._modules[leaf] = relu
+            modules_of(network.get_submodule(parent))[leaf] = relu
             count += 1
     return count
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+from qat_lightning.base.torch_internals import TABLES, modules_of
 
 
 def structural_copy(network: nn.Module) -> nn.Module:
@@ -28,10 +28,10 @@ def structural_copy(network: nn.Module) -> nn.Module:
         if module is twin:
             continue
         vars(twin).update({name: _follow(value, twins) for name, value in vars(module).items()})
-        for name in _TABLES:
+        for name in TABLES:
             vars(twin)[name] = copy.copy(vars(module)[name])
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else twins[child]
+        for name, child in modules_of(module).items():
+            modules_of(twin)[name] = None if child is None else twins[child]
     return twins[network]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat_lightning.base.torch_internals import forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.nodes import module_of
@@ -76,4 +77,4 @@ def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | 
 
 def _feeds_only_its_fake_quantize(module: nn.Module) -> bool:
     """Whether the only hook of an eager layer is the one that passes its output to its fake-quantize."""
-    return isinstance(module, FusedConvBn) and len(module._forward_hooks) == 1
+    return isinstance(module, FusedConvBn) and len(forward_hooks(module)) == 1

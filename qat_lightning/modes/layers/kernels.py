@@ -10,6 +10,7 @@ from torch.ao.nn import quantized
 
 from qat_lightning.base import cpu
 from qat_lightning.base.backends import engine
+from qat_lightning.modes.torch_ao_internals import unpacked
 
 _EXACT = "qnnpack"
 """The engine whose kernels add in 32 bits on every CPU, so that they never overflow."""
@@ -37,4 +38,4 @@ def pack_weights(network: nn.Module, backend: str) -> None:
     layers: list[Any] = [module for module in network.modules() if isinstance(module, kinds)]
     with engine(kernels):
         for layer in layers:
-            layer.set_weight_bias(*layer._weight_bias())
+            layer.set_weight_bias(*unpacked(layer))

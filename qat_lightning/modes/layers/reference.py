@@ -12,19 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
 from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.base.torch_internals import convolve, forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.nodes import fake_quantize_of
 from qat_lightning.modes.layers.training_classes import store_rounded_bias
+from qat_lightning.modes.torch_ao_internals import quantized_decomposed
 from qat_lightning.modes.trace.tracing import evaluate_only
 
-_OPS = torch.ops.quantized_decomposed
+_OPS = quantized_decomposed
 
 
 class QuantizeDequantize(nn.Module):
@@ -102,7 +103,7 @@ class ReferenceLayer(nn.Module):
         if isinstance(self.layer, nn.Linear):
             y = F.linear(x, weight, self.layer.bias)
         else:
-            y = self.layer._conv_forward(x, weight, self.layer.bias)
+            y = convolve(self.layer, x, weight, self.layer.bias)
         return F.relu(y) if self.relu else y
 
 
@@ -171,7 +172,7 @@ def _reference_layer(child: Any) -> nn.Module:
     # Eager mode keeps the fake-quantize of a layer's output in a child that a forward hook calls.
     if hasattr(child, "activation_post_process"):
         layer.activation_post_process = child.activation_post_process
-        layer._forward_hooks.update(child._forward_hooks)
+        forward_hooks(layer).update(forward_hooks(child))
     return layer.eval()
 
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat_lightning.base.torch_internals import buffers_of, modules_of, parameters_of
 from qat_lightning.modes.graph.subclass import with_forward
 
 _CHILD = "batch_norm"
@@ -28,27 +29,27 @@ _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def split_norms(network: nn.Module) -> Iterator[None]:
     """Splits such modules in `network` while the block traces it; afterwards they are as before."""
     found = [module for module in network.modules() if _calls_batch_norm(module)]
-    counters = {module: module._buffers["num_batches_tracked"] for module in found}
+    counters = {module: buffers_of(module)["num_batches_tracked"] for module in found}
     classes = {module: type(module) for module in found}
     try:
         for module in found:
             module.add_module(_CHILD, _plain(module))
             counter = counters[module]
             # The traced forward may increment it.
-            module._buffers["num_batches_tracked"] = None if counter is None else counter.clone()
+            buffers_of(module)["num_batches_tracked"] = None if counter is None else counter.clone()
             module.__class__ = with_forward(type(module), _split_forward(type(module).forward))
         yield
     finally:
         for module in found:
             module.__class__ = classes[module]
-            module._buffers["num_batches_tracked"] = counters[module]
-            module._modules.pop(_CHILD, None)
+            buffers_of(module)["num_batches_tracked"] = counters[module]
+            modules_of(module).pop(_CHILD, None)
 
 
 def _calls_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is a batch-norm with a user-defined forward that calls `F.batch_norm`."""
     code = getattr(type(module).forward, "__code__", None)
-    if not isinstance(module, _KINDS) or _CHILD in module._modules or code is None:
+    if not isinstance(module, _KINDS) or _CHILD in modules_of(module) or code is None:
         return False
     return not type(module).forward.__module__.startswith("torch.") and "batch_norm" in code.co_names
 
@@ -58,9 +59,9 @@ def _plain(module: Any) -> nn.Module:
     kind: Any = next(kind for kind in _KINDS if isinstance(module, kind))
     plain = kind(module.num_features, module.eps, module.momentum, affine=False, device="meta")
     plain.affine, plain.track_running_stats = module.affine, module.track_running_stats
-    plain._parameters.update(weight=module.weight, bias=module.bias)
-    for name in plain._buffers:
-        plain._buffers[name] = module._buffers[name]
+    parameters_of(plain).update(weight=module.weight, bias=module.bias)
+    for name in buffers_of(plain):
+        buffers_of(plain)[name] = buffers_of(module)[name]
     return plain.train(module.training)
 
 
@@ -100,7 +101,7 @@ def _call_child(
     Raises:
         ValueError: It does not. The trace then records the module as a single call.
     """
-    statistics = module._buffers["running_mean"], module._buffers["running_var"]
+    statistics = buffers_of(module)["running_mean"], buffers_of(module)["running_var"]
     unused = module.training and not module.track_running_stats
     same = (
         training == (module.training or statistics[0] is None)
@@ -119,13 +120,13 @@ def _call_child(
 
 def _is_parameter(value: Any, module: nn.Module, name: str) -> bool:
     """Whether `value`, in a trace, is the parameter `name` of `module`."""
-    own = module._parameters[name]
+    own = parameters_of(module)[name]
     if not isinstance(value, fx.Proxy):
         return value is own
     node, tracer = value.node, cast(Any, value.tracer)
     owner, _, leaf = str(node.target).rpartition(".")
     # In a trace, getattr would return a proxy.
-    return node.op == "get_attr" and tracer.root.get_submodule(owner)._parameters.get(leaf) is own
+    return node.op == "get_attr" and parameters_of(tracer.root.get_submodule(owner)).get(leaf) is own
 
 
 def _erase_checks(last: fx.Node, result: fx.Node) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat_lightning.base.torch_internals import modules_of, parameters_of
+
 _KINDS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     F.conv1d: nn.Conv1d,
@@ -57,7 +59,7 @@ def _owner(network: nn.Module, node: fx.Node) -> str | None:
         return None
     name, _, leaf = str(weight.target).rpartition(".")
     layer: Any = network.get_submodule(name)
-    if not name or leaf != "weight" or not isinstance(layer, _KINDS[node.target]) or layer._modules:
+    if not name or leaf != "weight" or not isinstance(layer, _KINDS[node.target]) or modules_of(layer):
         return None
     own_bias = bias is None if layer.bias is None else _reads(bias, f"{name}.bias")
     return name if own_bias else None
@@ -78,5 +80,5 @@ def _plain(layer: Any, *settings: Any) -> nn.Module:
             layer.in_channels, layer.out_channels, layer.kernel_size, stride, padding, dilation, groups,
             device="meta",
         )  # fmt: skip
-    plain._parameters.update(weight=layer.weight, bias=layer.bias)
+    parameters_of(plain).update(weight=layer.weight, bias=layer.bias)
     return plain.train(layer.training)

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base import random_state
+from qat_lightning.base.torch_internals import buffers_of
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -35,7 +36,7 @@ class Impure(ValueError):
 def refuse_side_effects(network: nn.Module) -> Iterator[None]:
     """Raises :class:`Impure` if the block draws random numbers or changes the modules, and undoes both."""
     random_before, plain_before = random_state.capture(), _plain(network)
-    buffers = {module: dict(module._buffers) for module in network.modules()}
+    buffers = {module: dict(buffers_of(module)) for module in network.modules()}
     try:
         yield
     finally:
@@ -66,9 +67,9 @@ def _undo(before: Any, after: Any, buffers: dict[nn.Module, dict[str, Any]]) -> 
             changed = module, name
     for module, kept in buffers.items():
         for name, value in kept.items():
-            if module._buffers.get(name) is not value or isinstance(vars(module).get(name), fx.Proxy):
+            if buffers_of(module).get(name) is not value or isinstance(vars(module).get(name), fx.Proxy):
                 vars(module).pop(name, None)
-                module._buffers[name] = value
+                buffers_of(module)[name] = value
                 changed = module, name
     return changed
 

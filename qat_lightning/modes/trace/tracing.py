@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.nn.quantized import FXFloatFunctional
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
@@ -35,6 +34,7 @@ from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.identities import erase_identities
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.mutation import redirect_later_reads
+from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
 from qat_lightning.modes.trace.join_modes import join_modes
@@ -120,7 +120,7 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self.opaque.modules
-            or isinstance(m, FXFloatFunctional | _FusedModule)
+            or isinstance(m, FXFloatFunctional | FusedModule)
             or (reads_training(m) and not holds_quantizable(m))
         )
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_lightning.base.torch_internals import feed_forward, self_attention
+
 _Mask = Tensor | None
 
 
@@ -24,10 +26,10 @@ def _encoder_layer(
 ) -> Tensor:
     x = src
     if self.norm_first:
-        x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
-        return x + self._ff_block(self.norm2(x))
-    x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
-    return self.norm2(x + self._ff_block(x))
+        x = x + self_attention(self, self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+        return x + feed_forward(self, self.norm2(x))
+    x = self.norm1(x + self_attention(self, x, src_mask, src_key_padding_mask, is_causal=is_causal))
+    return self.norm2(x + feed_forward(self, x))
 
 
 def _encoder(

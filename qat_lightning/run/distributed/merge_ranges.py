@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from qat_lightning.base.torch_internals import ignore_in_ddp
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, is_moving_average, set_range
 from qat_lightning.run.distributed.grid_check import check_same_grids
 from qat_lightning.run.distributed.processes import several_processes
-
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
@@ -33,7 +32,7 @@ def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
         if not has_histogram(child)
         for buffer, _ in child.named_buffers()
     }
-    setattr(module, _IGNORED, sorted(names.union(getattr(module, _IGNORED, ()))))
+    ignore_in_ddp(module, names)
 
 
 def merge_ranges(module: nn.Module) -> None:

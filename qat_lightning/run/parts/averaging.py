@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from qat_lightning.base.lightning_internals import averaged_model, averages_batch_norms
 from qat_lightning.base.schedule import Phase
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, set_range
@@ -102,7 +103,7 @@ def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
     """`phase`, or what it is in the epoch in which SWA estimates the statistics of the averaged weights."""
     estimating = any(
         isinstance(c, StochasticWeightAveraging)
-        and c._model_contains_batch_norm
+        and averages_batch_norms(c)
         and trainer.current_epoch == c.swa_end + 1
         for c in trainer_facts.callbacks(trainer)
     )
@@ -111,8 +112,9 @@ def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
 
 def _averages(trainer: pl.Trainer) -> Iterator[AveragedModel]:
     for callback in trainer_facts.callbacks(trainer):
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            yield callback._average_model
+        average = averaged_model(callback) if isinstance(callback, WeightAveraging) else None
+        if average is not None:
+            yield average
 
 
 def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -16,11 +16,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.base import random_state
 from qat_lightning.base.inputs import is_redirected
+from qat_lightning.base.torch_internals import tree_leaves, tree_map
 from qat_lightning.run import trainer_facts
 from qat_lightning.run.part import Part
 from qat_lightning.run.parts import teachers

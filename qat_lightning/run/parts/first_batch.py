@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from qat_lightning.analysis.preflight.dry_run import dry_run
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.base.inputs import Catcher, Inputs
+from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.run import trainer_facts
 from qat_lightning.run.part import Part

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from qat_lightning.base import random_state
+from qat_lightning.base import lightning_internals, random_state
 from qat_lightning.run import progress
 from qat_lightning.run.distributed.processes import gather
 from qat_lightning.run.part import Part
@@ -78,5 +78,5 @@ def _renew_iterator(trainer: pl.Trainer) -> None:
     """
     loop = trainer.fit_loop
     renews = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting
-    if not renews and loop._data_fetcher is not None:
-        iter(loop._data_fetcher)
+    if not renews and lightning_internals.has_begun_epoch(trainer):
+        lightning_internals.renew_iterator(trainer)

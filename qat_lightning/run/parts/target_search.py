@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from qat_lightning.analysis.keep_for_target import keep_for_target
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import TargetError
+from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.options import Settings
 from qat_lightning.run import trainer_facts
@@ -132,7 +132,7 @@ def _validation_loader(trainer: pl.Trainer) -> Iterable[Any]:
 
 
 def _check_trained(module: nn.Module) -> None:
-    norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    norms = [each for each in module.modules() if isinstance(each, BatchNorm) and each.track_running_stats]
     if norms and not any(_has_seen_data(each) for each in norms):
         raise TargetError(
             "An accuracy target compares int8 with the float network that the training starts from, but this "

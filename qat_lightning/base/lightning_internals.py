@@ -1,0 +1,111 @@
+"""Every name of Lightning that is private, each behind a function of our own.
+
+A new version of Lightning may change any of them: `tests/test_internals.py` tells which one. Packages
+below the callbacks ask here about a LightningModule that they are given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
+
+# Modules.
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a LightningModule was passed to the Trainer compiled."""
+    return module._compiler_ctx is not None
+
+
+def forget_original(copied: nn.Module) -> None:
+    """Makes a deep copy of a LightningModule one of its own, and not compiled."""
+    if hasattr(copied, "_metric_attributes"):
+        # Lightning's memory of its metrics, by the ids of the original's.
+        vars(copied)["_metric_attributes"] = None
+    for name in vars(copied).get("_compiler_ctx") or ():
+        # Lightning's compiled methods, which would run the original.
+        vars(copied).pop(name.removeprefix("original_"), None)
+        vars(copied)["_compiler_ctx"] = None
+
+
+# The Trainer.
+
+
+def configure_model(trainer: pl.Trainer) -> None:
+    """Calls the module's `configure_model` within the contexts that Lightning uses."""
+    from lightning.pytorch.trainer import call
+
+    call._call_configure_model(trainer)
+
+
+def cluster_environment(trainer: pl.Trainer) -> Any:
+    """The environment, such as SLURM's, that the Trainer's processes run in."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def synchronizes_batch_norm(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer turns batch-norms into synchronized ones."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def start_method(trainer: pl.Trainer) -> str | None:
+    """How the strategy starts its processes, if it forks or spawns them."""
+    return getattr(trainer.strategy.launcher, "_start_method", None)
+
+
+def writes_graph(logger: Any) -> bool:
+    """Whether a TensorBoardLogger writes the module's graph."""
+    return bool(logger._log_graph)
+
+
+# The loops.
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the batch that has just been trained on did not step the optimizer."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def has_begun_epoch(trainer: pl.Trainer) -> bool:
+    """Whether there is an iterator over the training data."""
+    return trainer.fit_loop._data_fetcher is not None
+
+
+def renew_iterator(trainer: pl.Trainer) -> None:
+    """Makes a new iterator over the training data."""
+    assert trainer.fit_loop._data_fetcher is not None
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def validates_now(trainer: pl.Trainer) -> bool:
+    """Whether a validation comes after the batch that has just been trained on."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def forget_restart(trainer: pl.Trainer) -> None:
+    """Makes the fit loop one that was not interrupted."""
+    trainer.fit_loop._restarting = False
+
+
+def validation_source(trainer: pl.Trainer) -> Any:
+    """Where the fit loop has its validation data from."""
+    return trainer.fit_loop.epoch_loop.val_loop._data_source
+
+
+# Callbacks.
+
+
+def averaged_model(callback: Any) -> AveragedModel | None:
+    """The average of a WeightAveraging callback, once there is one."""
+    return callback._average_model
+
+
+def averages_batch_norms(callback: Any) -> bool:
+    """Whether StochasticWeightAveraging has found batch-norms, whose statistics it will estimate anew."""
+    return bool(callback._model_contains_batch_norm)

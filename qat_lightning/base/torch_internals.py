@@ -1,0 +1,132 @@
+"""Every name of torch that is private, each behind a function or a name of our own.
+
+A new version of torch may change any of them: `tests/test_internals.py` tells which one. A method that
+torch's own classes expect a subclass to override (`_conv_forward`, `_load_from_state_dict`) is overridden
+where the subclass is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
+from torch.utils import _pytree
+
+# The base classes that torch.nn's layers of one kind share.
+BatchNorm = _BatchNorm
+Convolution, ConvTranspose = _ConvNd, _ConvTransposeNd
+Dropout = _DropoutNd
+AvgPool, AdaptiveAvgPool = _AvgPoolNd, _AdaptiveAvgPoolNd
+
+# Nested values: tuples, lists and dicts of tensors.
+MappingKey = _pytree.MappingKey
+tree_flatten_with_path = _pytree.tree_flatten_with_path
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+tree_map_only = _pytree.tree_map_only
+tree_structure = _pytree.tree_structure
+tree_unflatten = _pytree.tree_unflatten
+treespec_dumps, treespec_loads = _pytree.treespec_dumps, _pytree.treespec_loads
+
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+# What a module holds. `setattr` is no substitute: it checks and moves names between these dicts.
+
+
+def modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children of `module` by name: the dict itself."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of `module` itself by name: the dict itself."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of `module` itself by name: the dict itself."""
+    return module._buffers
+
+
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether the state dict of `module` holds its buffer `name`."""
+    return name not in module._non_persistent_buffers_set
+
+
+TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""The attributes in which a module holds all this."""
+
+
+# Hooks.
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The forward hooks of `module`: the dict itself."""
+    return module._forward_hooks
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether anything runs before or after the forward of `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def saves_with(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Whether `hook` is a state-dict hook of `module`."""
+    return hook in module._state_dict_hooks.values()
+
+
+def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The functions that run before a state dict is loaded into `module`."""
+    return [getattr(each, "hook", each) for each in module._load_state_dict_pre_hooks.values()]
+
+
+# Compilation, distribution, state dicts, graphs.
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, or `torch.compile` made it."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Adds to the parameters and buffers that DistributedDataParallel leaves alone in `module`."""
+    setattr(module, _DDP_IGNORED, sorted({*names, *getattr(module, _DDP_IGNORED, ())}))
+
+
+def module_versions(state_dict: Any) -> dict[str, Any]:
+    """The versions of the modules that a state dict is of, by their names."""
+    return getattr(state_dict, "_metadata", {})
+
+
+def set_module_versions(state_dict: Any, versions: dict[str, Any]) -> None:
+    """Sets what :func:`module_versions` reads."""
+    state_dict._metadata = versions
+
+
+def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The attributes that a deep copy of a graph module has, too: the dict itself."""
+    kept: dict[str, Any] = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+    return kept
+
+
+def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a convolution of torch.nn computes with another weight and bias."""
+    return layer._conv_forward(x, weight, bias)
+
+
+def self_attention(layer: nn.Module, x: torch.Tensor, *masks: Any, is_causal: bool) -> torch.Tensor:
+    """The self-attention block of a transformer layer of torch.nn."""
+    return layer._sa_block(x, *masks, is_causal=is_causal)  # type: ignore[operator]
+
+
+def feed_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The feed-forward block of a transformer layer of torch.nn."""
+    return layer._ff_block(x)  # type: ignore[operator]

@@ -1,0 +1,21 @@
+"""Every name of torch.ao that is private, each behind a name of our own.
+
+A new version may change any of them: `tests/test_internals.py` tells which one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch.ao.nn.intrinsic import _FusedModule
+
+FusedModule = _FusedModule
+quantized_decomposed = torch.ops.quantized_decomposed
+"""Quantize and dequantize as operations that an exporter knows."""
+
+
+def unpacked(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and the bias of an int8 layer, as plain tensors."""
+    return layer._weight_bias()
