@@ -200,7 +200,7 @@ def test_threads_do_not_see_each_other() -> None:
     def prepare_another() -> None:
         prepare(others.pop())
 
-    networks = [timm.create_model("mobilenetv3_small_050", num_classes=4) for _ in range(3)]
+    networks = [timm.create_model("mobilenetv3_small_050", num_classes=4) for _ in range(2)]
     others = [Residual() for _ in range(1000)]  # made before: a trace refuses random numbers, whoever draws
     threads = [threading.Thread(target=repeat(work)) for work in (infer, normalize, prepare_another)]
     for thread in threads:

@@ -123,6 +123,7 @@ def test_every_kind_of_file_side_by_side(
     assert "in float between int8 layers" not in shown
 
 
+@pytest.mark.slow
 def test_as_a_command(exported: Path) -> None:
     line = [sys.executable, "-m", "qat_lightning.cli.bench", "--seconds", "0", "int8.onnx", "int8.pt"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # the configuration names a class of the tests

@@ -11,6 +11,8 @@ from examples.cifar10.data import Photographs
 from tests.photographs import write_photographs
 from tests.processes import run_all
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

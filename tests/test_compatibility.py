@@ -11,7 +11,32 @@ from tests.compatibility import ROWS, Row, page
 PAGE = Path(__file__).parents[1] / "docs/compatibility.md"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+# One of each kind; `make test-all` proves every row.
+FAST = (
+    "model_checkpoint_top_k",
+    "early_stopping",
+    "ema_weight_averaging",
+    "stochastic_weight_averaging",
+    "evaluation_after_fit",
+    "checkpoint_in_a_fresh_module",
+    "precision_bf16_mixed",
+    "manual_optimization",
+    "compiled_network",
+    "sharded",
+    "csv_logger",
+    "accumulate_grad_batches",
+    "fast_dev_run",
+    "lightning_cli",
+    "learning_rate_finder",
+    "backbone_finetuning",
+    "pruning_during",
+)
+MARKED = [
+    pytest.param(row, marks=[] if str(row) in FAST else [pytest.mark.slow], id=str(row)) for row in ROWS
+]
+
+
+@pytest.mark.parametrize("row", MARKED)
 def test_row(row: Row, tmp_path: Path) -> None:
     row.proof(tmp_path)
 

@@ -203,6 +203,7 @@ def test_two_int8_networks_run_each_on_its_own_engine() -> None:
     assert torch.equal(networks["onednn"](x), outputs["onednn"])
 
 
+@pytest.mark.slow
 def test_linear_layers_on_onednn_never_run_its_reference_code(tmp_path: Path) -> None:
     """It is what oneDNN falls back to where an input has a zero point."""
     script = tmp_path / "script.py"

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["minimal", "torchvision_quantizable"])
 def test_example_trains_and_scores_the_int8_module(name: str, tmp_path: Path) -> None:
     done = subprocess.run(

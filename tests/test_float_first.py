@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from qat_lightning.cli.train import train
 from tests.processes import run_all
 
-pytestmark = pytest.mark.usefixtures("hydra")
+pytestmark = [pytest.mark.usefixtures("hydra"), pytest.mark.slow]
 
 SHORT = [
     "experiment=float_then_qat",

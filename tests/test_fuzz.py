@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_lightning import convert, prepare
-from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.phases import set_enabled
-from tests.networks import leaves, train_steps
+from tests.networks import layers_that_differ, leaves, train_steps
 from tests.random_graphs import CHANNELS, RandomNetwork, networks
 
 _EXAMPLES = 60
@@ -34,12 +33,6 @@ def _trains(network: RandomNetwork, inputs: tuple[Tensor, Tensor]) -> bool:
     return True
 
 
-def _mostly_equal(want: Tensor, got: Tensor) -> bool:
-    """Whether most are two steps apart at most: where few are averaged, one rounding may move a channel."""
-    step = (want.max() - want.min()) / 127
-    return ((want - got).abs() <= 2 * step).float().mean().item() > 0.75
-
-
 @settings(
     max_examples=_EXAMPLES,
     deadline=None,
@@ -49,8 +42,11 @@ def _mostly_equal(want: Tensor, got: Tensor) -> bool:
     suppress_health_check=list(HealthCheck),
 )
 @given(network=networks(), seed=st.integers(0, 3))
-def test_int8_follows_fake_quant(network: RandomNetwork, seed: int) -> None:
+def _check(network: RandomNetwork, seed: int) -> None:
     torch.manual_seed(seed)
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
     note(str(network.steps))
     inputs = _inputs()
     assume(_trains(network, inputs))
@@ -67,5 +63,22 @@ def test_int8_follows_fake_quant(network: RandomNetwork, seed: int) -> None:
     int8 = convert(prepared)
     with torch.no_grad():
         trained, found = leaves(prepared(*_copies(inputs))), leaves(int8(*_copies(inputs)))
+    assert layers_that_differ(prepared, int8, *_copies(inputs)) == []
+    products = any(step.kind == "a * b" for step in network.steps)
     for want, got in zip(trained, found, strict=True):
-        assert sqnr(want, got) > 25 or _mostly_equal(want, got)
+        _EXACT.append(torch.equal(want, got))
+        # A mean may round to the other of two points. Only products make a network so steep that this moves
+        # an output further than some steps.
+        step = (want.max() - want.min()) / 127
+        assert products or float((want - got).abs().max()) <= 12 * float(step)
+
+
+_EXACT: list[bool] = []
+
+
+def test_int8_follows_fake_quant() -> None:
+    """Each layer computes the same from the same input, and most networks the same outputs, bit for bit."""
+    _EXACT.clear()
+    _check()
+    assert len(_EXACT) >= _EXAMPLES
+    assert sum(_EXACT) >= 0.7 * len(_EXACT)

@@ -180,6 +180,7 @@ def test_one_that_never_reaches_its_lower_end_stays_float(tmp_path: Path) -> Non
     assert kinds(path).count("HardSwish") == 1
 
 
+@pytest.mark.slow
 def test_squeeze_and_excitation_alone_is_left_in_float(tmp_path: Path) -> None:
     network = widened(models.mobilenet_v3_small(num_classes=CLASSES), 3.0)
     prepared, inputs = prepare(network), (torch.randn(4, 3, 64, 64),)

@@ -351,6 +351,7 @@ def test_resnet18_with_its_layers_on_the_module() -> None:
     assert torch.equal(convert(module)(x), convert(prepared)(x))
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.loose_ddp_script", str(tmp_path)]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=300)

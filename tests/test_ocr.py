@@ -145,6 +145,7 @@ def fitted(task: Task, folder: Path) -> tuple[Any, QuantizationAwareTraining]:
     return module.eval(), qat
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("name", TASKS)
 def test_files_of_a_mixed_network_compute_what_was_trained(name: str, tmp_path: Path) -> None:
@@ -190,12 +191,13 @@ def test_a_torchvision_trunk_in_int8_reads_into_a_float_recurrent_head(tmp_path:
         assert sqnr(expected, load_runtime(file)(images)) > 30
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_scores_every_form(tmp_path: Path) -> None:
-    tiny = ["--epochs=1", "--tuning=1", "--images=64", "--tested=16", f"--folder={tmp_path}"]
-    command = [sys.executable, "-m", "examples.ocr", *tiny]
+    tiny = ["--epochs=1", "--tuning=1", "--images=64", "--tested=16", "--largest-loss=100"]
+    command = [sys.executable, "-m", "examples.ocr", *tiny, f"--folder={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 or "too much" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     for form in ("float", "int8, not trained", "fake-quant", "int8", "int8 in ONNX Runtime"):
         assert len(re.findall(rf"│ {form} +│", done.stdout)) == 2
-    assert not done.stderr.strip() or "too much" in done.stderr
+    assert not done.stderr.strip()
     assert len(list(tmp_path.rglob("int8.onnx"))) == len(list(tmp_path.rglob("int8.pt"))) == 2

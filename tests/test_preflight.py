@@ -311,6 +311,7 @@ class PlainPlusClassifier(PlainPlus):
         return super().forward(x).mean((2, 3))
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_verdict(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ddp_script", str(tmp_path), "mistake"]

@@ -166,6 +166,7 @@ def test_histograms_stay_in_the_broadcast() -> None:
     assert any("weight_fake_quant" in name for name in ignored)
 
 
+@pytest.mark.slow
 def test_a_distributed_run_ends_with_one_grid_and_one_int8_network(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ddp_script", str(tmp_path)]

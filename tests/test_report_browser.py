@@ -14,6 +14,8 @@ from qat_lightning.report.page.html import render
 from tests import reports
 from tests.browser import Browser, browser, executable
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:

@@ -83,6 +83,7 @@ def test_a_float_run_has_no_report(tmp_path: Path) -> None:
         command.main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_what_the_training_bought_is_told(tmp_path: Path) -> None:
     train(compose("train", overrides=[f"output_dir={tmp_path}/float", "experiment=digits_float"]))
     options = ["experiment=digits_demo", f"weights={tmp_path}/float/float.pt", *SHORT]

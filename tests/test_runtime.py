@@ -92,12 +92,12 @@ class Case:
 
 def torchvision(name: str, **options: Any) -> Case:
     build: Any = getattr(models, name)
-    return Case(name, lambda: build(num_classes=CLASSES), slow=name != "mobilenet_v2", **options)
+    return Case(name, lambda: build(num_classes=CLASSES), slow=True, **options)
 
 
 def quantizable(name: str) -> Case:
     build: Any = getattr(models.quantization, name)
-    return Case(f"{name}-eager", lambda: build(num_classes=CLASSES), slow=name != "resnet18")
+    return Case(f"{name}-eager", lambda: build(num_classes=CLASSES), slow=True)
 
 
 CASES = [
@@ -229,6 +229,7 @@ def test_a_file_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_signals_after_openvino_files_were_dropped(tmp_path: Path, order: tuple[int, int]) -> None:
     """OpenVINO takes over the stack that Python handles signals on; it must not leave one that is freed."""

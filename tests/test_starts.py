@@ -70,6 +70,7 @@ def slurm(rank: int, nodes: int, port: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
     [

@@ -119,6 +119,7 @@ class Wide(Faithful):
         network.train()
 
 
+@pytest.mark.slow
 def test_resnet18(tmp_path: Path) -> None:
     network = seeded(lambda: models.resnet18(num_classes=CLASSES))
     block = network.layer1[0]
@@ -279,6 +280,7 @@ def test_a_checkpoint_is_tested_with_a_fresh_module(tmp_path: Path) -> None:
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_keep_what_the_first_finds(tmp_path: Path) -> None:
     run_all([(["-m", "tests.target_script", str(tmp_path)], {})], tmp_path)
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]

@@ -287,6 +287,7 @@ class Shared(TinyModule):
         return DataLoader(TensorDataset(x[begin::2], y[begin::2]), batch_size=8)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_mean_of_the_gradients(tmp_path: Path) -> None:
     run_all([(["-m", "tests.distillation_script", str(tmp_path)], {})], tmp_path)
     alone = []

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, help="new images in each epoch; by default 4096 lines, 1536 pages"
     )
+    parser.add_argument("--largest-loss", type=float, default=LARGEST_LOSS, help="points that int8 may lose")
     parser.add_argument("--folder", type=Path, default=Path("outputs/ocr"))
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -61,7 +62,7 @@ def main() -> None:
     worst = 100 * max(loss([run]) for runs in results.values() for run in runs)
     said = f"int8 lost {lost:.2f} points of a metric in the mean, and {worst:.2f} in one run."
     console.print(said, highlight=False)
-    sys.exit("This is too much." if lost > LARGEST_LOSS else None)
+    sys.exit("This is too much." if lost > args.largest_loss else None)
 
 
 def table(name: str, runs: list[Scores]) -> Table:
