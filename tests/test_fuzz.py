@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
@@ -45,8 +47,9 @@ def _trains(network: RandomNetwork, inputs: tuple[Tensor, Tensor]) -> bool:
 def _check(network: RandomNetwork, seed: int) -> None:
     torch.manual_seed(seed)
     for module in network.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
     note(str(network.steps))
     inputs = _inputs()
     assume(_trains(network, inputs))
