@@ -37,7 +37,7 @@ def main() -> int:
     Returns:
         The exit status: 0, or 1 if a file cannot be measured, with the reason on the standard error.
     """
-    options = _parser().parse_args()
+    options = parser().parse_args()
     ignore_advice()
     try:
         run(options)
@@ -154,7 +154,8 @@ def _content(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Mach
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="qat-bench",
         description="Measures how fast files run on this CPU, one after the other in each round, against the "
