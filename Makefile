@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all soak check format clean
+.PHONY: help install demo test test-slow test-all matrix soak check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test-slow: $(STAMP)  ## the slow tests
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not gpu"
 
 test-all: test test-slow  ## every test that needs no GPU
+
+matrix: $(STAMP)  ## the fast tests on other versions of Python and PyTorch (6 GB each, hours)
+	$(BIN)/python -m tests.matrix
 
 soak: $(STAMP)  ## kill runs at a hundred moments, and compare what resume=auto ends with (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak

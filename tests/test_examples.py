@@ -28,13 +28,3 @@ def test_example_trains_and_scores_the_int8_module(name: str, tmp_path: Path) ->
     assert "Test metric" in done.stdout
     assert "torch.ao" not in done.stderr
     assert re.search(r"Prepared model: \d+ layers for", done.stderr)
-
-
-def test_readme_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 3
-    scope: dict[str, object] = {"__name__": "readme"}
-    for snippet in snippets[1:]:  # the first is the second's outline
-        exec(compile(snippet, "README.md", "exec"), scope)  # our own text
-    assert list(tmp_path.rglob("int8.pt"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dis
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torchvision.models import quantization as quantizable
 
 from qat_lightning import convert, load_int8, prepare, save_int8
 from qat_lightning.base.sqnr import sqnr
+from qat_lightning.modes.eager.relu6_calls import clamps_in
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CLASSES, images, train_steps
 
@@ -148,3 +150,35 @@ def test_torchvisions_mobilenet_with_calls_equals_the_one_with_modules() -> None
     modules, calls = prepare(with_modules, fuse=[]).eval(), prepare(with_calls, fuse=[]).eval()
     assert recipe_of(modules).relu6 == recipe_of(calls).relu6 == 35  # type: ignore[union-attr]
     assert torch.equal(modules(x), calls(x))
+
+
+class Step(NamedTuple):
+    """An instruction, as far as the search reads it."""
+
+    opname: str
+    argval: Any
+
+
+@pytest.mark.parametrize("constant", ["LOAD_CONST", "LOAD_SMALL_INT"])  # up to Python 3.13, and since 3.14
+def test_a_clamp_is_found_in_the_bytecode_of_every_python(constant: str) -> None:
+    def steps(*bounds: float) -> list[Any]:
+        call = [Step("LOAD_GLOBAL", "F"), Step("LOAD_ATTR", "hardtanh"), Step("LOAD_FAST_BORROW", "x")]
+        return [
+            *call,
+            *(Step(constant, bound) for bound in bounds),
+            Step("CALL", 3),
+            Step("RETURN_VALUE", None),
+        ]
+
+    assert list(clamps_in(steps(0, 6))) == ["hardtanh"]
+    assert list(clamps_in(steps(-1, 1))) == []
+    later: Any = Step(constant, 6)
+    assert list(clamps_in([*steps(-1, 1), later])) == []
+
+
+def test_the_bytecode_of_this_python() -> None:
+    def clamped(x: Tensor) -> Tensor:
+        return F.hardtanh(x, 0, 6)
+
+    assert list(clamps_in(dis.get_instructions(clamped))) == ["hardtanh"]
+    assert not list(clamps_in(dis.get_instructions(lambda x: F.hardtanh(x, -1.0, 1.0))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -45,7 +45,9 @@ def replace_relu6_calls(network: nn.Module, kept: tuple[str, ...]) -> int:
     """
     count = 0
     for name, module in network.named_modules():
-        calls = [called for code in _code_of(type(module)) for called in _clamps_in(code)]
+        calls = [
+            called for code in _code_of(type(module)) for called in clamps_in(dis.get_instructions(code))
+        ]
         if calls:
             stays = is_inside(name, kept)
             _run_under(module, _AsItIs if stays else _AsRelu)
@@ -93,15 +95,18 @@ def _is_torchs(module: str | None) -> bool:
     return (module or "").split(".")[0] in ("torch", "builtins")
 
 
-def _clamps_in(code: CodeType) -> Iterator[str]:
-    """Yields the clamps to 0…6 that `code` calls; a `hardtanh` is one if its statement contains a 6."""
+def clamps_in(instructions: Iterable[dis.Instruction]) -> Iterator[str]:
+    """Yields the clamps to 0…6 that bytecode calls; a `hardtanh` is one if its statement loads a 6.
+
+    Python 3.14 loads small integers by an instruction of their own, earlier versions as any constant.
+    """
     open_call = ""
-    for instruction in dis.get_instructions(code):
+    for instruction in instructions:
         if instruction.argval == "relu6":
             yield "relu6"
         elif instruction.argval in ("hardtanh", "hardtanh_"):
             open_call = instruction.argval
-        elif open_call and instruction.opname == "LOAD_CONST" and instruction.argval == 6:
+        elif open_call and instruction.opname.startswith("LOAD_") and instruction.argval == 6:
             yield open_call
             open_call = ""
         elif instruction.opname.startswith(("STORE_", "RETURN_", "POP_TOP")):

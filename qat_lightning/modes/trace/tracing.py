@@ -52,7 +52,7 @@ def reads_training(module: nn.Module) -> bool:
     """Whether the forward of `module`'s class reads `self.training`."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and any(
-        step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == "training"
+        step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and step.argval == "training"
         for step in dis.get_instructions(code)
     )
 
