@@ -46,7 +46,7 @@ def check_train(arguments: tuple[str, ...], folder: Path) -> None:
         whole = {key: node for key, node in cfg.items() if key != "hydra"}
         OmegaConf.to_container(OmegaConf.create(whole), resolve=True, throw_on_missing=True)
         if cfg.quantization._target_ is not None:
-            instantiate(cfg.quantization, _convert_="all")
+            instantiate(cfg.quantization, preflight=bool(cfg.preflight), _convert_="all")
         if cfg.model.get("weights") is None:  # others are downloaded
             instantiate(cfg.classifier, _convert_="all")
 
@@ -97,7 +97,8 @@ def check_torchrun(arguments: tuple[str, ...], folder: Path) -> None:
     assert (parsed.module, parsed.training_script) == (True, "qat_lightning")
     check_train(tuple(parsed.training_script_args), folder)
     (cfg,) = composed(tuple(parsed.training_script_args), folder)
-    check_processes(cfg, machines=int(parsed.nnodes), processes=int(parsed.nproc_per_node))
+    machines = int(parsed.nnodes.rpartition(":")[2])  # torchrun's default is 1:1
+    check_processes(cfg, machines, int(parsed.nproc_per_node))
 
 
 def check_processes(cfg: DictConfig, machines: int, processes: int) -> None:

@@ -1,215 +1,312 @@
-"""Every snippet of the README and of the pages beside it runs, and every link leads somewhere."""
+"""What the README and the pages beside it show works: snippets run, commands and names exist, links lead on."""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import os
 import re
-import shlex
-import tomllib
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose
+from hydra.utils import get_object
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
 
-from qat_lightning import QuantizationAwareTraining, convert
-from qat_lightning.cli import bench, report
+import qat_lightning
+from benchmarks import zoo_report
+from qat_lightning import export_onnx, export_openvino, prepare
 from tests.networks import ConvBnRelu, Residual
-from tests.runs import TinyModule, dataset
+from tests.page_commands import RULES, check, check_processes, composed, placed
+from tests.pages import (
+    PAGES,
+    ROOT,
+    Block,
+    Command,
+    anchors,
+    blocks,
+    command,
+    commands,
+    links,
+    prose,
+    spans,
+    text,
+)
+from tests.runs import TinyModule, loader, trainer
 
-ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/resume.md", "docs/distributed.md", "docs/design.md")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-pytestmark = [
-    pytest.mark.usefixtures("hydra"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [
+    each for block in BLOCKS if block.language in ("console", "bash") for each in commands(block)
+] + [
+    each
+    for page in PAGES
+    for span in spans(page)
+    if span.split()[0] in RULES and " " in span
+    for each in command(span, page)
 ]
 
-
-def snippets(language: str) -> list[Any]:
-    """The fenced blocks of a language, page by page."""
-    found = {page: [code for kind, code in FENCE.findall(text(page)) if kind == language] for page in PAGES}
-    return [pytest.param(page, codes, id=page) for page, codes in found.items() if codes]
+pytestmark = pytest.mark.usefixtures("hydra")
 
 
-def text(page: str) -> str:
-    return (ROOT / page).read_text()
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert [str(block) for block in BLOCKS if block.language not in LANGUAGES] == []
+
+
+# Python
 
 
 class Data(LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(dataset(16), batch_size=8)
+    """The reader's data."""
 
-    val_dataloader = test_dataloader = train_dataloader
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(32, seed=1)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return loader(32, seed=2)
 
 
-class Module(TinyModule):
-    """Logs an accuracy, as a reader's own module would."""
+class Classifier(TinyModule):
+    """The reader's LightningModule."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        correct: Any = self(batch[0]).argmax(1) == batch[1]
-        self.log("val_accuracy", correct.float().mean())
+        self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
-def small_trainer(**options: Any) -> Trainer:
-    """The reader's Trainer, with little to do and little to say."""
-    little: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False}
-    little |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(**{**little, **options, "max_epochs": min(options.get("max_epochs", 1), 2)})
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TinyModule:
+    """The reader's LightningModule, trained in float."""
+    module = Classifier()
+    trainer(tmp_path_factory.mktemp("float"), max_epochs=4, enable_checkpointing=False).fit(module, Data())
+    return module
 
 
-def readers_names() -> dict[str, Any]:
-    """What a snippet takes for granted: the reader's module, data and Trainer."""
-    module = Module(Residual())
-    module.model(torch.randn(16, 3, 12, 12))  # a target takes a trained network: this one has seen data
-    return {
-        "Trainer": small_trainer,
-        "QuantizationAwareTraining": QuantizationAwareTraining,
-        "convert": convert,
-        "module": module,
-        "datamodule": Data(),
-        "calibration_loader": Data().val_dataloader(),
-        "network": ConvBnRelu(),
-        "example_inputs": torch.randn(2, 3, 12, 12),
-        "trainer": small_trainer(max_epochs=1, enable_checkpointing=False),
-        "qat": QuantizationAwareTraining(),
-    }
+def train(network: nn.Module) -> None:
+    """The reader's own training loop."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    for images, labels in loader():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
 
 
-@pytest.mark.parametrize(("page", "codes"), snippets("python"))
-def test_python_snippets_run(
-    page: str, codes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def sections() -> Iterator[Any]:
+    """The Python blocks under each heading: a reader types them one after the other."""
+    python = [block for block in BLOCKS if block.language == "python"]
+    for (page, section), found in groupby(python, key=lambda block: (block.page, block.section)):
+        yield pytest.param(list(found), id=f"{page}, {section}")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+@pytest.mark.parametrize("snippets", sections())
+def test_python_runs(
+    snippets: list[Block], trained: TinyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for code in codes:
-        names = readers_names()
-        if "load_int8" in code:
-            names |= trained(tmp_path)
-        code = code.replace("...  # train it", "prepared(example_inputs)")
-        # The reader's Trainer is the small one.
-        code = re.sub(
-            r"^from lightning\.pytorch import (.*?),? ?Trainer$", _without_trainer, code, flags=re.M
-        )
-        exec(compile(code, page, "exec"), names)
-
-
-def _without_trainer(found: re.Match[str]) -> str:
-    return f"from lightning.pytorch import {found[1]}" if found[1] else ""
-
-
-def trained(folder: Path) -> dict[str, Any]:
-    """What the snippets before would have left: a run that has ended, and a network that was trained."""
-    qat = QuantizationAwareTraining()
-    trainer = small_trainer(max_epochs=1, callbacks=[qat], default_root_dir=folder)
-    module = TinyModule(Residual())
-    trainer.fit(module)
-    return {"qat": qat, "trainer": trainer, "Module": lambda: TinyModule(Residual())}
+    names: dict[str, Any] = {
+        "module": copy.deepcopy(trained),
+        "datamodule": Data(),
+        "calibration_loader": loader(),
+        "network": Residual(),
+        "example_inputs": torch.randn(2, 3, 12, 12),
+        "train": train,
+    }
+    if snippets[0].page == "docs/resume.md":
+        names |= {"trainer": trainer(tmp_path, max_epochs=1), "qat": qat_lightning.QuantizationAwareTraining()}
+    for block in snippets:
+        lines = "\n" * (block.line - 1) + block.code  # a traceback shows the line of the page
+        exec(compile(lines, str(ROOT / block.page), "exec"), names)
 
 
 # Commands
 
 
-def check_make(arguments: list[str], folder: Path) -> None:
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert arguments[0] in targets
+@pytest.mark.parametrize("line", COMMANDS, ids=str)
+def test_command_is_one_that_a_reader_can_type(line: Command, tmp_path: Path) -> None:
+    check(line, tmp_path)
 
 
-def check_pip(arguments: list[str], folder: Path) -> None:
-    assert arguments[0] == "install"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for name in re.findall(r"\[(.*)\]", arguments[1]):
-        assert set(name.split(",")) <= set(extras)
+def scripts() -> list[Block]:
+    return [block for block in BLOCKS if block.language == "bash"]
 
 
-def check_train(arguments: list[str], folder: Path) -> None:
-    """Composes the configuration: every group, option and field of the command exists."""
-    weights = folder / "float.pt"
-    torch.save({}, weights)
-    given = [each.replace("outputs/…/float.pt", str(weights)) for each in arguments if each[0] != "-"]
-    overrides = [each.split(",")[0] if each.startswith("backend=") else each for each in given if each != "…"]
-    assert set(arguments) - set(given) - {f"weights={weights}"} <= {"-m", "--help", *arguments}
-    launch = [each for each in overrides if each.startswith("hydra")]
-    plain = [each for each in overrides if not each.startswith("hydra")]
-    cfg = compose("train", overrides=[f"output_dir={folder}", *plain])
-    assert cfg.quantization is not None
-    for each in launch:
-        group, _, option = each.partition("=")
-        assert "." in group or (ROOT / "conf" / group / f"{option}.yaml").is_file(), each
+@pytest.mark.parametrize("script", scripts(), ids=str)
+def test_batch_script_asks_for_the_processes_of_the_run(script: Block, tmp_path: Path) -> None:
+    subprocess.run(["bash", "-n"], input=script.code, text=True, check=True)
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script.code, re.MULTILINE))
+    (line,) = [each for each in commands(script) if each.name == "srun"]
+    (cfg,) = composed(line.words[2:], tmp_path)
+    check_processes(cfg, int(asked["nodes"]), int(asked["ntasks-per-node"]))
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
 
 
-def check_torchrun(arguments: list[str], folder: Path) -> None:
-    at = arguments.index("qat_lightning")
-    assert arguments[at - 1] == "-m"
-    check_train(arguments[at + 1 :], folder)
+def runs_here(line: Command, folder: Path) -> bool:
+    """Whether the line needs no GPU, no cluster and no data but the digits."""
+    if line.name == "make":
+        return line.words[1] == "demo"
+    if line.name != "qat-train" or "--help" in line.words:
+        return line.name in ("qat-train", "qat-report", "qat-bench")
+    return all(
+        cfg.data._target_.endswith("DigitsData")
+        and cfg.trainer.accelerator == "cpu"
+        and not cfg.hydra.launcher._target_.endswith("SlurmLauncher")
+        for cfg in composed(line.words[1:], folder)
+    )
 
 
-def check_report(arguments: list[str], folder: Path) -> None:
-    with pytest.raises(SystemExit, match=r"outputs") as stopped:  # parsed, and there is no such run
-        report.main(arguments)
-    assert stopped.value.code != 2
-
-
-def check_bench(arguments: list[str], folder: Path) -> None:
-    parsed = bench.parser().parse_args(arguments)
-    assert len(parsed.files) == len(arguments)
-
-
-def check_python(arguments: list[str], folder: Path) -> None:
-    assert arguments[:2] == ["-m", "pytest"] or (ROOT / f"{arguments[1].replace('.', '/')}").exists()
-
-
-COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
-    "make": check_make,
-    "pip": check_pip,
-    "qat-train": check_train,
-    "torchrun": check_torchrun,
-    "qat-report": check_report,
-    "qat-bench": check_bench,
-    "python": check_python,
-    "srun": lambda arguments, folder: check_train(arguments[arguments.index("qat-train") + 1 :], folder),
-    "pre-commit": lambda arguments, folder: None,
+BEFORE = {
+    "docs/resume.md": ["experiment=digits_float", "hydra.run.dir=run"],
+    "docs/distributed.md": [],
+    "README.md": [],
 }
+"""By page, what its reader has run before."""
 
 
-@pytest.mark.parametrize(("page", "codes"), snippets("console"))
-def test_console_snippets_are_commands_that_work(page: str, codes: list[str], tmp_path: Path) -> None:
-    written = [line for code in codes for line in code.replace("\\\n", "").splitlines()]
-    lines = [line.removeprefix("$ ") for line in written if line.startswith("$ ")]
-    assert lines
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        words = [word for i, word in enumerate(words) if i or "=" not in word]
-        command = Path(words[0]).name
-        assert command in COMMANDS, f"no test knows the command of this line of {page}: {line}"
-        COMMANDS[command](words[1:], tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", BEFORE)
+def test_commands_run_one_after_the_other(page: str, tmp_path: Path) -> None:
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    write_files_of_a_reader(folder)
+    for arguments in BEFORE[page]:
+        type_in(folder, "qat-train", arguments)
+    lines = [each for block in BLOCKS if block.page == page for each in commands_of(block)]
+    typed = [line for line in lines if runs_here(line, tmp_path)]
+    assert typed
+    for line in typed:
+        if line.name == "make":
+            recipe = subprocess.run(["make", "--dry-run", line.words[1]], cwd=ROOT, capture_output=True, text=True)
+            _, script = recipe.stdout.splitlines()[-1].split()
+            type_in(folder, "python", str(ROOT / script))
+        else:
+            type_in(folder, line.name, *[placed(word, left_in(folder)) for word in line.words[1:]])
+
+
+def commands_of(block: Block) -> list[Command]:
+    return list(commands(block)) if block.language == "console" else []
+
+
+def type_in(folder: Path, name: str, *arguments: str) -> None:
+    """Runs a command, which has to succeed."""
+    script = Path(sys.executable).with_name(name)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([script, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (name, arguments, done.stdout[-3000:], done.stderr[-3000:])
+
+
+def left_in(folder: Path) -> dict[str, Path]:
+    """What the commands so far have left under outputs/: the newest weights, and the newest folder with int8."""
+
+    def newest(name: str) -> list[Path]:
+        return sorted((folder / "outputs").rglob(name), key=lambda path: path.stat().st_mtime)[-1:]
+
+    found = {"float.pt": path for path in newest("float.pt")}
+    return found | {"…": path.parent for path in newest("report.json")}
+
+
+def write_files_of_a_reader(folder: Path) -> None:
+    """Writes a network as float.onnx, int8.onnx and int8.xml."""
+    network, images = Residual(), torch.randn(4, 3, 12, 12)
+    network.eval()
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=batch, verbose=False)
+    assert exported is not None
+    exported.save(folder / "float.onnx")
+    prepared = prepare(network.train(), backend="x86")
+    train(prepared)
+    export_onnx(prepared, folder / "int8.onnx", images)
+    export_openvino(prepared, folder / "int8.xml", images)
+
+
+# Names, links and claims
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_are_of_a_kind_that_is_run(page: str) -> None:
-    kinds = {kind for kind, _ in FENCE.findall(text(page))}
-    assert kinds <= {"python", "console", "bash"}
-
-
-@pytest.mark.parametrize("page", sorted({*PAGES, *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))}))
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(page)):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
-    folders = "docs|examples|benchmarks|conf|qat_lightning|tests"
-    for name in re.findall(rf"`((?:{folders})/[\w./-]+\w)`", text(page)):
-        assert (ROOT / name).exists(), name
+    for link in links(page):
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(str(path.resolve().relative_to(ROOT))), link
 
 
-def test_the_rooms_in_the_design_are_those_of_the_house() -> None:
-    page = text("docs/design.md")
-    rooms = {
-        path.name for path in (ROOT / "qat_lightning").iterdir() if path.is_dir() and path.name[0] != "_"
-    }
-    for room in rooms:
-        assert f"{room}/" in page, room
-    for name in re.findall(rf"`((?:{'|'.join(rooms)})/[\w/]+\.py)`", page):
-        assert (ROOT / "qat_lightning" / name).is_file(), name
+def rooms() -> list[str]:
+    """The packages, by the names that the pages use."""
+    return [path.name for path in (ROOT / "qat_lightning").iterdir() if (path / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str) -> None:
+    """Paths are relative to the repository, or to the package."""
+    tops = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    for span in spans(page):
+        if re.fullmatch(rf"(?:{tops})/[\w./-]*", span) and not span.startswith("outputs"):
+            assert (ROOT / span).exists(), span
+        elif re.fullmatch(rf"(?:{'|'.join(rooms())})/[\w./-]*|\w+\.py", span):
+            assert (ROOT / "qat_lightning" / span).exists() or (ROOT / "examples" / span).exists(), span
+
+
+THE_READERS = {"mask", "flag"}
+"""Arguments that the README makes up."""
+
+
+@cache
+def keywords() -> frozenset[str]:
+    """The arguments of the package, of the Trainer and of its strategy."""
+    ours = [getattr(qat_lightning, name) for name in qat_lightning.__all__]
+    theirs = [Trainer, Trainer.fit, Trainer.test, DDPStrategy]
+    known = {name for each in [*ours, *theirs] for name in inspect.signature(each).parameters}
+    return frozenset(known | set(qat_lightning.ModuleOptions.__annotations__) | THE_READERS)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/compatibility.md"])
+def test_arguments_that_are_named_exist(page: str, tmp_path: Path) -> None:
+    """Arguments of the package, fields of the configuration or its groups."""
+    cfg = compose("train", [f"output_dir={tmp_path}", "hydra/launcher=slurm"], return_hydra_config=True)
+    missing = object()
+    for span in spans(page):
+        if span.split()[0] in RULES:
+            continue
+        for name in re.findall(r"(?:^|[\s(,])\+?([A-Za-z][\w./-]*)=", span):
+            known = name in keywords() or (ROOT / "conf" / name).is_dir()
+            assert known or OmegaConf.select(cfg, name, default=missing) is not missing, (span, name)
+
+
+@cache
+def sources() -> frozenset[str]:
+    """Every word of the code, the configuration and the tests."""
+    files = [*ROOT.glob("*.toml"), ROOT / "Makefile"]
+    for folder, kind in (("qat_lightning", "py"), ("conf", "yaml"), ("examples", "py"), ("benchmarks", "py")):
+        files += (ROOT / folder).rglob(f"*.{kind}")
+    return frozenset(word for path in files for word in re.findall(r"\w+", path.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_code_are_in_the_code(page: str) -> None:
+    for span in spans(page):
+        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|[A-Z]\w*[a-z]\w*[A-Z]\w*", span):
+            assert span in sources(), span
+        if re.fullmatch(r"qat_lightning(\.\w+)+", span):
+            assert get_object(span) is not None, span
+
+
+def test_the_zoo_has_the_words_of_its_script() -> None:
+    page = text("docs/zoo.md")
+    assert page.startswith(zoo_report.HEAD)
+    assert zoo_report.COLUMNS in page

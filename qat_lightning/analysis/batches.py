@@ -1,4 +1,4 @@
-"""Batches of the user's data, outside a Trainer's loop: run, scored, and what they give each network."""
+"""Runs and scores batches of the user's data outside a Trainer's loop, and collects network inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metric = str | Callable[[Any, Any], float]
 
 
 class Batches:
-    """The first batches of a loader, the same at every pass; all of them where `count` is None."""
+    """The first batches of a loader, the same at every pass; all of them if `count` is None."""
 
     def __init__(self, loader: Iterable[Any], count: int | None) -> None:
         self._batches = loader if count is None else list(islice(loader, count))
@@ -32,12 +32,12 @@ class Batches:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the parameters of `module` are."""
+    """Returns the device of the parameters of `module`."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def inputs_of(network: nn.Module, batch: Any) -> Inputs:
-    """What of a batch the forward of `network` takes.
+    """Returns the part of a batch that the forward of `network` takes.
 
     Of a mapping it is the entries that are named as its arguments, of a sequence as many of the first as it
     has required positional arguments, so that labels are left out.
@@ -59,7 +59,7 @@ def inputs_of(network: nn.Module, batch: Any) -> Inputs:
 def collect_inputs(
     module: nn.Module, networks: Mapping[str, nn.Module], batches: Batches
 ) -> dict[str, list[Inputs]]:
-    """Copies of what each network in `module` is called with, by its `validation_step` or else its forward.
+    """Copies the inputs of each network in `module`, by running `validation_step` or else the forward.
 
     Raises:
         ValueError: None of them is called.
@@ -95,7 +95,7 @@ def collect_inputs(
 
 
 def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
-    """The metric of a module in eval mode: one that it logs in validation, or the mean of a function.
+    """Returns a metric of a module in eval mode: one that it logs in validation, or the mean of a function.
 
     Raises:
         ValueError: There is no metric of that name, or there are no batches.
@@ -119,7 +119,7 @@ def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
 
 
 def check_metric(module: nn.Module, metric: object) -> None:
-    """Raises if `metric` is neither a function nor the name of something that `module` may log."""
+    """Raises if `metric` is neither a function nor a name that `module` may log."""
     if not isinstance(metric, str) and not callable(metric):
         raise TypeError(
             "metric must be a function of (outputs, batch), or the name of a metric that a LightningModule's "
@@ -137,7 +137,7 @@ def _validates(module: nn.Module) -> bool:
 
 
 def _outputs(module: nn.Module, batches: Batches) -> Iterator[tuple[Any, Any]]:
-    """What `module` returns for each batch, and the batch."""
+    """Yields the outputs of `module` for each batch, and the batch."""
     device = device_of(module)
     for batch in batches:
         moved = move_data_to_device(batch, device)
@@ -159,5 +159,5 @@ def _copied(value: Any) -> Any:
 
 
 def count_samples(batch: Any) -> int:
-    """The first dimension of the first tensor in nested values; 1 where there is none."""
+    """Returns the first dimension of the first tensor in nested values, or 1 without a tensor."""
     return next((v.shape[0] for v in tree_leaves(batch) if isinstance(v, torch.Tensor) and v.ndim), 1)

@@ -1,4 +1,4 @@
-"""`keep_for_target`: the layers that have to stay float for int8 to be as good as is asked for."""
+"""`keep_for_target`: finds the layers that must stay float for int8 to reach an accuracy target."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def keep_for_target(
     calibration_batches: int = 8,
     **options: Unpack[ModuleOptions],
 ) -> tuple[str, ...]:
-    """Finds few layers to keep float, with which int8 loses no more of a metric than is asked for.
+    """Finds a small set of layers to keep float, so that int8 loses at most `max_drop` of a metric.
 
     Int8 is simulated with calibrated ranges, without training. The layers are ranked by the decibels that
     keeping each float gains for its multiply-adds. Each choice is prepared anew with `keep_float`,
@@ -100,7 +100,7 @@ def _check(module: nn.Module, max_drop: float, max_layers: int | None) -> None:
 
 
 class _Search:
-    """Simulations of one module with various layers float, each scored once."""
+    """Simulates one module with different layers kept float, and scores each choice once."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Search:
         self.scores: dict[frozenset[str], float] = {}
 
     def run(self, samples: int, target: float, most: int | None) -> tuple[str, ...]:
-        """Searches, and says what it found.
+        """Searches, and logs the result.
 
         Args:
             samples: How many samples the ranking is made from.
@@ -149,11 +149,11 @@ class _Search:
         return found
 
     def drop(self, names: Iterable[str]) -> float:
-        """How many percentage points int8 loses with those layers float."""
+        """Returns the percentage points that int8 loses with these layers float."""
         return self.points * self.sign * (self.exact - self.score(names))
 
     def score(self, names: Iterable[str]) -> float:
-        """The metric of int8 with those layers float."""
+        """Returns the metric of int8 with these layers float."""
         kept = frozenset(names)
         if kept not in self.scores:
             simulation = self.int8
@@ -166,7 +166,7 @@ class _Search:
 
 
 def points_per_unit(value: float, metric: Metric, sign: int) -> int:
-    """How many percentage points the unit of a metric is, by the value that the float network has.
+    """Returns how many percentage points one unit of a metric is, judging by its float value.
 
     Args:
         value: The metric of the float network.
@@ -189,7 +189,7 @@ def points_per_unit(value: float, metric: Metric, sign: int) -> int:
 
 
 def ranking(found: Sensitivity) -> list[str]:
-    """The layers by what keeping them float gains for their multiply-adds, the most first.
+    """Ranks the layers by what keeping them float gains per multiply-add, the best first.
 
     Those that gain nothing alone may do so together with others: the cheapest of them first.
     """
@@ -198,7 +198,7 @@ def ranking(found: Sensitivity) -> list[str]:
 
 
 def fewest(ranked: Sequence[str], reaches: Callable[[Iterable[str]], bool]) -> int | None:
-    """How many of the first suffice: more and more are tried, then halves between; None if all do not."""
+    """Returns how many of the first names suffice, by doubling and bisection; None if all do not."""
     low, high = -1, 0
     while not reaches(ranked[:high]):
         if high == len(ranked):
@@ -213,7 +213,7 @@ def fewest(ranked: Sequence[str], reaches: Callable[[Iterable[str]], bool]) -> i
 def needed(
     kept: Sequence[str], names: Sequence[str], reaches: Callable[[Iterable[str]], bool]
 ) -> Sequence[str]:
-    """Those of `names` that, beside `kept`, are enough and none too many: QuickXplain (Junker 2004)."""
+    """Returns a minimal subset of `names` that suffices together with `kept`: QuickXplain (Junker 2004)."""
     if not names or reaches(kept):
         return ()
     if len(names) == 1:

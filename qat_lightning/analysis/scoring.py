@@ -1,4 +1,4 @@
-"""Scores of a module that nobody else uses, by its own steps and metrics, in this process alone."""
+"""Scores a module by its own steps and metrics, in this process alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 
 def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Trainer:
-    """A Trainer for one process and one device that writes nothing and prints nothing.
+    """Builds a Trainer for one process and one device that writes and prints nothing.
 
     Args:
         device: Where to compute; the CPU by default.
@@ -35,7 +35,7 @@ def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Tra
 
 
 def validate(alone: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
-    """What `module` logs when `alone`, a :func:`lone_trainer`, validates it on the loaders `data`."""
+    """Returns what `module` logs when the :func:`lone_trainer` `alone` validates it on `data`."""
     results = alone.validate(module, dataloaders=data, verbose=False)
     return {name: float(value) for result in results for name, value in result.items()}
 
@@ -64,7 +64,7 @@ def score_on_test(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without Lightning's lines about the devices of another Trainer."""
+    """Silences Lightning's lines about the devices of another Trainer."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.ERROR)

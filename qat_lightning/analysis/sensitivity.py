@@ -1,4 +1,4 @@
-"""`sensitivity`: what int8 costs in each layer of a network, before it is trained."""
+"""`sensitivity`: measures what int8 costs in each layer of a network, before training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sensitivity(
     calibration_batches: int = 8,
     **options: Unpack[ModuleOptions],
 ) -> Sensitivity:
-    """Measures what int8 costs in each layer: with the layer alone quantized, and with it alone float.
+    """Measures what int8 costs in each layer: once with only this layer in int8, once with only it in float.
 
     What belongs to a layer is its weight's fake-quantize and that of what it returns. `keep_float` leaves the
     latter where an int8 layer reads it, so that both have to be kept; :func:`keep_for_target` knows that.
@@ -124,7 +124,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 class _Probe:
-    """One network of a simulated module, run on a few samples again and again."""
+    """Runs one network of a simulated module on a few samples, again and again."""
 
     def __init__(self, simulation: Simulation, name: str, samples: int) -> None:
         self.simulation, self.name = simulation, name
@@ -139,12 +139,12 @@ class _Probe:
             )
 
     def sqnr(self, grids: Collection[FakeQuantizeBase]) -> float:
-        """Decibels between the float outputs and those that these fake-quantizes give."""
+        """Returns the SQNR of the outputs with these fake-quantizes on, against float."""
         self.simulation.round_with(grids)
         return sqnr(self.exact, self._outputs())
 
     def others(self) -> frozenset[FakeQuantizeBase]:
-        """The fake-quantizes that belong to no layer."""
+        """Returns the fake-quantizes that belong to no layer."""
         mine = {grid for _, grid in fake_quantizes(self.network)}
         return frozenset(mine.difference(*layer_fake_quantizes(self.network).values()))
 
@@ -171,14 +171,14 @@ class _Probe:
                 )
 
     def _outputs(self) -> Tensor:
-        """All floating outputs, end to end."""
+        """Returns all floating-point outputs in one flat tensor."""
         runs = [self.network(*inputs.args, **inputs.kwargs) for inputs in self.inputs]
         leaves = [v for v in tree_leaves(runs) if isinstance(v, Tensor) and v.is_floating_point()]
         return torch.cat([leaf.flatten().float() for leaf in leaves])
 
 
 def _limited(calls: Sequence[Inputs], samples: int) -> Iterator[Inputs]:
-    """The first calls, and of the last one the first samples, with no more samples than that in all."""
+    """Returns the first calls, cut so that they hold at most this many samples."""
     for call in calls:
         if samples <= 0:
             return

@@ -1,4 +1,4 @@
-"""How much each layer of a network suffers from int8: the result, as values, a table, a plot and JSON."""
+"""The result of `sensitivity`: what int8 costs each layer, as values, a table, a plot and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST = 120.0
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What int8 costs in one layer: its weight, and the grid of what it returns.
+    """What int8 costs in one layer: the rounding of its weight and of its output.
 
     Attributes:
         name: Its name in the network.
@@ -66,7 +66,7 @@ class Sensitivity:
     int8_metric: float | None = None
 
     def table(self) -> Table:
-        """The layers as a table for `rich`; multiply-adds are in millions (MMACs)."""
+        """Returns the layers as a table for `rich`. Multiply-adds are in millions (MMACs)."""
         scored = self.float_metric is not None
         table = Table(title=self._title())
         table.add_column("layer", overflow="fold")
@@ -82,7 +82,7 @@ class Sensitivity:
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Writes the layers, the most sensitive on top, as a plot of the format that the path's suffix tells.
+        """Writes a plot of the layers, the most sensitive on top. The path's suffix decides the format.
 
         Beside the decibels stands the metric, where there is one.
         """
@@ -104,7 +104,7 @@ class Sensitivity:
         figure.savefig(path)
 
     def to_json(self) -> str:
-        """Everything as JSON; a ratio that is infinite, since nothing differs, is null."""
+        """Returns everything as JSON. An infinite ratio, for equal outputs, becomes null."""
         return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
 
     def _title(self) -> str:
@@ -120,12 +120,12 @@ class Sensitivity:
 
 
 def gained(ratio: float, base: float) -> float:
-    """By how many decibels `ratio` is more than `base`."""
+    """Returns by how many decibels `ratio` exceeds `base`."""
     return min(ratio, _MOST) - min(base, _MOST)
 
 
 def _draw(axes: Any, pairs: Sequence[Sequence[float | None]], everything: Collection[float | None]) -> None:
-    """A row for each layer, with its value in int8 alone and in float alone, and lines for the whole."""
+    """Draws a row for each layer: its value alone in int8 and alone in float, and lines for the network."""
     rows = range(len(pairs))
     axes.plot([alone for alone, _ in pairs], rows, "o", markersize=4, label="int8 alone")
     axes.plot([kept for _, kept in pairs], rows, "s", markersize=4, label="float alone")

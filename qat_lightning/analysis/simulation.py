@@ -1,4 +1,4 @@
-"""Int8 without training: a prepared copy of a module whose ranges were calibrated on a few batches."""
+"""Simulates int8 without training: a prepared copy with ranges calibrated on a few batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qat_lightning.quantize.recipe import quantized_networks
 
 @dataclass(frozen=True)
 class Simulation:
-    """A module in eval mode that computes as int8 would, with any of its fake-quantizes.
+    """A module in eval mode that simulates int8 with any subset of its fake-quantizes on.
 
     Attributes:
         module: The copy.
@@ -38,7 +38,7 @@ class Simulation:
 
     @property
     def grids(self) -> frozenset[FakeQuantizeBase]:
-        """All fake-quantizes."""
+        """Returns all fake-quantizes."""
         return frozenset(grid for _, grid in fake_quantizes(self.module))
 
     def round_with(self, grids: Collection[FakeQuantizeBase]) -> None:
@@ -53,7 +53,7 @@ def simulate(
     batches: Batches,
     inputs: Mapping[str, Sequence[Inputs]] | None = None,
 ) -> Simulation:
-    """Prepares a copy of a float `module`, and calibrates the ranges that have not been observed.
+    """Prepares a copy of a float `module`, and calibrates ranges that saw no data yet.
 
     Args:
         module: A float or prepared LightningModule or network; it is not changed.
@@ -79,7 +79,7 @@ def simulate(
 
 @torch.no_grad()
 def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
-    """Lets the fake-quantizes of a prepared network in eval mode observe, unless all have; in place.
+    """Calibrates the fake-quantizes of a prepared network in eval mode, in place, unless all saw data.
 
     A range that training would average over many steps is the mean over the calls. Batch-norm statistics
     do not move.

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process that writes them is killed."""
+"""Writes files so that they are complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SUFFIX = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write to, which takes its place at the end of the block.
+    """Yields a temporary file beside `path`, and moves it to `path` at the end of the block.
 
     An error in the block leaves `path` as it was and nothing beside it. A killed process may leave a hidden
     `.name.….partial`, which nothing reads and :func:`remove_partial` removes.
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder, and raises an `OSError` if no file can be written there."""
+    """Makes a folder. Raises an `OSError` if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{uuid4().hex[:8]}{_SUFFIX}"
     probe.touch()

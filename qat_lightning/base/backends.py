@@ -1,4 +1,4 @@
-"""The int8 engines of PyTorch: their names, what they ask of the activations, and how to run on one."""
+"""The int8 engines of PyTorch: their names, the activations they need, and how to run on one."""
 
 from __future__ import annotations
 

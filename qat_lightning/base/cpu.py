@@ -1,4 +1,4 @@
-"""What the CPU of this machine has for int8."""
+"""Facts about this machine's CPU that matter for int8."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def features() -> tuple[str, ...]:
-    """Those of `FEATURES` that this CPU has."""
+    """Returns the `FEATURES` that this CPU has."""
     said = info()
     flags = set(said.get("flags", said.get("Features", "")).split())
     if not flags:
@@ -28,7 +28,7 @@ def features() -> tuple[str, ...]:
 
 
 def has_dot_products(found: Iterable[str]) -> bool:
-    """Whether a CPU of these features multiplies and adds int8 in one instruction, of whatever name.
+    """Whether a CPU with these features multiplies and adds int8 in one instruction.
 
     Without one, int8 takes three instructions where float takes one, and is hardly faster.
     """
@@ -36,7 +36,7 @@ def has_dot_products(found: Iterable[str]) -> bool:
 
 
 def overflows() -> bool:
-    """Whether int8 kernels may overflow on this CPU where both factors fill their byte.
+    """Whether int8 kernels may overflow on this CPU if weights and activations both use 8 bits.
 
     On x86 without VNNI they add two products in 16 bits, which 255 · 127 · 2 does not fit into: PyTorch's
     fbgemm and oneDNN, ONNX Runtime by default, and OpenVINO.
@@ -45,7 +45,7 @@ def overflows() -> bool:
 
 
 def info() -> dict[str, str]:
-    """What Linux says of the first CPU; empty elsewhere."""
+    """What Linux reports about the first CPU; empty on other systems."""
     try:
         text = _CPUINFO.read_text(errors="replace")
     except OSError:

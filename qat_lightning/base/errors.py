@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UntraceableError(ValueError):
-    """`torch.fx` cannot turn the network into a graph, or not into one that keeps its behaviour.
+    """`torch.fx` cannot turn the network into a graph that behaves like it.
 
     Attributes:
         part: Name of the innermost submodule at fault, `""` for the network itself.
@@ -49,15 +49,15 @@ class RankError(RuntimeError):
 
 
 class RankMismatchError(RuntimeError):
-    """The ranks of a distributed run do not have the same grid, bit for bit."""
+    """The qparams differ between the ranks of a distributed run."""
 
 
 class Int8FileError(ValueError):
-    """A file is no int8 file of this package, is damaged, or belongs to another network."""
+    """A file is not an int8 file of this package, is damaged, or belongs to another network."""
 
 
 class TargetError(ValueError):
-    """Int8 cannot be as good as was asked for, whatever stays float; or what it has to equal is untrained."""
+    """The accuracy target cannot be reached, or the float network to compare with is untrained."""
 
 
 class MissingExtraError(ImportError):
@@ -71,7 +71,7 @@ class MissingExtraError(ImportError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message: the known names that are nearest to `name`."""
+    """Returns the end of an error message: the known names nearest to `name`."""
     known = list(known)
     matches = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]
     return f"Nearest: {', '.join(map(repr, matches))}." if matches else "There are none."

@@ -1,4 +1,4 @@
-"""Values as text, the same on the page, in its plots and on the terminal."""
+"""Formats values as text, alike on the report's page, in its plots and on the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def metric(name: str, value: float) -> str:
 
 
 def difference(name: str, value: float, base: float) -> str:
-    """Formats what `value` has more than `base`; of percentages in percentage points.
+    """Formats the difference `value` - `base`, for percentages in percentage points.
 
     Example:
         >>> difference("accuracy", 0.75, 0.76), difference("loss", 1.5, 1.25)
@@ -84,7 +84,7 @@ def number(value: float, form: str = ".3g") -> str:
 
 
 def digits(value: float, count: int) -> str:
-    """Formats a number with so many digits, zeros at the end too.
+    """Formats a number with a fixed number of digits, including trailing zeros.
 
     Example:
         >>> digits(0.112, 4), digits(1234.0, 4)
@@ -94,7 +94,7 @@ def digits(value: float, count: int) -> str:
 
 
 def milliseconds(value: float, of: float | None = None) -> str:
-    """Formats a duration with three digits, or a part of one with as many decimals as the whole.
+    """Formats a duration with three digits, or a part of one with the decimals of the whole.
 
     Example:
         >>> milliseconds(0.1234), milliseconds(12.34), milliseconds(1234.5), milliseconds(0.426, of=12.34)
@@ -105,7 +105,7 @@ def milliseconds(value: float, of: float | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Replaces what cannot be printed.
+    r"""Replaces characters that cannot be printed.
 
     Example:
         >>> printable("a\x00b")
@@ -115,12 +115,12 @@ def printable(text: str) -> str:
 
 
 def breadth(text: str) -> float:
-    """How broad a text is, in ems of a broad sans-serif font."""
+    """Estimates the width of a text, in ems of a wide sans-serif font."""
     return sum(1.0 if unicodedata.east_asian_width(char) in "WF" else 0.6 for char in text)
 
 
 def shorten(text: str, ems: float) -> str:
-    """Leaves out of the middle what is too much.
+    """Shortens a text by leaving out its middle.
 
     Example:
         >>> shorten("features.12.block.2.fc1", 9)

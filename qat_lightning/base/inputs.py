@@ -1,4 +1,4 @@
-"""What a network is really called with: caught by a hook while something else calls it."""
+"""Catches the inputs of a network's calls by a hook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
 
 
 class Catcher:
-    """Remembers the first samples of what each network is called with first, as copies on the CPU.
+    """Keeps the first samples of the inputs of each network's first call, as copies on the CPU.
 
     Args:
         networks: Whose inputs to catch.
@@ -55,13 +55,13 @@ class Catcher:
 
 
 def is_redirected(network: nn.Module) -> bool:
-    """Whether the call is not of the network's `forward`: under DDP, Lightning puts `training_step` there."""
+    """Whether a call runs something other than `forward`: under DDP, Lightning puts `training_step` there."""
     forward = vars(network).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not network
 
 
 def first_samples(values: Any, samples: int = 2) -> Any:
-    """Copies, on the CPU, the first samples of every tensor in nested `values` that has the batch's size.
+    """Copies to the CPU the first samples of every tensor in nested `values` that has the batch size.
 
     The batch's size is that of the first tensor's first dimension.
     """
@@ -78,7 +78,7 @@ def first_samples(values: Any, samples: int = 2) -> Any:
 
 
 def arguments_of(network: nn.Module, inputs: Inputs) -> Any:
-    """Inputs of a network by name, where its `forward` names them all; else its positional ones."""
+    """Returns inputs by name if the network's `forward` names them all, else the positional ones."""
     bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
     named = all(p.kind is not p.VAR_POSITIONAL for p in bound.signature.parameters.values())
     return dict(bound.arguments) if named else inputs.args

@@ -1,4 +1,4 @@
-"""Every name of Lightning that is private, each behind a function of our own.
+"""The private names of Lightning, each behind a named function.
 
 A new version of Lightning may change any of them: `tests/test_internals.py` tells which one. Packages
 below the callbacks ask here about a LightningModule that they are given.
@@ -23,7 +23,7 @@ def is_compiled(module: Any) -> bool:
 
 
 def forget_original(copied: nn.Module) -> None:
-    """Makes a deep copy of a LightningModule one of its own, and not compiled."""
+    """Makes a deep copy of a LightningModule independent of the original, and not compiled."""
     if hasattr(copied, "_metric_attributes"):
         # Lightning's memory of its metrics, by the ids of the original's.
         vars(copied)["_metric_attributes"] = None
@@ -44,7 +44,7 @@ def configure_model(trainer: pl.Trainer) -> None:
 
 
 def cluster_environment(trainer: pl.Trainer) -> Any:
-    """The environment, such as SLURM's, that the Trainer's processes run in."""
+    """Returns the cluster environment of the Trainer, such as SLURM's."""
     return trainer._accelerator_connector.cluster_environment
 
 
@@ -67,7 +67,7 @@ def writes_graph(logger: Any) -> bool:
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the batch that has just been trained on did not step the optimizer."""
+    """Whether the last batch only accumulated gradients."""
     return trainer.fit_loop._should_accumulate()
 
 
@@ -89,12 +89,12 @@ def validates_now(trainer: pl.Trainer) -> bool:
 
 
 def forget_restart(trainer: pl.Trainer) -> None:
-    """Makes the fit loop one that was not interrupted."""
+    """Makes the fit loop forget that it was interrupted."""
     trainer.fit_loop._restarting = False
 
 
 def validation_source(trainer: pl.Trainer) -> Any:
-    """Where the fit loop has its validation data from."""
+    """Returns the source of the fit loop's validation data."""
     return trainer.fit_loop.epoch_loop.val_loop._data_source
 
 
@@ -102,10 +102,10 @@ def validation_source(trainer: pl.Trainer) -> Any:
 
 
 def averaged_model(callback: Any) -> AveragedModel | None:
-    """The average of a WeightAveraging callback, once there is one."""
+    """Returns the average of a WeightAveraging callback, or None before there is one."""
     return callback._average_model
 
 
 def averages_batch_norms(callback: Any) -> bool:
-    """Whether StochasticWeightAveraging has found batch-norms, whose statistics it will estimate anew."""
+    """Whether StochasticWeightAveraging will re-estimate batch-norm statistics."""
     return bool(callback._model_contains_batch_norm)

@@ -1,4 +1,4 @@
-"""`manifest.json` beside exported files: size and SHA-256 of each, so that a damaged one is refused unread.
+"""Keeps `manifest.json` beside exported files: sizes and checksums, so that a damaged file is refused unread.
 
 It detects corruption. It is no signature: whoever can alter a file can alter the manifest.
 """
@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 
 
 def add(*paths: Path) -> None:
-    """Writes the checksums of files of one folder into its manifest, beside those already there."""
+    """Adds the checksums of files to the manifest of their folder."""
     manifest = paths[0].with_name(MANIFEST)
     entries = _entries(manifest) if manifest.is_file() else {}
     entries |= {path.name: _entry(path.read_bytes()) for path in paths}
@@ -26,7 +26,7 @@ def add(*paths: Path) -> None:
 
 
 def read(path: Path, *, verify: bool = True) -> bytes:
-    """The content of a file, read once and compared with the manifest before anything parses it.
+    """Reads a file once, and compares it with the manifest before anything parses it.
 
     Args:
         path: The file.

@@ -30,7 +30,7 @@ def quiet_torch_ao() -> Iterator[None]:
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Silences, for the block, what the ONNX tools report of their own work below an error."""
+    """Silences what the ONNX tools log about their own work, except errors, inside the `with` block."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

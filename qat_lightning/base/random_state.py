@@ -1,4 +1,4 @@
-"""The state of every random generator of a process, as values that a checkpoint can hold safely."""
+"""The states of all random generators of a process, as values that a checkpoint can hold safely."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, NumPy's, PyTorch's and CUDA's generators, as plain values and tensors."""
+    """Returns the states of the generators of Python, NumPy, PyTorch and CUDA, as plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Puts every generator back to where :func:`capture` found it."""
+    """Restores every generator to a state that :func:`capture` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -38,7 +38,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Puts every generator back at the end of the block, whatever was drawn in it."""
+    """Restores every generator at the end of the block."""
     state = capture()
     try:
         yield

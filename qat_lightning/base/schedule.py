@@ -1,4 +1,4 @@
-"""Which phase of quantization-aware training a run is in, as a function of epoch and step alone."""
+"""The schedule of a run: its phase is a function of epoch and step alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Phase(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A moment of a run: the start of an epoch, or a global step; or never, if both are None."""
+    """A moment of a run: the start of an epoch, a global step, or never if both are None."""
 
     epoch: int | None = None
     step: int | None = None
 
     def reached(self, epoch: int, step: int) -> bool:
-        """Whether a run that is about to do `step` in `epoch` (both from 0) has come to it."""
+        """Whether a run that is about to do `step` in `epoch` (both from 0) has reached it."""
         if self.epoch is not None:
             return epoch >= self.epoch
         return self.step is not None and step >= self.step
@@ -78,7 +78,7 @@ class Schedule:
 
     @property
     def has_fraction(self) -> bool:
-        """Whether the length of the run has to be known to resolve it."""
+        """Whether resolving it needs the length of the run."""
         return any(isinstance(p, float) for p in (self.freeze_bn_at, self.freeze_observers_at))
 
     def resolve(self, total_steps: float) -> ResolvedSchedule:
@@ -108,7 +108,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ResolvedSchedule:
-    """A schedule in epochs and global steps: it stays as it is when a run is resumed."""
+    """A schedule in epochs and global steps. A resumed run keeps it."""
 
     freeze_bn: Moment
     freeze_observers: Moment
@@ -116,7 +116,7 @@ class ResolvedSchedule:
     calibrated: Moment = _AT_ONCE  # in checkpoints from before there was a calibration
 
     def phase(self, epoch: int, step: int) -> Phase:
-        """The phase of a run that is about to do the global step `step` in `epoch`, both from 0.
+        """Returns the phase of the global step `step` in `epoch`, both from 0.
 
         Observers always see the calibration and the first step, whatever the schedule says: without one
         observed batch there is no range to freeze.
@@ -129,7 +129,7 @@ class ResolvedSchedule:
         )
 
     def never_reached(self, epochs: float, steps: float) -> list[str]:
-        """The names of the moments that lie beyond a run of so many epochs and steps.
+        """Returns the names of the moments that lie beyond the end of a run.
 
         A run of one step reaches no fraction of itself, which is nobody's mistake.
         """
@@ -145,12 +145,12 @@ class ResolvedSchedule:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule as plain values, for a checkpoint."""
+        """Returns the schedule as plain values, for a checkpoint."""
         return {name: tuple(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ResolvedSchedule:
-        """The schedule that `state_dict` gave."""
+        """Builds the schedule that `state_dict` returned."""
         return cls(**{name: Moment(*state[name]) for name in cls.__dataclass_fields__ if name in state})
 
 

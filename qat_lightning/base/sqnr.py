@@ -1,4 +1,4 @@
-"""How near one computation is to another."""
+"""Measures how close one computation is to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every name of torch that is private, each behind a function or a name of our own.
+"""The private names of torch, each behind a named function or constant.
 
 A new version of torch may change any of them: `tests/test_internals.py` tells which one. A method that
 torch's own classes expect a subclass to override (`_conv_forward`, `_load_from_state_dict`) is overridden
@@ -42,17 +42,17 @@ _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The children of `module` by name: the dict itself."""
+    """Returns the dict in which `module` keeps its children by name."""
     return module._modules
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of `module` itself by name: the dict itself."""
+    """Returns the dict in which `module` keeps its own parameters by name."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The buffers of `module` itself by name: the dict itself."""
+    """Returns the dict in which `module` keeps its own buffers by name."""
     return module._buffers
 
 
@@ -69,7 +69,7 @@ TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
-    """The forward hooks of `module`: the dict itself."""
+    """Returns the dict in which `module` keeps its forward hooks."""
     return module._forward_hooks
 
 
@@ -84,7 +84,7 @@ def saves_with(module: nn.Module, hook: Callable[..., Any]) -> bool:
 
 
 def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The functions that run before a state dict is loaded into `module`."""
+    """Returns the functions that run before a state dict is loaded into `module`."""
     return [getattr(each, "hook", each) for each in module._load_state_dict_pre_hooks.values()]
 
 
@@ -102,7 +102,7 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def module_versions(state_dict: Any) -> dict[str, Any]:
-    """The versions of the modules that a state dict is of, by their names."""
+    """Returns the versions of the modules in a state dict, by module name."""
     return getattr(state_dict, "_metadata", {})
 
 
@@ -112,13 +112,13 @@ def set_module_versions(state_dict: Any, versions: dict[str, Any]) -> None:
 
 
 def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The attributes that a deep copy of a graph module has, too: the dict itself."""
+    """Returns the dict of the attributes that a deep copy of a graph module keeps."""
     kept: dict[str, Any] = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
     return kept
 
 
 def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What a convolution of torch.nn computes with another weight and bias."""
+    """Computes a convolution of torch.nn with another weight and bias."""
     return layer._conv_forward(x, weight, bias)
 
 

@@ -1,4 +1,4 @@
-"""`resume=auto`: finds the interrupted run of this very configuration, and its last usable checkpoint."""
+"""`resume=auto`: finds the interrupted run of the same configuration, and its last usable checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Start:
 
 
 def find_start(cfg: DictConfig) -> Start:
-    """Finds where the run that `cfg` describes begins, and says so in one line.
+    """Finds where the run of `cfg` begins, and logs it in one line.
 
     With `resume=auto` it looks in the output folder, and, where Hydra puts the time into its name, in those
     of other times. The newest with the same configuration counts.
@@ -80,7 +80,7 @@ def find_start(cfg: DictConfig) -> Start:
 
 
 def save_config(cfg: DictConfig, start: Start) -> None:
-    """Writes the configuration of a run that starts, and removes the results of one that it replaces.
+    """Writes the configuration of a starting run, and removes the results of a run that it replaces.
 
     In a run that goes on the file keeps its time: checkpoints older than it are those of another run.
     """
@@ -97,7 +97,7 @@ def save_config(cfg: DictConfig, start: Start) -> None:
 
 
 class SameStart(pl.Callback):
-    """Raises on every process of a distributed run if they do not begin at one checkpoint.
+    """Raises on every process of a distributed run if they begin at different checkpoints.
 
     Args:
         start: Where this process begins.
@@ -133,7 +133,7 @@ def _check(cfg: DictConfig) -> None:
 
 
 def _configuration(container: Any) -> Any:
-    """What makes a run this run: its resolved configuration, wherever it writes and begins."""
+    """Returns what identifies a run: its resolved configuration, without folders and start options."""
     folder = str(container["output_dir"])
 
     def without_folder(node: Any) -> Any:
@@ -179,7 +179,7 @@ def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _folders_of_other_times(folder: Path) -> Iterator[Path]:
-    """The run folders that Hydra gave, or would have given, to this job at other times."""
+    """Returns the run folders that Hydra gave this job at other times."""
     if not HydraConfig.initialized() or Path(HydraConfig.get().runtime.output_dir) != folder:
         return
     cfg: Any = copy.deepcopy(HydraConfig.instance().cfg)
@@ -207,7 +207,7 @@ def _newest_first(folders: set[Path]) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first, without those of an earlier run with the same folder."""
+    """Returns a folder's checkpoints, the newest first, without those of an earlier run."""
     started = (folder / CONFIG).stat().st_mtime_ns
     return [path for path in checkpoints_in(folder) if path.stat().st_mtime_ns >= started]
 

@@ -1,4 +1,4 @@
-"""The command `qat-bench`: how fast exported files run on this machine, side by side."""
+"""The command `qat-bench`: measures exported files on this machine, side by side."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Does what the parsed command line says.
+    """Runs the parsed command line.
 
     Raises:
         ValueError: A file cannot be read or run, or the files take different inputs.
@@ -95,7 +95,7 @@ def _try(file: BenchFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The names of the files, with their folders where names alone are not distinct."""
+    """Returns the names of the files, with folders if names alone are ambiguous."""
     names = [path.name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -122,7 +122,7 @@ def _table(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machin
 
 
 def _notes(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machine) -> list[str]:
-    """Why int8 may be no faster, and whether the figures can be trusted."""
+    """Returns notes: why int8 may be no faster, and whether the figures are noisy."""
     notes = [
         f"{name}: {in_words(each.float_operations)}." for name, each in files.items() if each.float_operations
     ]

@@ -1,4 +1,4 @@
-"""The files that `qat-bench` measures: loaded, and given inputs that all of them take."""
+"""Loads the files for `qat-bench`, and finds inputs that all of them take."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BenchFile:
 
 
 def load(path: Path, *, threads: int, verify: bool) -> BenchFile:
-    """Reads an exported file, of int8 or of float.
+    """Loads an exported int8 or float file.
 
     Args:
         path: An `.onnx` or `.xml` file, or a `.pt` file of a run of `qat-train`, which is built from the
@@ -84,7 +84,7 @@ def load(path: Path, *, threads: int, verify: bool) -> BenchFile:
 
 
 def _rebuilt(path: Path, *, verify: bool) -> nn.Module:
-    """The int8 network of a `.pt` file, or the module around it where that holds several."""
+    """Returns the int8 network of a `.pt` file, or the whole module if it holds several."""
     found = [each for each in map(path.parent.joinpath, _CONFIGS) if each.is_file()]
     cfg = OmegaConf.load(found[0]) if found else None
     if not isinstance(cfg, DictConfig) or "classifier" not in cfg:
@@ -102,7 +102,7 @@ def _rebuilt(path: Path, *, verify: bool) -> nn.Module:
 def common_signatures(
     files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> list[Signature]:
-    """The inputs that all files take, every dimension but the batch's filled in.
+    """Returns the inputs that all files take, with every dimension but the batch known.
 
     Args:
         files: The files.
@@ -139,7 +139,7 @@ def common_signatures(
 def batches_of(
     signatures: Sequence[Signature], wanted: Sequence[int] | None, usual: Sequence[int]
 ) -> list[int]:
-    """The batch sizes to measure: those wanted, else the usual ones, or the only one that the files take.
+    """Returns the batch sizes to measure: the requested, the usual, or the only possible one.
 
     Raises:
         ValueError: The files do not take a batch size that is wanted.
@@ -158,7 +158,7 @@ def batches_of(
 
 
 def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> Inputs:
-    """Random inputs, by name where the networks of `.pt` files know the names."""
+    """Returns random inputs, by name if a `.pt` file's network knows the names."""
     fixed = {each.shape[0] for each in signatures if each.shape}
     size = next(each for each in count(2) if each not in fixed)  # so that only the batch's dimension has it
     values = {each.name: _random(each, size) for each in signatures}
@@ -171,7 +171,7 @@ def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> I
 def _said_beside(
     files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> tuple[Path, list[Signature]]:
-    """`shape`, or else what a graph beside a `.pt` file says."""
+    """Returns `shape`, or else the shape in a graph beside a `.pt` file."""
     first = files[0].path
     if shape is not None:
         return first, [Signature("input", torch.float32, (None, *shape))]
@@ -209,14 +209,14 @@ def _filled(signature: Signature, shape: Sequence[int] | None, path: Path) -> Si
 
 
 def _described(signatures: Sequence[Signature]) -> str:
-    """As `x float32[?, 3, 224, 224]`, several with commas."""
+    """Describes inputs like `x float32[?, 3, 224, 224]`, separated by commas."""
     shapes = [", ".join("?" if size is None else str(size) for size in each.shape) for each in signatures]
     dtypes = [str(each.dtype).removeprefix("torch.") for each in signatures]
     return ", ".join(f"{s.name} {d}[{x}]" for s, d, x in zip(signatures, dtypes, shapes, strict=True))
 
 
 def _random(signature: Signature, size: int) -> torch.Tensor:
-    """Normal numbers; integers are 0, which is an index into whatever they index."""
+    """Returns normal random numbers, or for integers 0, which is a valid index."""
     shape = [size if each is None else each for each in signature.shape]
     if signature.dtype.is_floating_point:
         return torch.randn(shape, dtype=signature.dtype)

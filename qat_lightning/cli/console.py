@@ -1,4 +1,4 @@
-"""What `qat-train` shows: its own lines, without Lightning's tips, and a table at the end."""
+"""The terminal output of `qat-train`: its own lines, without Lightning's tips, and a table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADVICE = (
 
 
 class WithoutLightningNews(logging.Filter):
-    """Drops what Lightning itself logs below a warning; what others log through it stays."""
+    """Drops Lightning's own log lines below a warning; lines that others log through it stay."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether to keep the record."""
@@ -38,7 +38,7 @@ class WithoutLightningNews(logging.Filter):
 
 
 def ignore_advice() -> None:
-    """Ignores, in this process, Lightning's warnings about what the configuration chose."""
+    """Ignores Lightning's warnings about choices of the configuration, in this process."""
     for message in _ADVICE:
         warnings.filterwarnings("ignore", message=message)
 
@@ -72,7 +72,7 @@ def print_results(metrics: Mapping[str, Any]) -> None:
 
 
 def print_preflight(reports: Iterable[NetworkReport]) -> None:
-    """Prints what a preflight found as a table."""
+    """Prints the result of a preflight as a table."""
     Console().print(preflight_table(reports))
 
 

@@ -1,4 +1,4 @@
-"""A float run before the run itself, so that one command trains float and then for int8 from its weights.
+"""Runs a float training before the run itself, so that one command trains float and then int8.
 
 It is a process of its own: a process starts the further ones of one distributed run only.
 """
@@ -19,7 +19,7 @@ _WANTED = "float_first.yaml"
 
 
 def weights_of_float_run(cfg: DictConfig) -> str:
-    """Trains in float what `cfg` describes, changed by its `float_first`, in the run's folder `float`.
+    """Trains `cfg` in float, with the changes in its `float_first`, in the run's subfolder `float`.
 
     Further processes of a distributed run, which start later, find it done. With `resume=auto` it goes on
     where it was interrupted, or is not repeated.

@@ -1,4 +1,4 @@
-"""The process that `float_first` starts: trains the configuration in the file that it is given."""
+"""The process that `float_first` starts: trains the configuration in a given file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float weights to start from, out of a Lightning checkpoint or a plain state dict."""
+"""Loads float weights to start from, out of a Lightning checkpoint or a plain state dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every name of Hydra and OmegaConf that is private, each behind a function of our own.
+"""The private names of Hydra and OmegaConf, each behind a named function.
 
 A new version may change any of them: `tests/test_internals.py` tells which one.
 """
@@ -9,5 +9,5 @@ from typing import Any
 
 
 def unresolved(config: Any, key: str) -> Any:
-    """The value of `key` as it is written, with its interpolations."""
+    """Returns the value of `key` as written, with its interpolations."""
     return config._get_node(key)._value()

@@ -1,4 +1,4 @@
-"""Lets Lightning start a job's further processes from Hydra, in a sweep as well as alone."""
+"""Lets Lightning start a job's other processes under Hydra, in a sweep as well as alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import read_write
 
 @contextmanager
 def one_job() -> Iterator[None]:
-    """Leaves the process as it was before the job, so that the next one of a sweep can start.
+    """Restores the process after a job, so that the next job of a sweep can start.
 
     Lightning starts further processes by running the command line again and marks the first one in
     its environment. In a sweep that command line would sweep again, and the marks would make the
@@ -40,13 +40,13 @@ def one_job() -> Iterator[None]:
 
 
 def pass_on(**fields: str | None) -> None:
-    """Makes the command line, which further processes get, give these values to these fields."""
+    """Sets fields on the command line that the other processes get."""
     kept = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") not in fields]
     sys.argv[1:] = [*kept, *(f"{name}={_quoted(value)}" for name, value in fields.items())]
 
 
 def leave_process_group() -> None:
-    """Ends communication with the other processes of the job, if there are any.
+    """Leaves the process group of the job, if there is one.
 
     From then on metrics are not gathered over processes.
     """
@@ -55,7 +55,7 @@ def leave_process_group() -> None:
 
 
 def started_together() -> str | None:
-    """`"torchrun"` or `"srun"`, where it has started this process and others of one job together."""
+    """Returns `"torchrun"` or `"srun"` if it started several processes of this job, else None."""
     if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1:
         return "torchrun"
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
@@ -64,7 +64,7 @@ def started_together() -> str | None:
 
 
 def _describe_job() -> None:
-    """Makes command line and run folder, which further processes get, those of this very job."""
+    """Sets the command line and run folder that the other processes get to those of this job."""
     hydra = HydraConfig.get()
     with read_write(hydra):  # type: ignore[arg-type]
         hydra.run.dir = hydra.runtime.output_dir
@@ -79,7 +79,7 @@ def _describe_job() -> None:
 
 
 def _check_sweep() -> None:
-    """Raises where processes that were started together could form a group for the first job alone."""
+    """Raises if the processes could form a group for the first job of a sweep only."""
     launcher = started_together()
     if launcher is None or (launcher == "srun" and "SUBMITIT_EXECUTOR" in os.environ):
         return
@@ -96,5 +96,5 @@ def _is_sweep(argument: str) -> bool:
 
 
 def _quoted(value: str | None) -> str:
-    """A value as Hydra reads it back."""
+    """Quotes a value so that Hydra reads it back."""
     return "null" if value is None else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

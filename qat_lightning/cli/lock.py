@@ -1,4 +1,4 @@
-"""One writer for each run folder, also where a process outlives the launcher that was killed."""
+"""Locks run folders, so that each has one writer even if a process outlives its killed launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a run folder for the block, on the first process; its end, however it comes, unlocks the folder.
+    """Locks a run folder during the block, on the first process. The lock ends with the process.
 
     Raises:
         RuntimeError: If another process has locked it.

@@ -1,4 +1,4 @@
-"""The command `qat-report`: makes the report of a run again."""
+"""The command `qat-report`: builds the report of a run again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def rebuild(folder: Path, *, measure: bool = False) -> Path:
-    """Writes the page of a run again.
+    """Writes the page of a run again from its data.
 
     Args:
         folder: Where its `report.json` is, or with `measure` what `qat-train` wrote.
@@ -72,7 +72,7 @@ def rebuild(folder: Path, *, measure: bool = False) -> Path:
 
 
 def _run_in(folder: Path) -> FinishedRun:
-    """What `qat-train` left in a folder, wherever that has been moved to."""
+    """Loads a finished run from its folder, even if the folder was moved."""
     resolvers.register()
     cfg = OmegaConf.load(folder / CONFIG)
     assert isinstance(cfg, DictConfig)
@@ -89,7 +89,7 @@ def _run_in(folder: Path) -> FinishedRun:
 
 
 def _checkpoint(folder: Path, recorded: str) -> Path:
-    """The checkpoint that was converted; of the weights at the end, the newest one."""
+    """Returns the checkpoint that was converted; for the last weights, the newest one."""
     moved = [path for path in checkpoints_in(folder) if path.name == Path(recorded).name]
     found = moved[0] if moved else newest_usable(checkpoints_in(folder))
     if found is None:

@@ -1,4 +1,4 @@
-"""The report of a run of `qat-train`, which knows the test split and where everything is."""
+"""Collects what the report of a `qat-train` run needs, with scores on the test split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ACCURACY = "test/accuracy"
 
 @contextmanager
 def caught(module: nn.Module) -> Iterator[Caught]:
-    """What the prepared networks in `module` are called with in the block, known at its end."""
+    """Catches the inputs of the prepared networks in `module` during the block."""
     networks = {network: name for name, network, _ in quantized_networks(module)}
     found: Caught = {}
     with Catcher(networks, samples=SAMPLES) as catcher:
@@ -39,7 +39,7 @@ def finished_run(
     inputs: Caught,
     curves: Curves,
 ) -> FinishedRun:
-    """Puts together what the report of a run needs.
+    """Collects what the report of a run needs.
 
     Args:
         cfg: The run's configuration.

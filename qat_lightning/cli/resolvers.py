@@ -1,4 +1,4 @@
-"""What the configuration of `qat-train` asks of the process that it is composed in.
+"""OmegaConf resolvers for the configuration of `qat-train`: folder names, ranks, launchers.
 
 Processes that torchrun or srun starts compose it each for itself, seconds apart. They have to arrive at one
 run folder, in which only the first of them writes.
@@ -24,7 +24,7 @@ _PLUGIN = "hydra_submitit_launcher"
 
 
 def run_name() -> str:
-    """Names the folder of this run, in a folder of its kind, with the same name in all its processes.
+    """Returns the name of this run's folder, the same in all its processes.
 
     It is the time of the start: under torchrun that of the first process, and under srun the number of the
     job and its step, which a requeued job keeps.
@@ -38,12 +38,12 @@ def run_name() -> str:
 
 
 def on_first(value: str) -> str | None:
-    """`value` in the first process, and in the others nothing."""
+    """Returns `value` in the first process, and None in the others."""
     return value if getattr(rank_zero_only, "rank", 0) == 0 else None
 
 
 def tasks(devices: int | str) -> int:
-    """How many processes SLURM starts on each machine: one for each device."""
+    """Returns how many processes SLURM starts on each machine: one for each device."""
     if not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
             "SLURM has to be told how many processes to start on a machine, as in trainer.devices=4, but "
@@ -53,7 +53,7 @@ def tasks(devices: int | str) -> int:
 
 
 def register() -> None:
-    """Makes the functions above known to OmegaConf, and the launchers to Hydra."""
+    """Registers the resolvers with OmegaConf, and the launchers with Hydra."""
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("on_first", on_first, replace=True)
     OmegaConf.register_new_resolver("tasks", tasks, replace=True)
@@ -73,7 +73,7 @@ def _common_time() -> str:
 
 @cache  # and so kept: other processes may still ask it
 def _meeting_point() -> distributed.Store:
-    """The store of torchrun's agents, which is there before there is a process group."""
+    """Returns the store of torchrun's agents, which exists before the process group."""
     store, _, _ = next(distributed.rendezvous("env://"))
     return store
 

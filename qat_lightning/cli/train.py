@@ -127,7 +127,7 @@ def train(cfg: DictConfig) -> Metrics:
 
 
 def _callback(cfg: DictConfig) -> Any:
-    """The callback, or None with `backend=float`."""
+    """Builds the callback, or returns None with `backend=float`."""
     if cfg.preflight not in (True, False, "only"):
         raise ValueError(f"preflight must be true, false or only, but received {cfg.preflight!r}.")
     if cfg.quantization._target_ is None:
@@ -136,7 +136,7 @@ def _callback(cfg: DictConfig) -> Any:
 
 
 def _begin_at(start: Start, cfg: DictConfig) -> None:
-    """Makes the configuration, also that of further processes, say where the run begins."""
+    """Writes the start of the run into the configuration of this and the other processes."""
     if cfg.resume is None:
         return
     found = {"output_dir": str(start.folder), "ckpt_path": start.checkpoint} if start.checkpoint else {}
@@ -183,7 +183,7 @@ def _start(
 
 
 def _fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, path: str | None) -> None:
-    """Trains; callbacks know in their `setup` of a checkpoint that is a file, as they do of no argument."""
+    """Trains. A checkpoint file is set on the Trainer, so that callbacks see it in their `setup`."""
     if path is not None and Path(path).is_file():
         trainer.ckpt_path, path = path, None
     trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -192,7 +192,7 @@ def _fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, p
 def _without_training(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> float:
-    """The accuracy of int8 by calibration alone, on the first batches of the validation data."""
+    """Returns the accuracy of int8 by calibration alone, on the first validation batches."""
     ptq = PostTrainingQuantization(**vars(qat.settings))
     limit = trainer.limit_val_batches
     batches = min(limit, _CALIBRATION) if isinstance(limit, int) else _CALIBRATION
@@ -219,7 +219,7 @@ def _finish_float(
 def _finish_quantized(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> tuple[Metrics, Caught]:
-    """Scores the converted weights in simulated int8 and the int8 network; also what the networks read."""
+    """Scores the converted weights with fake-quant and the int8 network; also returns network inputs."""
     checkpoint = str(qat.converted_from or "last")
     _load_checkpoint(classifier, checkpoint)
     metrics: Metrics = {"checkpoint": checkpoint}
@@ -237,7 +237,7 @@ def _finish_quantized(
 def _score_files(
     cfg: DictConfig, qat: Any, data: LightningDataModule, trainer: Trainer
 ) -> dict[str, dict[str, Any]]:
-    """Scores the files themselves, each by the runtime that it is for."""
+    """Scores the exported files, each in its own runtime."""
     scores = {}
     for path in qat.exported:
         module = qat.shipped(instantiate(cfg.classifier, _convert_="all"), path)
@@ -247,7 +247,7 @@ def _score_files(
 
 
 def _report(run: FinishedRun, cfg: DictConfig) -> None:
-    """Writes and prints the report; whatever fails there, the results of the run are written already."""
+    """Writes and prints the report. A failure here loses no results of the run."""
     try:
         log.info(f"Report: {publish(run, Path(cfg.output_dir))}")
     except Exception as error:
@@ -280,7 +280,7 @@ def _write(cfg: DictConfig, metrics: Metrics) -> None:
 
 
 def _network(classifier: LightningModule) -> nn.Module:
-    """The part of the LightningModule that weights are read into: `network`, or all of it."""
+    """Returns the part of the LightningModule that loads weights: `network`, or all of it."""
     return getattr(classifier, "network", classifier)
 
 

@@ -1,4 +1,4 @@
-"""Files for the runtimes that people deploy with."""
+"""Exports prepared networks to files for deployment runtimes, and loads such files."""
 
 from qat_lightning.export.load import load_runtime
 from qat_lightning.export.onnx import export_onnx

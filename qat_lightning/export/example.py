@@ -1,4 +1,4 @@
-"""What an export starts from and is checked against: a prepared network, inputs, and its outputs for them."""
+"""The example that an export is traced with and checked against: a network, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Example:
     metadata: dict[str, str]
 
     def check(self, runtime: Runtime, path: Path, min_sqnr: float) -> None:
-        """Raises a `ConversionError` if `runtime`, which loaded what is to be `path`, gives other outputs.
+        """Raises a `ConversionError` if the outputs of `runtime`, which loaded the future `path`, differ.
 
         That is, below `min_sqnr`, and not within a step of the grid that the fake-quant outputs lie on.
         """
@@ -59,7 +59,7 @@ class Example:
 
 
 def _hint() -> str:
-    """What else may be the matter on this CPU."""
+    """Returns a hint if this CPU may be the cause."""
     if not cpu.overflows():
         return ""
     return (
@@ -69,7 +69,7 @@ def _hint() -> str:
 
 
 def _within_a_step(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether outputs on an int8 grid differ by less than a step in the mean, as by rounding.
+    """Whether int8 outputs differ by less than a step on average, which rounding explains.
 
     After a few steps of training a network's outputs span a few steps of their grid, and have few decibels.
     Outputs that are on no grid have no step to speak of.
@@ -79,7 +79,7 @@ def _within_a_step(want: torch.Tensor, got: torch.Tensor) -> bool:
 
 
 def example_of(prepared: nn.Module, example_inputs: Any) -> Example:
-    """Runs a copy of `prepared`.
+    """Runs a copy of `prepared` on example inputs.
 
     Args:
         prepared: A network that `prepare` made, or a module that holds some.

@@ -1,4 +1,4 @@
-"""What a runtime makes of a file: which operations still compute in float once it has optimized the graph."""
+"""Counts the operations that a runtime still computes in float after it has optimized a file's graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOATS = ("f32", "bf16", "f16")
 
 
 def float_operations_of_onnx(content: bytes, options: Any) -> Counter[str]:
-    """Counts, by ONNX's names, what ONNX Runtime runs in float on the CPU of this machine.
+    """Counts, by ONNX's names, the operations that ONNX Runtime computes in float on this CPU.
 
     Args:
         content: The file.
@@ -60,7 +60,7 @@ def _floats(nodes: Any) -> list[str]:
 
 
 def float_operations_of_openvino(compiled: Any, kinds: Mapping[str, str]) -> Counter[str]:
-    """Counts what OpenVINO runs in float, also in bfloat16.
+    """Counts the operations that OpenVINO computes in float or bfloat16.
 
     Args:
         compiled: The compiled model.
@@ -76,7 +76,7 @@ def float_operations_of_openvino(compiled: Any, kinds: Mapping[str, str]) -> Cou
 
 
 def in_words(operations: Counter[str]) -> str:
-    """Says what runs in float, the most frequent first.
+    """Lists the float operations in words, the most frequent first.
 
     Example:
         >>> in_words(Counter(Mul=21, HardSigmoid=29))

@@ -1,4 +1,4 @@
-"""Optional packages: asked for before work begins, with the extra that brings them."""
+"""Checks for optional packages before work begins, and names the extra that installs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exported QDQ graph loses before it is written: what a runtime would have to see through.
+"""Simplifies an exported QDQ graph so that runtimes recognize its int8 operations.
 
 Rewrites are rules of onnxscript, the rest are passes of onnx-ir.
 """
@@ -13,7 +13,7 @@ from onnxscript.rewriter import pattern, rewrite
 
 
 class _RoundedTwice(pattern.RewriteRuleClassBase):
-    """Quantizing what was just dequantized from the same grid gives the same integers."""
+    """Removes a quantize right after a dequantize with the same qparams."""
 
     def pattern(self, op: Any, integers: Any, s1: Any, z1: Any, s2: Any, z2: Any) -> Any:
         return op.QuantizeLinear(op.DequantizeLinear(integers, s1, z1), s2, z2)
@@ -29,7 +29,7 @@ class _RoundedTwice(pattern.RewriteRuleClassBase):
 
 
 class _MeanOfImage(pattern.RewriteRuleClassBase):
-    """A mean over height and width is a global average pooling, for which runtimes have int8 kernels."""
+    """Turns a mean over height and width into a global average pooling, which has int8 kernels."""
 
     def pattern(self, op: Any, x: Any, axes: Any) -> Any:
         return op.ReduceMean(x, axes, _outputs=["mean"])
@@ -50,7 +50,7 @@ class _MeanOfImage(pattern.RewriteRuleClassBase):
 
 
 class _RoundedThenFlattened(pattern.RewriteRuleClassBase):
-    """A pooling whose result is rounded at once runs in int8, one that is flattened first does not."""
+    """Moves a flatten behind the rounding of a pooling, so that the pooling runs in int8."""
 
     def pattern(self, op: Any, x: Any, scale: Any, zero_point: Any) -> Any:
         return op.QuantizeLinear(op.Flatten(op.GlobalAveragePool(x), axis=1), scale, zero_point)
@@ -70,7 +70,7 @@ _PASSES = ir.passes.Sequential(
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Applies all of them."""
+    """Applies all rewrites."""
     for rules in (_RULES, _LATER_RULES):
         model = rewrite(model, pattern_rewrite_rules=rules)
     model = _PASSES(model).model
@@ -79,7 +79,7 @@ def simplify(model: ir.Model) -> ir.Model:
 
 
 def _part_zero_points(graph: ir.Graph) -> None:
-    """Gives each weight a zero point of its own.
+    """Gives each weight its own zero point.
 
     For CPUs without VNNI ONNX Runtime can turn weights into unsigned bytes, and fails where two share one.
     """

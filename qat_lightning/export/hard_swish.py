@@ -1,4 +1,4 @@
-"""A hard-swish as a product of integers, for runtimes that have no int8 kernel for it.
+"""Rewrites a hard-swish as a product of integers, for runtimes without an int8 kernel for it.
 
 `x * clip(x + 3, 0, 6) / 6` between two grids needs no float: where 3 is `n` steps of the grid of `x`, and 0
 the integer `z`, the second factor is what the integers of `x`, clipped to `z ± n`, are on another grid: the
@@ -44,7 +44,7 @@ class _AsProduct(pattern.RewriteRuleClassBase):
 
 
 def _grid(x: Any) -> tuple[int, int] | None:
-    """Steps from 0 to 3, and the zero point, of the bytes that `x` was made of, if they hold -3 and 3."""
+    """Returns the steps from 0 to 3 and the zero point of `x`, if its qparams represent -3 and 3."""
     node = x.producer()
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3:
         return None
@@ -57,5 +57,5 @@ def _grid(x: Any) -> tuple[int, int] | None:
 
 
 def as_products(model: ir.Model) -> ir.Model:
-    """Rewrites each hard-swish whose input's grid holds -3 and 3; the others stay."""
+    """Rewrites each hard-swish whose input qparams represent -3 and 3."""
     return rewrite(model, pattern_rewrite_rules=[_AsProduct.rule()])

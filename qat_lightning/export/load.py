@@ -1,4 +1,4 @@
-"""Every kind of exported file as one kind of callable."""
+"""Loads every kind of exported file as the same kind of module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat_lightning.quantize.int8_file import load_int8
 def load_runtime(
     path: str | Path, network: nn.Module | None = None, *, threads: int = 0, verify: bool = True
 ) -> nn.Module:
-    """Reads an exported file as a module that takes and returns torch tensors, as the network did.
+    """Loads an exported file as a module that takes and returns torch tensors like the network.
 
     Put in the place of the network in a LightningModule, it lets `Trainer.test` and one's own metrics score
     the very file that is shipped::
@@ -58,7 +58,7 @@ def load_runtime(
 
 
 def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
-    """Reads an `.onnx` or `.xml` file, as :func:`load_runtime` does.
+    """Loads an `.onnx` or `.xml` file like :func:`load_runtime`.
 
     A float file of OpenVINO computes in float32, on whichever CPU. Weights that an ONNX file keeps in a file
     of their own, which no manifest lists, are read only where nothing is verified.
@@ -71,6 +71,6 @@ def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of an exported file, with the weights that OpenVINO keeps beside its graph."""
+    """Returns the bytes of an exported file, including OpenVINO's separate weights."""
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     return sum(each.stat().st_size for each in files)

@@ -1,4 +1,4 @@
-"""A prepared network as a QDQ graph in an ONNX file, checked at once against what it was made from."""
+"""Exports a prepared network as a QDQ graph in an ONNX file, and checks its outputs at once."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def write_graph(
     *,
     for_onnx_runtime: bool = False,
 ) -> None:
-    """Writes the graph of an example's network, unchecked.
+    """Writes the graph of an example's network, without a check.
 
     Args:
         example: The network, and what to trace it with.
@@ -110,7 +110,7 @@ def _dynamic_batch(value: Any) -> Any:
 
 
 def _output_names(outputs: Any) -> list[str]:
-    """`output`, `output_1`, `logits`, `boxes_0`: the keys and positions that lead to each tensor."""
+    """Names each output tensor by the keys and positions that lead to it: `logits`, `boxes_0`."""
     names = []
     for way, value in tree_flatten_with_path(outputs)[0]:
         if isinstance(value, torch.Tensor):

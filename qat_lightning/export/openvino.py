@@ -1,4 +1,4 @@
-"""A prepared network as OpenVINO IR, by way of its QDQ graph and OpenVINO's own converter."""
+"""Exports a prepared network as OpenVINO IR, from its QDQ graph by OpenVINO's own converter."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def export_openvino(
 
 
 def convert_graph(graph: Path, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """The two files of an IR, made of an ONNX file."""
+    """Converts an ONNX file to the two files of an IR."""
     import openvino
 
     model = openvino.convert_model(graph)

@@ -1,4 +1,4 @@
-"""Exported files, run on torch tensors by the runtimes they are for."""
+"""Runs exported files on torch tensors, each by its own runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ONNX_DTYPES = {"float": torch.float32, "double": torch.float64}
 
 
 class Signature(NamedTuple):
-    """What a file says of one of its inputs.
+    """The name, type and shape of one input of a file.
 
     Attributes:
         name: Its name.
@@ -53,14 +53,14 @@ class Runtime(Protocol):
     structure: str | None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `signatures`."""
+        """Returns the outputs for inputs in the order of `signatures`."""
 
     def float_operations(self) -> Counter[str]:
-        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
+        """Counts the operations of each kind that compute in float in the optimized graph."""
 
 
 class RuntimeNetwork(nn.Module):
-    """Stands where the network stood: takes what it took and returns what it returned, as torch tensors.
+    """Replaces the network: takes the same inputs and returns the same structure of torch tensors.
 
     It has no parameters, computes on the CPU and gives no gradients. Outputs are on the device of the inputs.
 
@@ -73,7 +73,7 @@ class RuntimeNetwork(nn.Module):
         self.runtime = runtime
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the file on the tensors in the arguments, of any batch size."""
+        """Runs the file on the tensors in the arguments, with any batch size."""
         tensors = tensors_of((args, kwargs))
         names = [each.name for each in self.runtime.signatures]
         if len(tensors) != len(names):
@@ -135,17 +135,17 @@ class OnnxRuntime:
         self.structure = self._session.get_modelmeta().custom_metadata_map.get(STRUCTURE_KEY)
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `signatures`."""
+        """Returns the outputs for inputs in the order of `signatures`."""
         names = [each.name for each in self.signatures]
         return self._session.run(None, dict(zip(names, arrays, strict=True)))
 
     def float_operations(self) -> Counter[str]:
-        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
+        """Counts the operations of each kind that compute in float in the optimized graph."""
         return float_operations_of_onnx(self._content, self._options)
 
 
 def _session_options(threads: int, optimize: bool, folder: Path | None, wide: bool) -> Any:
-    """The options of a session; `wide` has sums of bytes added in 32 bits, on CPUs without VNNI slower."""
+    """Returns session options. `wide` adds products of bytes in 32 bits, slower on CPUs without VNNI."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -199,18 +199,18 @@ class OpenVino:
         self.structure = model.get_rt_info(key).value if model.has_rt_info(key) else None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs for the inputs in the order of `signatures`."""
+        """Returns the outputs for inputs in the order of `signatures`."""
         results = self._compiled(list(arrays))
         return [np.array(results[output]) for output in self._compiled.outputs]
 
     def float_operations(self) -> Counter[str]:
-        """How many operations of each kind compute in float, once the runtime has optimized the graph."""
+        """Counts the operations of each kind that compute in float in the optimized graph."""
         return float_operations_of_openvino(self._compiled, self._kinds)
 
 
 @cache
 def _core() -> Any:
-    """The only one of the process, which ends with it.
+    """Returns the process's only core, which lives until the process ends.
 
     OpenVINO's CPU plugin takes over the stack that signals are handled on, and gives it back at its end.
     Several that do not end in reverse order leave one that is freed: the next signal is a crash.
@@ -221,7 +221,7 @@ def _core() -> Any:
 
 
 def quantizes(graph: bytes) -> bool:
-    """Whether an ONNX file or the `.xml` file of an OpenVINO IR quantizes anything."""
+    """Whether an ONNX or OpenVINO file quantizes anything."""
     return any(kind in graph for kind in (b"QuantizeLinear", b"QLinear", b'"FakeQuantize"'))
 
 
@@ -230,7 +230,7 @@ def _known(size: Any) -> int | None:
 
 
 def _onnx_dtype(said: str) -> torch.dtype:
-    """The type that ONNX Runtime calls `tensor(…)`."""
+    """Returns the torch dtype that ONNX Runtime calls `tensor(…)`."""
     name = said.removeprefix("tensor(").removesuffix(")")
     dtype = _ONNX_DTYPES.get(name) or getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):

@@ -1,4 +1,4 @@
-"""What a network returns, as a file remembers it: tuples, lists and dicts of tensors around flat outputs."""
+"""Stores a network's output structure with a file: tuples, lists and dicts around flat tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STRUCTURE_KEY = "qat_lightning.outputs"
 
 
 def tensors_of(values: Any) -> list[torch.Tensor]:
-    """The tensors in nested values, in the order in which a file has them."""
+    """Returns the tensors in nested values, in the file's order."""
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def structure_of(outputs: Any) -> str:
-    """The structure as JSON; empty where there is more in it than tensors, or a class of one's own."""
+    """Returns the structure as JSON; empty if it holds user-defined classes or more than tensors."""
     if len(tensors_of(outputs)) != len(tree_leaves(outputs)):
         return ""
     try:
@@ -34,7 +34,7 @@ def structure_of(outputs: Any) -> str:
 
 
 def restore(tensors: Sequence[torch.Tensor], structure: str | None) -> Any:
-    """The tensors in their structure; where none is known, one tensor as it is and several as a tuple."""
+    """Puts tensors into their structure. Without one, returns the only tensor, or a tuple."""
     if structure:
         return tree_unflatten(tensors, treespec_loads(structure))
     return tensors[0] if len(tensors) == 1 else tuple(tensors)

@@ -1,4 +1,4 @@
-"""Every name of torch.ao that is private, each behind a name of our own.
+"""The private names of torch.ao, each behind a public one.
 
 A new version may change any of them: `tests/test_internals.py` tells which one.
 """

@@ -1,4 +1,4 @@
-"""Batch-norms as they were prepared, after Lightning or torch has made others of them.
+"""Restores the classes of batch-norms that Lightning or torch has replaced.
 
 `Trainer(sync_batchnorm=True)` replaces every batch-norm after `setup` by a `SyncBatchNorm`, and after fit
 by one of Lightning's own class. Neither remembers whether it was a BatchNorm1d, 2d or 3d, of which
@@ -20,11 +20,11 @@ class LocalBatchNorm(BatchNorm):
     """A batch-norm over this process alone, of any number of dimensions."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        """Takes any."""
+        """Accepts any number of dimensions."""
 
 
 def note_batch_norms(network: nn.Module) -> None:
-    """Makes the classes of the batch-norms inside `network` an attribute of it and of its copies."""
+    """Stores the classes of the batch-norms inside `network` as an attribute, which copies keep."""
     named = network.named_modules(remove_duplicate=False)
     noted = {name: type(module) for name, module in named if isinstance(module, BatchNorm)}
     if isinstance(network, fx.GraphModule):
@@ -34,7 +34,7 @@ def note_batch_norms(network: nn.Module) -> None:
 
 
 def restore_batch_norms(network: nn.Module) -> None:
-    """Gives each batch-norm in a prepared network the class that was noted, in place."""
+    """Restores the stored class of each batch-norm in a prepared network, in place."""
     present = dict(network.named_modules(remove_duplicate=False))
     noted: dict[str, type[nn.Module]] = getattr(network, _ATTRIBUTE, {})
     for name, kind in noted.items():
@@ -43,7 +43,7 @@ def restore_batch_norms(network: nn.Module) -> None:
 
 
 def make_local(module: nn.Module) -> None:
-    """Makes those batch-norms inside `module` local that are still synchronized, in place."""
+    """Makes the synchronized batch-norms inside `module` local, in place."""
     for child in module.modules():
         if isinstance(child, nn.SyncBatchNorm):
             child.__class__ = LocalBatchNorm  # type: ignore[assignment]

@@ -55,7 +55,7 @@ def convert(module: ModuleT) -> ModuleT:
 
 
 def convert_in_place(module: ModuleT) -> ModuleT:
-    """:func:`convert` without the copy and the checks, for a module that nobody else holds."""
+    """Converts like :func:`convert`, but in place and without the checks."""
     module = module.cpu().eval()
     make_local(module)
     use_torch_ao_classes(module)

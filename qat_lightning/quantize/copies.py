@@ -1,4 +1,4 @@
-"""Copies of modules, and new networks put in the place of old ones."""
+"""Copies modules, and replaces networks inside them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def copy_of(module: ModuleT) -> ModuleT:
-    """A deep copy that also works as a LightningModule of its own; not compiled, where `module` is."""
+    """Returns a deep copy that works as an independent LightningModule and is not compiled."""
     copied = copy.deepcopy(module)
     forget_original(copied)
     return copied
 
 
 def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
-    """Puts `new` in the place of the submodule `name`, and wherever else the same one is registered.
+    """Replaces the submodule `name` by `new`, wherever it is registered.
 
     Returns:
         `module`, or `new` where the name is empty.

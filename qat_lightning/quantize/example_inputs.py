@@ -1,4 +1,4 @@
-"""What a network inside a LightningModule is called with, by the module's `example_input_array`."""
+"""Finds the inputs of a network inside a LightningModule from the module's `example_input_array`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat_lightning.quantize.copies import copy_of
 
 
 def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
-    """The positional inputs of the submodule `name` when a copy of `module` runs on its example inputs.
+    """Returns the positional inputs of the submodule `name` in a forward of `module` on its example inputs.
 
     Returns:
         None where `module` has no `example_input_array`, does not call the submodule, or does so with
@@ -53,7 +53,7 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
 
 
 def _call(module: nn.Module, example: Any) -> None:
-    """As Lightning does: a tuple holds positional inputs, a dict keyword inputs."""
+    """Calls `module` like Lightning: a tuple holds positional inputs, a dict keyword inputs."""
     if isinstance(example, dict):
         module(**example)
     elif isinstance(example, tuple):

@@ -1,4 +1,4 @@
-"""Whether a network is float: the condition for preparing it."""
+"""Checks that a network is float and can be prepared."""
 
 from __future__ import annotations
 

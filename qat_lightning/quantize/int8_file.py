@@ -1,4 +1,4 @@
-"""Int8 files and QAT checkpoints: written and read without running anything that is in them."""
+"""Writes and reads int8 files and QAT checkpoints, without running code from them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load_int8(
 
 
 def load_packed(int8: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Loads a state dict into an int8 module, each network's weights packed for its own engine."""
+    """Loads a state dict into an int8 module, and packs the weights of each network for its engine."""
     int8.load_state_dict(state_dict)
     for name, network, recipe in quantized_networks(int8):
         with engine(recipe.backend):
@@ -175,7 +175,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Recipe]]:
-    """The state dict and the recipes as `module` names them.
+    """Renames the state dict and its recipes to fit `module`.
 
     A file of a LightningModule also fits the bare network inside it, if it holds just one.
     """
@@ -194,7 +194,7 @@ def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, An
 
 
 def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-    """The part of a state dict that belongs to the submodule `name`, with the versions of its modules."""
+    """Returns the part of a state dict that belongs to the submodule `name`, with its module versions."""
     prefix = f"{name}." if name else ""
     inner = OrderedDict((k.removeprefix(prefix), v) for k, v in state_dict.items() if k.startswith(prefix))
     versions = {
@@ -207,7 +207,7 @@ def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raises a `ValueError` where two int8 state dicts differ: torch.ao takes weights of any shape."""
+    """Raises a `ValueError` if shapes differ between two int8 state dicts; torch.ao accepts any shape."""
     for name, value in expected.items():
         if not name.endswith(STATE_KEY) and name in found and _shapes(found[name]) != _shapes(value):
             raise ValueError(
@@ -216,7 +216,7 @@ def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def _shapes(value: Any) -> Any:
-    """The shape of a tensor, or of each in a tuple of packed parameters."""
+    """Returns the shape of a tensor, or of each tensor in packed parameters."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape)
     return [_shapes(item) for item in value] if isinstance(value, tuple | list) else None
@@ -229,7 +229,7 @@ def _has(module: nn.Module, name: str) -> bool:
 def _own(
     module: nn.Module, recipes: dict[str, Recipe], qconfig: QConfigLike | None, overrides: Overrides
 ) -> dict[str, dict[str, Any]]:
-    """The arguments of `prepare` that no file holds, for each network."""
+    """Returns, for each network, the arguments of `prepare` that no file holds."""
     split = split_overrides([module.get_submodule(name) for name in recipes], overrides)
     return {
         name: {

@@ -1,4 +1,4 @@
-"""Prepares the networks inside a module, each in its place."""
+"""Prepares the networks inside a module, in place."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def prepare_when_loaded(module: nn.Module, settings: Settings, *, keep_as_loaded
 
 
 def keeping_as(settings: Settings, recipes: Mapping[str, Recipe]) -> Settings:
-    """`settings` that keep float what these recipes do, too."""
+    """Returns `settings` that also keep float what these recipes keep float."""
     names = dict.fromkeys(name for recipe in recipes.values() for name in recipe.keep_float)
     return replace(settings, keep_float=(*settings.keep_float, *names))
 
@@ -121,7 +121,7 @@ def _prepare_for(
 
 
 def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
-    """For each network, the settings with those names in them that it has."""
+    """Returns settings for each network, with only the names that it has."""
 
     def functions(network: nn.Module) -> frozenset[str] | None:
         return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
@@ -132,7 +132,7 @@ def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
 
 
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """The names of the networks to prepare in `module`; the module itself, if it is one, is `""` and first.
+    """Returns the names of the networks to prepare; `""` stands for the module itself and is first.
 
     Raises:
         ValueError: There is nothing to quantize.
@@ -159,7 +159,7 @@ def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
 
 
 def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
-    """A network that was prepared before: by an earlier fit, or by the user."""
+    """Describes a network that an earlier fit or the user has prepared."""
     recipe = recipe_of(network)
     assert recipe is not None
     with quiet_torch_ao():

@@ -1,4 +1,4 @@
-"""Finds the first tensor of a prepared network that held a NaN or an infinity.
+"""Detects NaN and infinity in a prepared network, and names the first tensor that held one.
 
 Raising inside `forward` would break `torch.compile` and make a GPU wait at every layer, so that each
 fake-quantize only sets a flag; here all flags are read in one transfer.
@@ -19,7 +19,7 @@ _FIX = "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0))
 
 
 class NonFiniteWatch:
-    """Looks for numbers that are none in prepared networks; asked at every step, so without a search.
+    """Detects NaN and infinity in prepared networks, cheaply enough for every step.
 
     Args:
         networks: The networks, by name.
@@ -30,7 +30,7 @@ class NonFiniteWatch:
         self._grids = [m for n in networks.values() for m in n.modules() if isinstance(m, FakeQuantize)]
 
     def clear(self) -> None:
-        """Forgets what earlier runs met."""
+        """Clears the flags that earlier runs have set."""
         for grid in self._grids:
             grid.nonfinite.zero_()
 
@@ -47,7 +47,7 @@ class NonFiniteWatch:
                 )
 
     def check_weights(self, step: int) -> None:
-        """Raises a `FloatingPointError` if one is in a weight."""
+        """Raises a `FloatingPointError` if a weight holds a NaN or an infinity."""
         for name, network in self._networks.items():
             weight = first_nonfinite_weight(network)
             if weight is not None:
@@ -74,7 +74,7 @@ def first_nonfinite_weight(network: nn.Module) -> str | None:
 
 
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
-    """A graph's own order; in eager mode the order in which the modules were registered."""
+    """Yields fake-quantizes in the order of the graph, or in eager mode in the order of registration."""
     graph = next((graph for module, graph in graphs(network) if module is network), None)
     if graph is None:
         for name, module in network.named_modules():

@@ -1,4 +1,4 @@
-"""How a network is prepared: the options that every function and callback of this package shares."""
+"""The options that say how a network is prepared, shared by all functions and callbacks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PrepareOptions(TypedDict, total=False):
 
 
 class ModuleOptions(PrepareOptions, total=False):
-    """:class:`PrepareOptions`, and which networks of a module they are for.
+    """:class:`PrepareOptions`, and the networks of a module that they apply to.
 
     Attributes:
         modules: Dotted names of the submodules to quantize. By default every child that is a network (a

@@ -1,4 +1,4 @@
-"""The recipe of a prepared network: everything that decides its graph and its grid, as JSON.
+"""The recipe of a prepared network: everything that decides its graph and its qparams, as JSON.
 
 It travels with the network's state dict under the key `_qat_recipe` (its JSON as a uint8 tensor, so
 that tools which expect tensors in a state dict find one), and is compared whenever a state dict is
@@ -61,16 +61,16 @@ class Recipe:
 
     @property
     def fills_bytes(self) -> bool:
-        """Whether activations have 8 bits, for which int8 kernels overflow on CPUs without VNNI."""
+        """Whether activations use 8 bits, with which int8 kernels overflow on CPUs without VNNI."""
         return any(FULL_BYTES in grid for grid in self.grid.values())
 
     def to_json(self) -> str:
-        """The recipe as JSON."""
+        """Returns the recipe as JSON."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe that `to_json` wrote; fields of later versions are ignored."""
+        """Reads the recipe that `to_json` wrote, and ignores fields of later versions."""
         values: dict[str, Any] = json.loads(text)
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         for name in ("keep_float", "layers", "untraceable"):
@@ -80,16 +80,16 @@ class Recipe:
         return cls(**fields)
 
     def to_tensor(self) -> torch.Tensor:
-        """The recipe's JSON as a one-dimensional uint8 tensor."""
+        """Returns the recipe's JSON as a one-dimensional uint8 tensor."""
         return torch.tensor(list(self.to_json().encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> Recipe:
-        """The recipe that `to_tensor` wrote."""
+        """Reads the recipe that `to_tensor` wrote."""
         return cls.from_json(bytes(tensor.tolist()).decode())
 
     def differences(self, other: Recipe) -> list[str]:
-        """Says in words where two recipes give different graphs or grids. Empty if they fit."""
+        """Lists in words what makes the graphs or qparams of two recipes differ. Empty if they fit."""
         found = [
             f"{name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
             for name in ("mode", "int8")
@@ -116,7 +116,7 @@ def _compare_names(what: str, here: set[str], there: set[str]) -> list[str]:
 
 
 def attach(network: nn.Module, recipe: Recipe) -> None:
-    """Makes `recipe` part of `network`: of its state dict, its copies, and of what may be loaded into it."""
+    """Attaches `recipe` to `network`, its state dict and its copies, and checks what is loaded into it."""
     if isinstance(network, fx.GraphModule):
         behaviour.attach(network, {_ATTRIBUTE: recipe})
     else:
@@ -127,7 +127,7 @@ def attach(network: nn.Module, recipe: Recipe) -> None:
 
 
 def recipe_of(network: nn.Module) -> Recipe | None:
-    """The recipe that `network` was prepared with, or None if it is float."""
+    """Returns the recipe that `network` was prepared with, or None if it is float."""
     return getattr(network, _ATTRIBUTE, None)
 
 
@@ -140,7 +140,7 @@ def quantized_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Reci
 
 
 def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
-    """The recipes in a state dict, by the name of the network (`""` for the whole)."""
+    """Returns the recipes in a state dict, by the name of the network (`""` for the whole)."""
     return {
         key.removesuffix(STATE_KEY).rstrip("."): Recipe.from_tensor(value)
         for key, value in state_dict.items()
@@ -149,7 +149,7 @@ def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
 
 
 def refuse_prepared_states(module: nn.Module) -> None:
-    """Makes a float module refuse the state dict of a prepared one with words, instead of a list of keys."""
+    """Makes a float module refuse the state dict of a prepared one with a clear error."""
     if _refuse_prepared not in load_hooks(module):
         module.register_load_state_dict_pre_hook(_refuse_prepared)
 

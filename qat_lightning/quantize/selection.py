@@ -1,4 +1,4 @@
-"""Which parts of a module are quantized: the networks of a LightningModule, and what stays float in them."""
+"""Selects what is quantized: the networks of a LightningModule, and the layers that stay float."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Functions = Callable[[nn.Module], frozenset[str] | None]
 
 @dataclass(frozen=True)
 class FoundNetworks:
-    """What a LightningModule holds.
+    """The networks and loose layers of a LightningModule.
 
     Attributes:
         networks: Names of the children that are networks (containers with quantizable layers).
@@ -46,7 +46,7 @@ def find_networks(module: nn.Module) -> FoundNetworks:
 
 
 def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The children; those of a ModuleList or ModuleDict, which has no forward, in its place."""
+    """Yields the children, and for a ModuleList or ModuleDict its own children instead."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and not isinstance(child, MetricCollection):
             yield from _children(child, f"{prefix}{name}.")
@@ -88,7 +88,7 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 def resolve_keep_float(
     network: nn.Module, patterns: Sequence[FloatPattern], functions: Functions = lambda network: None
 ) -> tuple[str, ...]:
-    """The names of the submodules of `network` that `patterns` keep float, outermost first, and of functions.
+    """Returns the names of the submodules, outermost first, and functions that `patterns` keep float.
 
     Args:
         network: A float network.
@@ -109,7 +109,7 @@ def resolve_keep_float(
 
 
 def resolve_overrides(network: nn.Module, overrides: Overrides) -> dict[str, Override | None]:
-    """The override of each convolution and linear layer that is, or is inside, what a name or glob matches.
+    """Returns the override of each convolution and linear layer that a name or glob matches.
 
     Raises:
         TypeError: A value is no override.
@@ -120,7 +120,7 @@ def resolve_overrides(network: nn.Module, overrides: Overrides) -> dict[str, Ove
 
 
 def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list[dict[str, Override | None]]:
-    """For each network, the overrides that match a layer in it.
+    """Returns, for each network, the overrides that match a layer in it.
 
     Raises:
         TypeError: A value is no override.
@@ -134,7 +134,7 @@ def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list
 
 
 def _layers(network: nn.Module, pattern: str) -> list[str]:
-    """Names of the convolutions and linear layers that match, or are in a module that does."""
+    """Returns the convolutions and linear layers that match or are inside a match."""
     roots = tuple(_matches(network, pattern))
     named = network.named_modules(remove_duplicate=False)
     return [name for name, m in named if isinstance(m, QUANTIZABLE) and is_inside(name, roots)]
@@ -145,7 +145,7 @@ def split_patterns(
     patterns: Sequence[FloatPattern],
     functions: Functions = lambda network: None,
 ) -> list[tuple[FloatPattern, ...]]:
-    """For each network, the patterns that match something in it.
+    """Returns, for each network, the patterns that match something in it.
 
     Raises:
         TypeError: A pattern is neither a string nor a type of modules nor a function.

@@ -1,4 +1,4 @@
-"""Makes a report of a run that ended."""
+"""Builds the report of a finished run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = ("qat-lightning", "torch", "lightning", "onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What is left of a run.
+    """The results of a finished run.
 
     Attributes:
         title: What was trained.
@@ -53,7 +53,7 @@ class FinishedRun:
 
 
 def build(run: FinishedRun) -> Report:
-    """Looks at every layer and measures every file, on as many threads as torch uses."""
+    """Inspects every layer and measures every file, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     module = copy_of(run.trained).cpu().eval()
     restore_batch_norms(module)
@@ -89,7 +89,7 @@ def publish(run: FinishedRun, folder: Path) -> Path:
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Writes `report.json` and `report.html`, each whole or not at all.
+    """Writes `report.json` and `report.html`, each complete or not at all.
 
     Returns:
         The page.

@@ -1,4 +1,4 @@
-"""What a report says, as values that `report.json` holds."""
+"""The content of a report, as the values in `report.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Score:
-    """How good one network is.
+    """The metrics of one network.
 
     Attributes:
         network: `"float"`, `"int8 without training"`, `"fake-quant"` or `"int8"`.
@@ -51,7 +51,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one file runs.
+    """The speed of one file.
 
     Attributes:
         name: What was run: `"float"`, `"int8"`, or the name of a file.
@@ -78,7 +78,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What was logged by the end of one epoch."""
+    """The metrics at the end of one epoch."""
 
     epoch: int
     metrics: dict[str, float]
@@ -121,7 +121,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """What became of one network.
+    """The inventory of one network.
 
     Attributes:
         name: Its name in the LightningModule, `""` for the module itself.
@@ -171,7 +171,7 @@ class Report:
     findings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:
-        """As text; JSON has no infinity, which becomes the text `"inf"`, likewise `"-inf"` and `"nan"`."""
+        """Returns JSON. It has no infinity or NaN, so these become the texts `"inf"`, `"-inf"`, `"nan"`."""
         return json.dumps({"version": VERSION, **_plain(dataclasses.asdict(self))}, indent=1)
 
     @classmethod

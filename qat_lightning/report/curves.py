@@ -1,4 +1,4 @@
-"""The course of a run: what was logged epoch by epoch, and what began when."""
+"""The course of a run: the metrics of each epoch, and when phases began."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qat_lightning.report.content import Epoch, Mark
 
 
 class Curves:
-    """Gathers it, and lives in checkpoints, so that a resumed run has all of it.
+    """Collects the course of a run. It is part of checkpoints, so that a resumed run has all of it.
 
     Attributes:
         epochs: What each epoch logged.
@@ -25,7 +25,7 @@ class Curves:
         self.epochs, self.marks = [], []
 
     def record(self, epoch: int, metrics: Mapping[str, Any], learning_rate: float) -> None:
-        """Takes an epoch's metrics, in the place of what was taken of it earlier.
+        """Records an epoch's metrics, replacing earlier ones of the same epoch.
 
         Those that are no single number are left out.
         """
@@ -35,7 +35,7 @@ class Curves:
         self.epochs.append(Epoch(epoch, {**values, "learning rate": learning_rate}))
 
     def mark(self, epoch: int, what: str) -> None:
-        """Notes that something began, once."""
+        """Records that something began, once."""
         if what not in [mark.what for mark in self.marks]:
             self.marks.append(Mark(epoch, what))
 

@@ -1,4 +1,4 @@
-"""The speeds of a run's int8 files, each beside the float network on the same runtime."""
+"""Measures the speeds of a run's int8 files, each against float on the same runtime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qat_lightning.report.speed import Candidate, measure
 
 
 class FileSpeeds(NamedTuple):
-    """What a race gave.
+    """The measured speeds.
 
     Attributes:
         speeds: For each runtime and batch, float before int8.
@@ -36,7 +36,7 @@ class FileSpeeds(NamedTuple):
 def file_speeds(
     prepared: nn.Module, int8: nn.Module, inputs: Mapping[str, Inputs], files: Sequence[Path], threads: int
 ) -> FileSpeeds:
-    """Measures every network of a module in every form.
+    """Measures each network of a module in each of its forms.
 
     Args:
         prepared: The module with the prepared networks, in eval mode on the CPU.
@@ -69,13 +69,13 @@ def _pair(runtime: str, plain: nn.Module, int8: nn.Module, suffix: str) -> list[
 
 
 def _graphs(files: Sequence[Path], name: str, networks: int) -> Iterator[Path]:
-    """The files of a network that hold its graph."""
+    """Returns the files of a network that hold its graph."""
     stem = f"int8.{name}" if networks > 1 else "int8"
     return (path for path in files if path.suffix != ".pt" and path.stem == stem)
 
 
 def _float_on(runtime: Runtime, prepared: nn.Module, inputs: Inputs, threads: int) -> Runtime:
-    """The float network on the runtime that an int8 file runs on."""
+    """Returns the float network on the runtime of an int8 file."""
     example = example_of(prepared, arguments_of(prepared, inputs))
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "float.onnx"

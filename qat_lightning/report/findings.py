@@ -1,4 +1,4 @@
-"""What stands out in a report, in words."""
+"""States in words what stands out in a report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOISE = 0.25
 
 
 def findings(report: Report, float_operations: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    """Judges a report.
+    """Returns the findings of a report.
 
     Args:
         report: Everything but its findings.
@@ -60,7 +60,7 @@ def _title(score: Score) -> str:
 
 
 def _speed(report: Report, operations: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Says where int8 is not faster, and what is known of why."""
+    """Says where int8 is not faster, and why if that is known."""
     slow: dict[str, list[Speed]] = {}
     for speed in report.speeds:
         if speed.speedup is not None and speed.speedup < _SLOW:
@@ -92,7 +92,7 @@ def _why_slow(report: Report, operations: Mapping[str, int]) -> str:
 
 
 def _layers(network: Network) -> Iterator[str]:
-    """Names the layers that lose most, that clip, and that int8 computes otherwise than was trained."""
+    """Names the layers that lose most, that clip, and whose int8 outputs differ from fake-quant."""
     poor = [layer for layer in network.layers if layer.fake_quant_sqnr < _POOR]
     for layer in _worst(poor, lambda each: each.loss, _LOSS):
         yield (

@@ -1,4 +1,4 @@
-"""How near each int8 layer is to its fake-quant and its float form, and what its grid cuts off."""
+"""Compares each int8 layer with its fake-quant and float forms, and measures what its range clips."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _EXACT = 60.0
 
 
 class _Seen(NamedTuple):
-    """What a layer read and returned in one pass."""
+    """The input and output of a layer in one forward pass."""
 
     x: Tensor
     y: Tensor
 
 
 class _Grid(NamedTuple):
-    """The integers that a layer's int8 output has."""
+    """The qparams and integer range of a layer's int8 output."""
 
     scale: float
     zero_point: int
@@ -98,7 +98,7 @@ def _compare(name: str, kind: str, exact: _Seen, rounded: _Seen, int8: Tensor) -
 
 
 def _grid_of(y: Tensor) -> _Grid | None:
-    """The grid of a quantized tensor, or None of a float one."""
+    """Returns the qparams of a quantized tensor, or None for a float one."""
     if not y.is_quantized:
         return None
     bounds = torch.iinfo(y.dtype)
@@ -115,7 +115,7 @@ def _run(network: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, 
 
 @contextmanager
 def _watched(network: nn.Module, names: Iterable[str], seen: dict[str, _Seen]) -> Iterator[None]:
-    """Keeps copies of what each layer reads and returns at its first call: what follows may overwrite it."""
+    """Copies the input and output of each layer's first call; later operations may overwrite them."""
     modules = dict(network.named_modules())
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:

@@ -1,4 +1,4 @@
-"""The CPU that speeds are measured on."""
+"""Describes the CPU on which speeds are measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def describe(threads: int) -> Machine:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on, which may be fewer than there are."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def has_vnni(machine: Machine) -> bool:
-    """Whether the CPU multiplies and adds int8 in one instruction: see :func:`qat_lightning.base.cpu`."""
+    """Whether the CPU multiplies and adds int8 in one instruction; see `qat_lightning.base.cpu`."""
     return cpu.has_dot_products(machine.features)

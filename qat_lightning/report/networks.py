@@ -1,4 +1,4 @@
-"""What became of one network: its layers, what was fused and what stays float."""
+"""Describes one network for a report: its layers, what was fused and what stays float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.report.layers import measure_layers
 
 
 def describe(name: str, prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> Network:
-    """Runs a network in each of its forms.
+    """Runs a network in each of its forms, and describes it.
 
     Args:
         name: Its name in the LightningModule.

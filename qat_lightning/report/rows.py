@@ -1,4 +1,4 @@
-"""What the tables of a report hold, for the page and the terminal alike."""
+"""The rows of a report's tables, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class ScoreRow:
 
 
 def metric_names(scores: Sequence[Score]) -> list[str]:
-    """The metrics of all networks, losses last."""
+    """Returns the names of all metrics, losses last."""
     names = dict.fromkeys(name for score in scores for name in score.metrics)
     return sorted(names, key=lambda name: "loss" in name.lower())
 
 
 def base_of(scores: Sequence[Score], score: Score) -> Score | None:
-    """The float network that `score` is compared with: on its own runtime if there is one, else the first."""
+    """Returns the float score to compare with: the one on the same runtime, else the first."""
     floats = [each for each in scores if each.network == "float" and each.split == score.split]
     own = [each for each in floats if each.runtime == score.runtime]
     return next(iter([*own, *floats]), None)
 
 
 def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
-    """The rows of the summary, in the order of `scores`."""
+    """Returns the rows of the summary, in the order of `scores`."""
     return [_score_row(score, base_of(scores, score), metric_names(scores)) for score in scores]
 
 
@@ -66,7 +66,7 @@ def _score_row(score: Score, base: Score | None, names: Sequence[str]) -> ScoreR
 
 
 def worst_first(layers: Sequence[Layer], attribute: str = "fake_quant_sqnr") -> list[Layer]:
-    """The layers by one of their SQNR; what is no number comes before all others."""
+    """Sorts the layers by one of their SQNRs; NaN comes first."""
 
     def rank(layer: Layer) -> float:
         value = getattr(layer, attribute)

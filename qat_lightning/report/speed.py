@@ -1,4 +1,4 @@
-"""How fast networks run, side by side, so that what else the machine does falls on all alike."""
+"""Measures networks in turns, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WARM_UP_SHARE = 0.1
 
 
 class Candidate(NamedTuple):
-    """What is measured.
+    """A network to measure.
 
     Attributes:
         name: As in :class:`qat_lightning.report.content.Speed`, likewise `runtime`.
@@ -46,7 +46,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     console: Console | None = None,
 ) -> list[Speed]:
-    """Measures groups of networks, those of a group against its first.
+    """Measures groups of networks, each against the first of its group.
 
     In each round every network of a group is called once, one after the other.
 
@@ -78,7 +78,7 @@ def measure(
 
 @contextmanager
 def pinned_threads(threads: int) -> Iterator[None]:
-    """PyTorch computes on `threads` threads inside the `with` block, and on as many as before after it."""
+    """Makes PyTorch use `threads` threads inside the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -88,7 +88,7 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 
 def of_batch(inputs: Inputs, size: int) -> Inputs:
-    """The first sample of `inputs`, repeated.
+    """Returns the first sample of `inputs`, repeated.
 
     The batch's size is that of the first tensor's first dimension; tensors of another, such as a mask, and
     what is no tensor stay as they are.
@@ -107,7 +107,7 @@ def of_batch(inputs: Inputs, size: int) -> Inputs:
 def _timed(
     calls: Sequence[Callable[..., Any]], args: Any, kwargs: Any, seconds: float, clock: Callable[[], float]
 ) -> list[list[float]]:
-    """For each round the seconds of each call, once caches and clock rates have settled."""
+    """Returns the seconds of each call in each round, after a warm-up."""
 
     def rounds(least: int, most: int, seconds: float) -> list[list[float]]:
         times: list[list[float]] = []

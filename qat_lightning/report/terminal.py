@@ -1,4 +1,4 @@
-"""A report for a terminal: what stands out, how good, how fast, and the worst layers."""
+"""Prints a report on a terminal: findings, scores, speeds and the worst layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def tables(report: Report) -> list[Table]:
-    """The findings, scores, speeds and worst layers of a report, each as a table, empty ones left out."""
+    """Returns tables of the findings, scores, speeds and worst layers, without empty ones."""
     found = [
         _findings(report),
         _scores(report),

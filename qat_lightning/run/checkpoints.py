@@ -1,4 +1,4 @@
-"""Which checkpoint a run can go on from: the newest that is whole, and with which it goes on exactly."""
+"""Finds the checkpoint to resume from: the newest complete one that resumes exactly."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str |
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder and those in it, the newest first."""
+    """Returns the checkpoints in a folder and its subfolders, the newest first."""
     return sorted((p for p in folder.rglob("*.ckpt") if p.is_file()), key=_written, reverse=True)
 
 
 def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | None:
-    """The first of `paths` that a run goes on from exactly, else the first from which it goes on."""
+    """Returns the first of `paths` that resumes exactly, else the first that resumes at all."""
     inexact = None
     for path in paths:
         try:
@@ -61,7 +61,7 @@ def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | 
 
 
 class _Unusable(Exception):
-    """Says what keeps a run from going on from a file."""
+    """Says why a run cannot resume from a file."""
 
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What else a Trainer holds that would break quantization-aware training: refused before it, with the fix."""
+"""Refuses, before training, what in a Trainer would break quantization-aware training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.run import messages, trainer_facts
 
 
 def check_package(trainer: object, module: object) -> None:
-    """Raises a `MisconfigurationException` if they are of the package `pytorch_lightning`."""
+    """Raises a `MisconfigurationException` for objects of the package `pytorch_lightning`."""
     for value, kind in ((trainer, pl.Trainer), (module, pl.LightningModule)):
         if not isinstance(value, kind):
             raise MisconfigurationException(
@@ -29,7 +29,7 @@ def check_package(trainer: object, module: object) -> None:
 
 
 def check_arguments(convert: object, output_dir: str | Path | None, **flags: object) -> None:
-    """Checks the callback's arguments that no other object checks.
+    """Checks the callback's arguments that have no class of their own.
 
     Raises:
         ValueError: A value is out of range.
@@ -45,14 +45,14 @@ def check_arguments(convert: object, output_dir: str | Path | None, **flags: obj
 
 
 def check_run(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> None:
-    """Raises a `MisconfigurationException` where the run cannot be one of quantization-aware training."""
+    """Raises a `MisconfigurationException` if the run cannot be quantization-aware training."""
     trainer_facts.check_strategy(trainer)
     check_callbacks(trainer, callback)
     check_loggers(trainer, module)
 
 
 def check_prepared(module: nn.Module, networks: Mapping[str, nn.Module], names: Iterable[str]) -> None:
-    """Raises a `MisconfigurationException` if other networks would be trained than were prepared.
+    """Raises a `MisconfigurationException` if the networks to train are not those that were prepared.
 
     Args:
         module: The module that is about to be trained.
@@ -72,7 +72,7 @@ def check_prepared(module: nn.Module, networks: Mapping[str, nn.Module], names: 
 
 
 def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
-    """Raises a `MisconfigurationException` if rank 0 could not write to `folder` at the end of the run."""
+    """Raises a `MisconfigurationException` if rank 0 cannot write to `folder`."""
     if folder is None or not trainer.is_global_zero or trainer_facts.is_fast_dev_run(trainer):
         return
     try:
@@ -85,7 +85,7 @@ def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
 
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Raises a `MisconfigurationException` if another callback would work on layers that are not trained."""
+    """Raises a `MisconfigurationException` if another callback would use the wrong layers."""
     callbacks, own = trainer_facts.callbacks(trainer), type(callback).__name__
     for i, other in enumerate(callbacks):
         name = type(other).__name__

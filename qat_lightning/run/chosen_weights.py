@@ -1,4 +1,4 @@
-"""Which weights of a run are converted: the best-ranked checkpoint that was quantized, or the last."""
+"""Chooses the weights to convert: the best-ranked checkpoint with fake-quantization on, or the last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
-    """Chooses for `convert="best"` or `"last"`; reads checkpoints, so on rank 0 only.
+    """Chooses weights for `convert="best"` or `"last"`. Call it on rank 0 only: it reads checkpoints.
 
     A float metric can peak before fake-quantization starts. Such a checkpoint was never quantized,
     so best means the best-ranked among those whose fake-quantization is on.

@@ -1,4 +1,4 @@
-"""The end of a run: rank 0 converts and writes, and every rank comes out with the same result."""
+"""The end of a run: rank 0 converts and writes, and every rank gets the same result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Write = Callable[[pl.LightningModule, pl.LightningModule, dict[str, float]], Seq
 
 
 class ConversionResult(NamedTuple):
-    """What a conversion gave.
+    """The result of a conversion.
 
     Attributes:
         module: The int8 LightningModule, on the CPU in eval mode.
@@ -41,7 +41,7 @@ class ConversionResult(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """What rank 0 tells the others: the failure, or the outcome with the int8 state as bytes."""
+    """What rank 0 sends to the others: the failure, or the result with the int8 state as bytes."""
 
     failure: str | None
     state: bytes = b""
@@ -53,7 +53,7 @@ class _Message(NamedTuple):
 def convert_on_all_ranks(
     trainer: pl.Trainer, module: pl.LightningModule, which: str, write: Write, folder: Path
 ) -> ConversionResult:
-    """Converts on rank 0, and gives every rank the same int8 module, or the same error.
+    """Converts on rank 0. Every rank gets the same int8 module or the same error.
 
     The int8 state travels by broadcast, so that the ranks need no common file system.
 
@@ -127,13 +127,13 @@ def _is_there(file: tuple[str, int, int]) -> bool:
 
 
 def _identify(file: Path) -> tuple[str, int, int]:
-    """What tells a file from one of the same name on another file system."""
+    """Returns what distinguishes a file from one of the same name on another file system."""
     status = file.stat()
     return str(file), status.st_size, status.st_mtime_ns
 
 
 def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> str:
-    """Sees to it that the trained weights are in a file, and says in which."""
+    """Makes sure that the trained weights are in a file, and says in which."""
     written = [getattr(each, "best_model_path", "") for each in trainer.checkpoint_callbacks]
     if any(written):
         return "The trained weights are safe in the run's checkpoints"
@@ -144,7 +144,7 @@ def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> st
     except OSError as error:
         return (
             f"The run has written no checkpoint, and {path} could not be written either ({error}): the "
-            "trained weights are in the module that fit was given alone. Save them with torch.save"
+            "trained weights are only in memory, in the module passed to fit(). Save them with torch.save"
         )
     return f"The run has written no checkpoint, so the trained weights were written to {path}"
 

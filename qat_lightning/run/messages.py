@@ -1,4 +1,4 @@
-"""What the callback says: a line for each thing that happens."""
+"""The log lines and warnings of the callback: one line for each event."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIGH_LEARNING_RATE = 1e-3
 
 
 def replaced(name: str) -> str:
-    """What is said where a prepared network was thrown away."""
+    """Returns the error message for a prepared network that was replaced."""
     return (
         f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
         "float network would be trained. `configure_model` is called more than once and must leave alone "
@@ -39,7 +39,7 @@ def announce_prepared(networks: Sequence[Prepared]) -> None:
 
 
 def overflow(recipes: Iterable[Recipe]) -> str | None:
-    """What is said where int8 kernels overflow on this CPU with activations of 8 bits."""
+    """Returns the message for CPUs on which int8 kernels overflow with 8-bit activations, or None."""
     if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
         return None
     return (
@@ -52,7 +52,7 @@ def overflow(recipes: Iterable[Recipe]) -> str | None:
 def warn_of_unreached(
     trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
 ) -> None:
-    """Warns of what is to happen beyond the end of the run, once: `warned` holds what it warned of."""
+    """Warns once of each moment beyond the end of the run; `warned` holds the names already warned of."""
     epochs = trainer_facts.epochs(trainer)
     for name in resolved.never_reached(epochs, trainer_facts.steps(trainer)):
         if name not in warned:
@@ -64,7 +64,7 @@ def warn_of_unreached(
 
 
 def announce(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
-    """Says in one line each what begins with `phase`, and returns it in short."""
+    """Logs a line for each thing that begins with `phase`, and returns short names of them."""
     began = []
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
     if before is None and trainer.global_step > 0:

@@ -1,4 +1,4 @@
-"""What a part of the callback is: one concern of a run, with the hooks that it needs."""
+"""The base class of the callback's parts: one concern of a run, with its hooks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Part:
         """Forgets an earlier run, and refuses what cannot work, before anything is changed."""
 
     def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
-        """Sees the float networks `names`, which are about to be prepared."""
+        """Runs before the float networks `names` are prepared."""
 
     def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
-        """Takes the prepared networks; called again where a checkpoint has them prepared anew."""
+        """Receives the prepared networks; called again if a checkpoint requires another preparation."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
@@ -60,10 +60,10 @@ class Part:
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A validation, a test or a prediction begins."""
+        """Runs when a validation, a test or a prediction begins."""
 
     def on_evaluation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """It has ended."""
+        """Runs when it has ended."""
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
@@ -72,16 +72,16 @@ class Part:
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
     def after_conversion(self, trainer: pl.Trainer, result: ConversionResult, folder: Path) -> None:
-        """Sees the int8 module and the files that are written; `folder` is where they are."""
+        """Receives the int8 module and the files, which are in `folder`."""
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What the callback's state in a checkpoint holds of this part, as plain values."""
+        """Returns this part's share of the callback's state, as plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what it needs of the callback's state, in which an older version may lack a key."""
+        """Reads this part's share of the callback's state. Older checkpoints may lack a key."""
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]

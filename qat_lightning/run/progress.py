@@ -1,4 +1,4 @@
-"""How far a run had come when a checkpoint was written, in the counters of Lightning's loops.
+"""Reads and corrects the counters of Lightning's loops in checkpoints: how far a run had come.
 
 Lightning's own restart leaves out a validation that is due after the batch at whose end a checkpoint is
 written, and does half of one that was interrupted. Other weights would be the best than without the
@@ -20,18 +20,18 @@ _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def has_begun(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether the run had trained on anything when a checkpoint was written."""
+    """Whether the run had trained on a batch when a checkpoint was written."""
     return bool(_batches(checkpoint)["total"]["processed"])
 
 
 def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written between two training steps, so that a run goes on from it exactly."""
+    """Whether a checkpoint was written between two training steps, so that it resumes exactly."""
     current = _batches(checkpoint)["current"]
     return bool(current["ready"] == current["processed"])
 
 
 def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Notes in a checkpoint that is being written whether a validation comes next.
+    """Notes in a checkpoint whether a validation comes next.
 
     In Lightning's terms: the batch is completed, and a validation has begun, of which nothing is done.
     """
@@ -48,12 +48,12 @@ def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> No
 
 
 def validation_is_next(trainer: pl.Trainer) -> bool:
-    """Whether a run that was resumed begins with a validation."""
+    """Whether a resumed run begins with a validation."""
     return trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
 
 
 def forget_restart(trainer: pl.Trainer) -> None:
-    """Makes the counters, when a validation starts, those of a run that was not interrupted.
+    """Resets the counters of an interrupted run when a validation starts.
 
     The count of validation batches would else make the next checkpoint look like one of an interrupted
     validation. And as long as the epoch counts as restarted, Lightning leaves out schedulers on a plateau,

@@ -1,4 +1,4 @@
-"""SLURM's requeue signal, answered between two training steps."""
+"""Answers SLURM's requeue signal between two training steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat_lightning.base import lightning_internals
 
 
 class RequeueBetweenSteps(pl.Callback):
-    """Lets Lightning write SLURM's checkpoint where a run goes on from it exactly.
+    """Writes SLURM's requeue checkpoint only between steps, so that the run resumes exactly.
 
     Lightning writes it wherever the signal finds the process, as in the middle of a backward pass, and then
     requeues the job. This waits for the end of the step, or of the batch that is validated, on every process.
@@ -26,7 +26,7 @@ class RequeueBetweenSteps(pl.Callback):
         self._came = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts a handler that remembers the signal in the place of Lightning's."""
+        """Replaces Lightning's signal handler by one that remembers the signal."""
         environment = lightning_internals.cluster_environment(trainer)
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
@@ -39,12 +39,12 @@ class RequeueBetweenSteps(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Answers a signal that came, unless gradients of the next step have been accumulated."""
+        """Answers a signal, unless gradients of the next step have been accumulated."""
         if not lightning_internals.accumulates(trainer):
             self._answer_if_it_came(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
-        """Answers a signal that came during a validation of fit, which the requeued run does again."""
+        """Answers a signal during a validation of fit. The requeued run repeats the validation."""
         if not trainer.sanity_checking:
             self._answer_if_it_came(trainer)
 

@@ -1,4 +1,4 @@
-"""What the callback asks of a Trainer: whether it can be used, how long its run is, how far it has come."""
+"""Facts about a Trainer: whether it is supported, how long its run is, how far it has come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Raises a `MisconfigurationException` where parameters, processes or float32 are out of reach."""
+    """Raises a `MisconfigurationException` for strategies and precisions that cannot work."""
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
             "Quantization-aware training needs every parameter whole on every rank, but "
@@ -52,12 +52,12 @@ def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def epochs(trainer: pl.Trainer) -> float:
-    """Epochs of the whole run, infinite where there is no limit."""
+    """Returns the epochs of the whole run, infinite without a limit."""
     return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
 
 
 def steps(trainer: pl.Trainer) -> float:
-    """Steps of the whole run in the unit of :func:`steps_done`, infinite where there is no limit."""
+    """Returns the steps of the whole run in the unit of :func:`steps_done`, infinite without a limit."""
     if _counts_batches(trainer):
         return trainer.num_training_batches * epochs(trainer)
     limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
@@ -65,7 +65,7 @@ def steps(trainer: pl.Trainer) -> float:
 
 
 def steps_done(trainer: pl.Trainer) -> int:
-    """Steps that the run has done: of the optimizer, or with manual optimization batches.
+    """Returns the steps done so far: optimizer steps, or with manual optimization batches.
 
     With manual optimization a batch may step several optimizers, or none, and Lightning's global step counts
     each; only in batches is the length of a run of so many epochs known.
@@ -76,7 +76,7 @@ def steps_done(trainer: pl.Trainer) -> int:
 
 
 def _accumulated_steps(trainer: pl.Trainer) -> int | None:
-    """Steps of a run whose gradient accumulation changes by epoch, which Lightning does not foresee."""
+    """Returns the steps of a run whose gradient accumulation changes by epoch; Lightning cannot tell."""
     found = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
     if not found or not math.isfinite(trainer.num_training_batches * epochs(trainer)):
         return None
@@ -89,33 +89,33 @@ def _counts_batches(trainer: pl.Trainer) -> bool:
 
 
 def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """All callbacks of the run, in the order in which Lightning calls them."""
+    """Returns all callbacks of the run, in the order in which Lightning calls them."""
     return list(vars(trainer)["callbacks"])
 
 
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
-    """Whether this is a trial of the code, which writes nothing."""
+    """Whether this is a `fast_dev_run`, which writes nothing."""
     return bool(vars(trainer).get("fast_dev_run"))
 
 
 def is_compiled(module: pl.LightningModule) -> bool:
-    """Whether `module` was passed compiled, or holds a compiled network."""
+    """Whether `module` or a network in it is compiled."""
     return lightning_internals.is_compiled(module) or holds_compiled(module)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
-    """Where the run's checkpoints go, or its root folder where there are none."""
+    """Returns the folder of the run's checkpoints, or its root folder without checkpoints."""
     beside = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(beside or trainer.default_root_dir)
 
 
 def validation_data(trainer: pl.Trainer) -> Any:
-    """The validation loaders as the user gave them, whole: not a rank's share. None where there are none."""
+    """Returns the user's validation loaders, whole rather than a rank's share, or None."""
     source = lightning_internals.validation_source(trainer)
     return source.dataloader() if source.is_defined() else None
 
 
 def highest_learning_rate(trainer: pl.Trainer) -> float:
-    """The highest learning rate of any parameter group at the moment."""
+    """Returns the current highest learning rate of any parameter group."""
     rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return float(max(rates, default=0.0))

@@ -1,4 +1,4 @@
-"""Before the first epoch: would the network convert, would it run as int8, and how much of it is int8?"""
+"""The preflight: would a network train, convert and run as int8, and how much of it becomes int8?"""
 
 from qat_lightning.analysis.preflight.network_report import Finding, NetworkReport
 from qat_lightning.analysis.preflight.preflight import preflight

@@ -1,4 +1,4 @@
-"""Where in the user's code something happens: the module that runs, the file and the line."""
+"""Locates calls in the user's code: the running module, the file and the line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
 
 
 class CallLocation(TorchFunctionMode):
-    """What is running; after an error, what was running when it was raised.
+    """The running modules and operation; after an error, those that raised it.
 
     Attributes:
         path: Names of the modules, outermost first.
@@ -70,7 +70,7 @@ def line_of_error(error: BaseException, module: nn.Module) -> str | None:
 
 @contextmanager
 def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
-    """For each submodule, the line of the user's code that calls it first inside the block."""
+    """Yields, for each submodule, the user's line that calls it first inside the block."""
     lines: dict[str, str] = {}
 
     def note(name: str) -> Any:
@@ -99,7 +99,7 @@ def _users_frame(frame: FrameType | None) -> str:
 
 
 def _line_in_graph(module: nn.Module, code: str) -> str | None:
-    """The user's line behind one of a graph's code, which assigns to a variable named as its node."""
+    """Returns the user's line behind a line of a graph's code, found by the name of its node."""
     name = code.split("=")[0].split(":")[0].strip()
     for _, graph in graphs(module):
         for node in graph.nodes:

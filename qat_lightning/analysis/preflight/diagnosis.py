@@ -1,4 +1,4 @@
-"""Why a network does not run as int8, in words: from PyTorch's message to the line and the fix."""
+"""Explains why a network does not run as int8: turns PyTorch's message into the line and the fix."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Words(NamedTuple):
 def explain(
     error: Exception, network: nn.Module, name: str, stage: str, here: CallLocation
 ) -> PreflightError:
-    """Makes of an `error` in a rehearsal one that says where it comes from and what fixes it.
+    """Turns an `error` of a dry run into one that names its place and its fix.
 
     Args:
         error: What PyTorch raised.

@@ -1,4 +1,4 @@
-"""Trains, converts and runs a copy of a prepared network once, and says what came of it."""
+"""Dry-runs a copy of a prepared network: one training step, the conversion, an int8 forward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qat_lightning.quantize.recipe import recipe_of
 
 
 def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
-    """Does once what a run will do: a training step, conversion, and an int8 forward.
+    """Does once what a run will do: a training step, the conversion, and an int8 forward.
 
     Args:
         name: Name of the network in the LightningModule.
@@ -80,7 +80,7 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
 
 @contextmanager
 def stage(what: str, name: str, network: nn.Module) -> Iterator[None]:
-    """Makes of an error in the block one that says where it comes from."""
+    """Turns an error in the block into one that names its place."""
     with follow(network) as here:
         try:
             yield
@@ -91,7 +91,7 @@ def stage(what: str, name: str, network: nn.Module) -> Iterator[None]:
 
 
 def _surrogate_loss(outputs: Any) -> torch.Tensor:
-    """A loss that reaches whatever the outputs depend on; the user's own may need labels."""
+    """Returns a loss that depends on all outputs. The user's own may need labels."""
     terms = [v.float().square().mean() for v in tree_leaves(outputs) if _has_gradient(v)]
     if not terms:
         raise RuntimeError("its outputs hold no tensor with a gradient")
@@ -103,7 +103,7 @@ def _has_gradient(value: Any) -> bool:
 
 
 def _check_eval(int8: nn.Module) -> None:
-    """Raises if a module refused `eval()`: it would convert, and run, as it trains."""
+    """Raises if a module ignores `eval()`: it would convert in training mode."""
     for name, module in int8.named_modules():
         if module.training:
             kind = type(module)
@@ -119,7 +119,7 @@ def _check_eval(int8: nn.Module) -> None:
 
 
 def _sqnr(expected: Any, found: Any) -> float:
-    """Decibels between two nests of outputs, over all their floating tensors."""
+    """Returns the SQNR between two nested outputs, over all floating-point tensors."""
     pairs = [
         (a.float().flatten(), b.float().flatten())
         for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True)

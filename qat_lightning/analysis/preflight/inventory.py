@@ -1,4 +1,4 @@
-"""Counts what an int8 network consists of, beside the prepared one that it was converted from."""
+"""Takes inventory of an int8 network: fused layers, float layers, multiply-adds."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _BATCH_NORM = "BatchNorm"
 
 
 class Work(NamedTuple):
-    """Multiply-adds of one pass: of each layer with weights, and of everything."""
+    """The multiply-adds of one forward pass: of each layer with weights, and in total."""
 
     layers: dict[str, int]
     total: int
 
 
 def count_work(network: nn.Module, inputs: Inputs) -> Work:
-    """Counts multiply-adds; those of attention are in the total alone."""
+    """Counts multiply-adds. Those of attention count only in the total."""
     macs: Counter[str] = Counter()
 
     def note(name: str) -> Any:
@@ -58,7 +58,7 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
 
 
 def fused_layers(prepared: nn.Module) -> dict[str, int]:
-    """The number of fused layers of each kind."""
+    """Counts the fused layers of each kind."""
     kinds = Counter(
         parts(module)
         for module in prepared.modules()
@@ -68,7 +68,7 @@ def fused_layers(prepared: nn.Module) -> dict[str, int]:
 
 
 def parts(module: nn.Module) -> str:
-    """The layers that a fused one consists of: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
+    """Names the layers in a fused one: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
     name = type(module).__name__
     size = name[-2:] if name.endswith("d") else "1d"
     parts = [
@@ -82,7 +82,7 @@ def parts(module: nn.Module) -> str:
 def layers(
     prepared: nn.Module, int8: nn.Module, recipe: Recipe, work: Work, lines: dict[str, str]
 ) -> tuple[list[str], list[Finding]]:
-    """The names of the int8 layers, and the layers and blocks with weights that stay float."""
+    """Returns the names of the int8 layers, and the layers and blocks with weights that stay float."""
     converted = dict(int8.named_modules())
     quantized, found = [], []
     blocks: list[str] = []
@@ -114,7 +114,7 @@ def _why_float(name: str, module: nn.Module, recipe: Recipe) -> str:
 
 
 def batch_norms(int8: nn.Module, lines: dict[str, str]) -> list[Finding]:
-    """The batch-norms that are layers of their own in the int8 network."""
+    """Returns the batch-norms that were not fused."""
     return [
         Finding(name, type(module).__name__, _why_alone(module), lines.get(name, "not called"))
         for name, module in int8.named_modules()
@@ -127,7 +127,7 @@ def _why_alone(module: nn.Module) -> str:
 
 
 def float_ops(int8: nn.Module) -> list[Finding]:
-    """The float operations of int8 graphs that lie between int8 ones."""
+    """Returns the float operations between int8 ones in int8 graphs."""
     return [finding for module, graph in graphs(int8) for finding in _float_ops_of(module, graph)]
 
 
@@ -142,7 +142,7 @@ def _float_ops_of(module: nn.Module, graph: fx.Graph) -> Iterator[Finding]:
 
 
 def _reach(start: list[fx.Node], following: Any, stops: Any) -> set[fx.Node]:
-    """The nodes that can be reached from `start` without passing one at which to stop."""
+    """Returns the nodes reachable from `start` without passing a stop node."""
     found: set[fx.Node] = set()
     waiting = [n for node in start for n in following(node)]
     while waiting:

@@ -1,4 +1,4 @@
-"""What a preflight found, as values and as a table."""
+"""The result of a preflight, as values and as a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """What one network becomes.
+    """The result for one network.
 
     Attributes:
         name: Its name in the LightningModule, `""` for the module itself.
@@ -84,7 +84,7 @@ class NetworkReport:
 
 
 def preflight_table(reports: Iterable[NetworkReport]) -> Table:
-    """A table of what was fused, what stays float and why, for a terminal."""
+    """Builds a table for the terminal: what was fused, what stays float and why."""
     table = Table(title="Preflight", show_lines=False)
     for column in ("network", "what", "which"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""`preflight`: says before the first epoch whether a module would train, convert and run as int8."""
+"""`preflight`: checks before training whether a module would train, convert and run as int8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def preflight(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor,
     **options: Unpack[ModuleOptions],
 ) -> list[NetworkReport]:
-    """Tries a whole quantization-aware run on a copy, in seconds: prepare, a training step, convert, int8.
+    """Tries a whole run on a copy, in seconds: prepare, a training step, convert, an int8 forward.
 
     The module is not changed, nor are its batch-norm statistics, its mode and the random generators. Only the
     first samples of the inputs are used.
@@ -54,7 +54,7 @@ def preflight(
 
 
 def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:
-    """:func:`preflight` with the settings of a callback."""
+    """Runs :func:`preflight` with the settings of a callback."""
     inputs = _as_inputs(example_inputs)
     with random_state.preserved():
         names = _names(module, settings)
@@ -72,7 +72,7 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
 
 
 def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
-    """The last submodule to be called of those that an error names, and the line that calls it."""
+    """Returns the last called submodule among those that an error names, and the line that calls it."""
     if isinstance(error, UntraceableError):
         return None  # which has its line
     quoted = set(re.findall(r"'([\w.]+)'", str(error).split("Nearest:")[0]))
@@ -92,7 +92,7 @@ def _as_inputs(example_inputs: Any) -> Inputs:
 
 
 def _is_whole(module: nn.Module, settings: Settings) -> bool:
-    """Whether `module` is one network, rather than a LightningModule that holds some."""
+    """Whether `module` is one network rather than a LightningModule with networks."""
     return settings.modules is None and not hasattr(module, "training_step")
 
 
@@ -101,7 +101,7 @@ def _names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
 
 
 def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -> dict[str, Inputs]:
-    """What the module's forward calls each network with."""
+    """Returns the inputs that the module's forward passes to each network."""
     networks = {name: module.get_submodule(name) for name in names}
     with torch.no_grad(), stage("float forward", "", module), Catcher(networks.values()) as catcher:
         module.eval()(*inputs.args, **inputs.kwargs)

@@ -1,4 +1,4 @@
-"""The curves of the training, one plot for each family of metrics."""
+"""Draws the training curves, one plot for each family of metrics."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Curve = tuple[list[int], list[float]]
 
 
 def curve_plots(epochs: Sequence[Epoch], marks: Sequence[Mark]) -> list[Plot]:
-    """Draws what was logged over the epochs: losses, accuracies, learning rates, then what else there is.
+    """Draws the logged metrics over the epochs: losses, accuracies, learning rates, then the others.
 
     Args:
         epochs: What was logged.
@@ -141,7 +141,7 @@ def _lines(axes: Axes, title: str, curves: dict[str, _Curve]) -> None:
 
 
 def _scale(axes: Axes, curves: dict[str, _Curve], values: list[float]) -> None:
-    """Numbers at the vertical axis, as short as they can be."""
+    """Sets short numbers at the vertical axis."""
     if all(formats.is_share(name, value) for name, (_, each) in curves.items() for value in each):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     elif axes.get_yscale() == "log" or not 0.01 <= max(map(abs, values)) < 1e5:
@@ -151,7 +151,7 @@ def _scale(axes: Axes, curves: dict[str, _Curve], values: list[float]) -> None:
 
 
 def _mark(axes: Axes, mark: Mark, rows_up: int, right: bool) -> None:
-    """A line before the epoch, up to its own row above the axes, with its words beside it."""
+    """Draws a line at an epoch, with its label in its own row above the axes."""
     low, high = axes.get_xlim()
     x = max(mark.epoch - 0.5, low)
     room = (high - x if right else x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no script, light and dark."""
+"""Renders a report as one self-contained HTML file: no network, no script, light and dark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat_lightning.report.rows import metric_names, score_rows, worst_first
 
 
 def render(report: Report) -> str:
-    """The HTML of a report.
+    """Returns the HTML of a report.
 
     Args:
         report: What it says. Parts of it that are empty are left out.

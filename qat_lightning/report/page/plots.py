@@ -1,4 +1,4 @@
-"""What was measured after the training, as plots."""
+"""Draws what was measured after the training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COLOURS = {"float": GRAY, "fake-quant": BLUE, "int8": ORANGE}
 
 
 def score_plots(scores: Sequence[Score]) -> list[Plot]:
-    """Draws each metric of each network: dots, since what matters is how far they lie from float."""
+    """Draws each metric of each network as dots, to show the distance from float."""
     return [
         _dots(
             f"score{index}",
@@ -80,7 +80,7 @@ def _dots(prefix: str, name: str, scores: Sequence[Score]) -> Plot:
 
 
 def speed_plots(speeds: Sequence[Speed]) -> list[Plot]:
-    """Draws how fast the files run: durations of single inputs, and inputs per second of larger batches."""
+    """Draws the speeds: durations for single inputs, inputs per second for larger batches."""
     ordered = sorted(speeds, key=lambda speed: speed.batch)
     return [
         _speeds(f"speed{batch}", batch, list(group))
@@ -138,7 +138,7 @@ def _which(shown: int, total: int, exact: int) -> str:
 
 
 def histograms(prefix: str, layers: Sequence[Layer]) -> list[Plot]:
-    """Draws where the float outputs of the worst layers lie, and which part of that their grids hold.
+    """Draws histograms of the worst layers' float outputs, and the range that int8 can represent.
 
     Args:
         prefix: As in `layer_plots`.
@@ -192,7 +192,7 @@ def _bars(
     colours: Sequence[str],
     spreads: Sequence[float] | None = None,
 ) -> str:
-    """Horizontal bars from zero, each with its value at its end."""
+    """Draws horizontal bars from zero, each with its value at its end."""
     room = _WIDTH - _label_width(labels) - 8
     ends = [
         max(value + spread, 0) for value, spread in zip(values, spreads or [0.0] * len(values), strict=True)
@@ -230,7 +230,7 @@ def _word_width(texts: Sequence[str]) -> float:
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """A row for each label, the first at the top, and no axis: the values stand beside the marks."""
+    """Sets a row for each label, the first on top, without an axis: values stand beside the marks."""
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_yticks(range(len(labels)), [formats.shorten(label, _LABEL_EMS) for label in labels])
     axes.tick_params(axis="y", labelcolor=INK)

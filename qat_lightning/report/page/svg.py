@@ -1,4 +1,4 @@
-"""Plots as inline SVG that takes its colours from the page, and leaves matplotlib as it was."""
+"""Draws plots as inline SVG with the page's colours, without changing matplotlib's state."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _inline(text: str, prefix: str, label: str, width: float, height: float) -> 
 
 
 def _element(source: ElementTree.Element, renamed: Callable[[str], str]) -> ElementTree.Element:
-    """A copy without namespaces, metadata, styles for the whole page, and ids that nothing refers to."""
+    """Copies an element without namespaces, metadata, page-wide styles and unused ids."""
     element = ElementTree.Element(_local(source.tag))
     for name, value in source.attrib.items():
         if name == "style":

@@ -1,4 +1,4 @@
-"""Raises on every rank if the grid of any fake-quantize differs between ranks by as much as one bit."""
+"""Raises on every rank if the qparams of a fake-quantize differ between ranks by even one bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_same_grids(module: nn.Module) -> None:
 
 
 def _of(grid: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What has to be the same on all ranks; that a NaN was met is news of one rank."""
+    """Yields what must be equal on all ranks. The NaN flag may differ."""
     for name, buffer in grid.named_buffers():
         if name != "nonfinite":
             yield name, buffer.detach()
@@ -43,7 +43,7 @@ def _of(grid: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _digest(values: Sequence[Tensor]) -> int:
-    """A number that stands for the bits of `values`; one transfer from each device."""
+    """Hashes the bits of `values`, with one transfer from each device."""
     found = hashlib.blake2b(digest_size=8)
     for device in dict.fromkeys(value.device for value in values):
         flat = [v.reshape(-1).contiguous().view(torch.uint8) for v in values if v.device == device]
@@ -52,7 +52,7 @@ def _digest(values: Sequence[Tensor]) -> int:
 
 
 def _first_difference(values: Sequence[tuple[str, Tensor]]) -> str:
-    """Says what differs first, and how; every rank calls it."""
+    """Describes the first difference. Every rank must call it."""
     names = gather([name for name, _ in values])
     if any(each != names[0] for each in names):
         return "The ranks' networks have different fake-quantizes."

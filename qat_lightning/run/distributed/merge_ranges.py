@@ -1,4 +1,4 @@
-"""Merges the ranges that each process of a distributed run has observed, so that all have one grid.
+"""Merges the ranges that the processes of a distributed run have observed.
 
 DistributedDataParallel broadcasts rank 0's buffers at every forward, which would throw away what
 the other ranks observed. The buffers of fake-quantizes are kept out of that broadcast, and merged
@@ -21,7 +21,7 @@ from qat_lightning.run.distributed.processes import several_processes
 
 
 def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
-    """Makes DistributedDataParallel leave the buffers of every fake-quantize in `module` alone.
+    """Keeps the buffers of every fake-quantize in `module` out of DistributedDataParallel's broadcast.
 
     Must happen before `module` is wrapped. What the user has listed stays listed. Histograms cannot be
     merged by their extremes: they stay in the broadcast, so that all ranks go on from rank 0's.
@@ -36,7 +36,7 @@ def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
 
 
 def merge_ranges(module: nn.Module) -> None:
-    """Gives all processes the ranges that all of them observed together.
+    """Gives all processes the merged ranges.
 
     A minimum is the least of the ranks', a maximum the greatest; of moving averages it is the mean, of
     histograms the first rank's. A rank whose observer saw no data contributes nothing. One all-gather of
@@ -60,7 +60,7 @@ def merge_ranges(module: nn.Module) -> None:
 
 
 def _seen_by(module: nn.Module, name: str, child: Any) -> Tensor:
-    """The minima and maxima of one observer, infinite where it saw nothing, and its histogram."""
+    """Returns the minima and maxima of an observer, infinite if it saw nothing, and its histogram."""
     observer = child.activation_post_process
     low, high = observer.min_val.flatten(), observer.max_val.flatten()
     if has_histogram(child):
@@ -81,7 +81,7 @@ def _take_range(child: Any, rows: Tensor) -> None:
 
 
 def _take_histogram(child: Any, rows: Tensor) -> None:
-    """The first rank's that has seen anything: histograms of other ranges have no common bins."""
+    """Takes the first rank's histogram that saw data; histograms of different ranges share no bins."""
     found = next((row for row in rows if torch.isfinite(row[:2]).all()), None)
     if found is not None:
         child.activation_post_process.histogram.copy_(found[2:])
@@ -96,6 +96,6 @@ def _merged(lows: Tensor, highs: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]
 
 
 def _mean(values: Tensor, seen: Tensor, nothing: float) -> Tensor:
-    """In float64, in which the mean of equal numbers is that number: a frozen range stays what it is."""
+    """Averages in float64, in which the mean of equal numbers is exact, so that a frozen range stays."""
     mean = torch.where(seen, values, 0).double().sum(0) / seen.sum(0)
     return mean.to(values.dtype).masked_fill(~seen.any(0), nothing)

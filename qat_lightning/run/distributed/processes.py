@@ -1,4 +1,4 @@
-"""What the processes of a distributed run do together, so that none waits for one that has failed."""
+"""Lets the processes of a distributed run succeed or fail together."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qat_lightning.base.errors import RankError
 
 
 def several_processes() -> bool:
-    """Whether this process is one of several that can talk to each other."""
+    """Whether this process is one of several in a process group."""
     running = distributed.is_available() and distributed.is_initialized()
     return running and distributed.get_world_size() > 1
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the `value` of every rank, in their order."""
+    """Returns the `value` of every rank, in rank order."""
     values: list[Any] = [value]
     if several_processes():
         values = [None] * distributed.get_world_size()
@@ -28,7 +28,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def fail_together(doing: str) -> Iterator[None]:
-    """Makes an error in the block, on whichever rank, an error on every rank.
+    """Raises on every rank if the block raises on any rank.
 
     Every rank must come here, and the block must not wait for other ranks itself.
 

@@ -1,4 +1,4 @@
-"""The accuracy target of a run: before it begins, a search finds the layers that stay float.
+"""The accuracy target of a run: a search before training finds the layers that stay float.
 
 Networks are prepared in `setup`, before Lightning restores a checkpoint, and before it says whether it will.
 So the layers of a resumed run are not known there. They are in the recipe that its weights bring: as these
@@ -33,14 +33,14 @@ from qat_lightning.run.parts.target_search import search, what_to_measure
 
 
 class Found(NamedTuple):
-    """What a search has found: names for `keep_float`, or the error that counts unless weights are loaded."""
+    """The result of a search: names for `keep_float`, or an error that counts unless weights are loaded."""
 
     names: tuple[str, ...] = ()
     failure: Exception | None = None
 
 
 class LayerSearch(Part):
-    """Searches for the layers that stay float, and gives a resumed run those that it began with.
+    """Searches for the layers that stay float. A resumed run keeps the layers it began with.
 
     Args:
         target: What to reach; None for no search.
@@ -66,7 +66,7 @@ class LayerSearch(Part):
         settings: Settings,
         earlier: Collection[nn.Module],
     ) -> Settings:
-        """Searches on rank 0, for all ranks; call it on every one.
+        """Searches on rank 0 for all ranks. Every rank must call it.
 
         Args:
             trainer: The Trainer, in `setup`.
@@ -99,7 +99,7 @@ class LayerSearch(Part):
         return replace(settings, keep_float=(*settings.keep_float, *self._found.names))
 
     def settle(self, module: pl.LightningModule) -> bool:
-        """Ends the time in which weights may be loaded that decide the layers.
+        """Ends the period in which loaded weights may decide the layers.
 
         Returns:
             Whether networks were prepared anew.
@@ -119,13 +119,13 @@ class LayerSearch(Part):
         return stored.anew
 
     def state_dict(self) -> dict[str, Any]:
-        """What was asked for and found, as plain values."""
+        """Returns the target and the layers that were found, as plain values."""
         if self._target is None:
             return {"target": None}
         return {"target": {"max_drop": self._target.max_drop, "kept": list(self._found.names)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Says where the target of a resumed run is not the one that it began with."""
+        """Warns if a resumed run asks for another target than it began with."""
         began = None if state.get("target") is None else state["target"]["max_drop"]
         if self._target is not None and began != self._target.max_drop:
             rank_zero_warn(
@@ -152,7 +152,7 @@ class LayerSearch(Part):
 
 
 class _Stored:
-    """A load-state-dict pre-hook that prepares networks as those were that the weights are of.
+    """A load-state-dict pre-hook that prepares networks the way the loaded weights were prepared.
 
     Attributes:
         loaded: What these kept float; None before weights are loaded.
@@ -165,7 +165,7 @@ class _Stored:
         self._settings, self._networks = settings, networks
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Compares the recipes. `module` is the one that was hooked, or a copy of it."""
+        """Compares the recipes. `module` is the hooked module or a copy of it."""
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         stored = recipes_in(own)
         if not stored:
@@ -187,7 +187,7 @@ class _Stored:
         rank_zero_info(f"Kept float by the run that is resumed: {', '.join(self.loaded) or 'nothing'}")
 
     def put_back(self, module: nn.Module) -> None:
-        """Puts the float networks back into `module`, unless it is one itself."""
+        """Puts the float networks back into `module`, unless `module` is one itself."""
         for name, network in (self._networks or {}).items():
             replace_submodule(module, name, network)
 
@@ -201,7 +201,7 @@ def _differs(module: nn.Module, name: str, keep_float: Iterable[str]) -> bool:
 
 
 def _sharing_copies(module: nn.Module, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies of float networks that share their parameters and buffers, and take no memory for them."""
+    """Returns copies of float networks that share all parameters and buffers."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(networks, shared)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Lightning's averaging of weights: which grid the averaged weights have.
+"""Supports Lightning's weight averaging: gives averaged weights their qparams.
 
 `WeightAveraging` averages the buffers as it averages the parameters. An average of activations' ranges is a
 range; one of scales, zero points and flags is nothing. So the grids of activations are made of their averaged
@@ -32,7 +32,7 @@ Average = Callable[[Any, Any, Any], Any]
 
 
 class Averaging(Part):
-    """Keeps the qparams of averaged weights right; does nothing where no weights are averaged."""
+    """Keeps the qparams of averaged weights correct. Does nothing without averaging."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         adopt(trainer)
@@ -53,7 +53,7 @@ class Averaging(Part):
 
 
 def adopt(trainer: pl.Trainer) -> None:
-    """Makes the averages of this run average numbers, and copy what is none: counts, zero points and flags.
+    """Averages floating-point buffers; copies counters, zero points and flags.
 
     Raises:
         MisconfigurationException: The ranges of a network cannot be averaged.
@@ -71,7 +71,7 @@ def adopt(trainer: pl.Trainer) -> None:
 
 
 def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Makes the grids of averaged weights from their averaged ranges, or where those saw nothing `module`'s.
+    """Computes the qparams of the average from its averaged ranges, or from `module`'s if those saw nothing.
 
     Lightning averages after each step, and uses the average in validations, checkpoints and at the end.
     """
@@ -94,13 +94,13 @@ def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def finish(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Makes the grids of the weights that SWA has put into `module` at the end."""
+    """Computes the qparams of the weights that SWA put into `module` at the end."""
     if any(isinstance(c, StochasticWeightAveraging) for c in trainer_facts.callbacks(trainer)):
         _fit_grids_to_weights(module)
 
 
 def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
-    """`phase`, or what it is in the epoch in which SWA estimates the statistics of the averaged weights."""
+    """Returns `phase`, adapted in the epoch in which SWA estimates batch-norm statistics."""
     estimating = any(
         isinstance(c, StochasticWeightAveraging)
         and averages_batch_norms(c)
@@ -118,7 +118,7 @@ def _averages(trainer: pl.Trainer) -> Iterator[AveragedModel]:
 
 
 def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The range that was observed, or None where nothing was."""
+    """Returns the observed range, or None."""
     observer = fake_quantize.activation_post_process
     low, high = observer.min_val, observer.max_val
     return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None
@@ -126,7 +126,7 @@ def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 @torch.no_grad()
 def _fit_grids_to_weights(module: nn.Module) -> None:
-    """Gives each weight the grid of its own magnitude, as a forward does while observers are on."""
+    """Computes the qparams of each weight from its magnitude, like a forward with observers on."""
     layer: Any
     for layer in module.modules():
         grid = getattr(layer, "weight_fake_quant", None)
@@ -140,7 +140,7 @@ def _fit_grids_to_weights(module: nn.Module) -> None:
 
 
 def _of_numbers(many: Average | None, one: Average | None) -> Average:
-    """An averaging function as `AveragedModel` takes it, which copies whatever is not floating point."""
+    """Wraps an averaging function of `AveragedModel` so that it copies what is not floating point."""
 
     def one_by_one(averages: Any, values: Any, count: Any) -> None:
         assert one is not None

@@ -1,4 +1,4 @@
-"""Arguments of the callback that belong together: frozen, and checked when they are built."""
+"""Groups of the callback's arguments: frozen dataclasses that check themselves."""
 
 from __future__ import annotations
 

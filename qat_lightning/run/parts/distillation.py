@@ -1,4 +1,4 @@
-"""Distillation: a frozen float teacher adds a divergence of its logits to whatever loss the user trains.
+"""Distillation: adds the divergence from a frozen float teacher's logits to the user's loss.
 
 The user's `training_step` stays what it is. Lightning hands the loss to no hook that could replace it, so the
 term enters where it acts: the backward of the loss reaches the network's logits, and there the gradient of
@@ -30,7 +30,7 @@ METRIC = "train/distillation"
 
 
 class Term(NamedTuple):
-    """What one call of a network adds to the loss.
+    """The term that one call of a network adds to the loss.
 
     Attributes:
         value: The term.
@@ -44,7 +44,7 @@ class Term(NamedTuple):
 
 
 class Teaching(Part):
-    """Runs the teachers beside the networks that learn from them, and adds their term to the gradient.
+    """Runs the teachers alongside their networks, and adds the divergence to the gradient.
 
     Args:
         distillation: Who teaches, and how much; None for nobody.
@@ -72,14 +72,14 @@ class Teaching(Part):
         self._resumed = []
 
     def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
-        """Gives the prepared `networks` the teachers that were taken."""
+        """Assigns the teachers to the prepared `networks`."""
         self._taken = {name: teacher for name, teacher in self._taken.items() if name in networks}
         self._teachers = {networks[name]: teacher for name, teacher in self._taken.items()}
         self._names = {networks[name]: name for name in self._taken}
         self._fingerprint = teachers.fingerprint(self._taken) if self._taken else None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Moves the teachers to where the run is, and checks that they are those of a resumed run.
+        """Moves the teachers to the run's device, and checks that a resumed run has the same ones.
 
         Raises:
             MisconfigurationException: The module is compiled.
@@ -99,11 +99,11 @@ class Teaching(Part):
         self._check_resumed()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to have in common with this one: plain values, and no weights."""
+        """Returns what a resumed run must share with this one: plain values, no weights."""
         return {"teacher": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keeps what the resumed run had until the teachers are there to compare."""
+        """Keeps the stored values until the teachers can be compared."""
         self._resumed = [state.get("teacher")]
 
     def _identity(self) -> dict[str, Any] | None:
@@ -130,23 +130,23 @@ class Teaching(Part):
     # At every training batch. The hooks exist in it alone, or copies of the networks would have them.
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begins to listen to the networks."""
+        """Starts listening to the networks."""
         self._stop()
         for network in self._teachers:
             self._hooks.append(network.register_forward_pre_hook(self._ask, with_kwargs=True))
             self._hooks.append(network.register_forward_hook(self._listen))
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Notes how the loss is scaled whose backward is about to begin."""
+        """Notes the scale of the loss before its backward."""
         self._loss_scale = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Leaves every other backward, such as that of a gradient penalty, alone."""
+        """Stops adding, so that other backwards, such as a gradient penalty's, stay as they are."""
         self._loss_scale = self._scaler = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Logs the term, and stops to listen.
+        """Logs the term, and stops listening.
 
         Raises:
             MisconfigurationException: Weights have changed, and no term has had a part in it.
@@ -173,7 +173,7 @@ class Teaching(Part):
             )
 
     def _stop(self) -> None:
-        """Stops to listen."""
+        """Stops listening."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._added = [], []
@@ -187,7 +187,7 @@ class Teaching(Part):
         self._end()
 
     def _end(self) -> None:
-        """Stops to listen, and frees the device."""
+        """Stops listening, and frees the device."""
         self._stop()
         for teacher in self._teachers.values():
             teacher.cpu()
@@ -261,7 +261,7 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Ten
 
 
 def _logits(output: Any, whose: str) -> Tensor:
-    """The logits in what a network returns: it, or the first of a tuple, a list or a dict."""
+    """Returns the logits in a network's output: the output itself, or its first element."""
     first = output
     if isinstance(output, Mapping):
         first = next(iter(output.values()), None)

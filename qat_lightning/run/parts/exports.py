@@ -1,4 +1,4 @@
-"""The files that a run ends with, one for each runtime that was asked for."""
+"""Writes the files that a run ends with, one for each requested runtime."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Exports(Part):
 
     @property
     def need_inputs(self) -> bool:
-        """Whether there is a graph to trace."""
+        """Whether a graph has to be traced."""
         return any(each != "torch" for each in self.formats)
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raises a `MissingExtraError` if a package is not installed that a format needs."""
+        """Raises a `MissingExtraError` if a format needs a package that is not installed."""
         if self.need_inputs:
             require("onnx", "onnxscript", "onnxruntime", purpose="Exporting to ONNX")
         if "openvino" in self.formats:
@@ -70,7 +70,7 @@ class Exports(Part):
         metrics: Mapping[str, float],
         inputs: Mapping[str, Inputs],
     ) -> list[Path]:
-        """Writes them all.
+        """Writes all files.
 
         Args:
             module: The module with the trained networks.
@@ -98,7 +98,7 @@ class Exports(Part):
         return written
 
     def shipped(self, module: ModuleT, path: Path, names: Sequence[str]) -> ModuleT:
-        """Puts what a graph's file holds in the place of the network that it was made from, in place."""
+        """Replaces the network that a graph's file was made from by the file's runtime, in place."""
         parts = path.stem.split(".", 1)
         name = parts[1] if len(parts) > 1 else names[0]
         runtime = load_runtime(path)
@@ -119,6 +119,6 @@ def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> An
 
 
 def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:
-    """Makes the `forward` of `module`, which is a network itself, that of a runtime, in place."""
+    """Makes `module`, which is a network itself, run a runtime's `forward`, in place."""
     module.__class__ = with_forward(type(module), staticmethod(runtime.forward))  # type: ignore[assignment]
     return module

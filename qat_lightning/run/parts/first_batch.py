@@ -1,4 +1,4 @@
-"""The preflight of a run: at the first training batch, on copies of the networks, with their real inputs."""
+"""The preflight of a run: a dry run on copies of the networks with the first batch's inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qat_lightning.run.part import Part
 
 
 class FirstBatch(Part):
-    """Catches what the first batch gives the networks, and tries copies of them with it.
+    """Catches the inputs of the networks in the first batch, and dry-runs copies with them.
 
     Args:
         dry_run: Whether to try them.
@@ -46,7 +46,7 @@ class FirstBatch(Part):
         self._networks = networks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Begins to catch inputs, unless that was done before, or would have compiled code compiled again."""
+        """Starts catching inputs, unless that was done before or the module is compiled."""
         if self._done or not (self._dry_run or self._catch):
             return
         self._done = True
@@ -56,7 +56,7 @@ class FirstBatch(Part):
         self._catcher = Catcher(self._networks.values())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keeps what was caught and tries it, once: rank 0 does, and all ranks get the verdict.
+        """Keeps the inputs and dry-runs once on rank 0. All ranks get the verdict.
 
         Raises:
             PreflightError: On every rank, if a network would not convert or run.
@@ -78,13 +78,13 @@ class FirstBatch(Part):
             rank_zero_info(f"Preflight: {report}")
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Removes the hooks, if a run ended before its first batch did."""
+        """Removes the hooks if the run ended within its first batch."""
         if self._catcher is not None:
             self._catcher.close()
             self._catcher = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The inputs, where a checkpoint can hold them."""
+        """Returns the inputs, if a checkpoint can hold them."""
         if not self._store or not all(map(_is_plain, tree_leaves(list(self.inputs.values())))):
             return {"inputs": {}}
         return {"inputs": {name: inputs._asdict() for name, inputs in self.inputs.items()}}

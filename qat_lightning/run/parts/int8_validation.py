@@ -1,4 +1,4 @@
-"""Validation of the int8 network while it is trained: what would be shipped if the run ended here."""
+"""Validates an int8 copy during training: the network that would be shipped if the run ended now."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
 
 
 class Int8Validation(Part):
-    """Logs what int8 reaches, for ModelCheckpoint and EarlyStopping to monitor.
+    """Logs the metrics of int8, which ModelCheckpoint and EarlyStopping can monitor.
 
     Args:
         every_n_epochs: How often; None for never.

@@ -1,4 +1,4 @@
-"""A run stops at the first NaN or infinity, while its weights and checkpoints are still good."""
+"""Stops a run at the first NaN or infinity, while weights and checkpoints are still good."""
 
 from __future__ import annotations
 

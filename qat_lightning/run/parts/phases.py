@@ -75,7 +75,7 @@ class Phases(Part):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the schedule: its steps stay what they were, whatever the new run's length."""
+        """Takes over the stored schedule, whatever the length of the new run."""
         if state["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state["schedule"])
         now = asdict(self._schedule)
@@ -97,7 +97,7 @@ class Phases(Part):
             self._mark(trainer.current_epoch, what)
 
     def _calibrate(self, trainer: pl.Trainer) -> None:
-        """Makes ranges means over the steps of the calibration, and moving averages after it."""
+        """Averages ranges over the calibration steps, and makes them moving averages afterwards."""
         assert self._resolved is not None
         done, calibrated = trainer_facts.steps_done(trainer), self._resolved.calibrated.step
         if calibrated and done <= calibrated:

@@ -1,4 +1,4 @@
-"""Exact resume: the random state of every process travels in the checkpoint.
+"""Exact resume: stores the random state of every process in the checkpoint.
 
 Lightning restores none. The state is put back at the first epoch start after a resume; in mid-epoch, where
 there is no epoch start, before the first batch's step, or before the validation that is due.
@@ -44,7 +44,7 @@ class RandomStates(Part):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stores the state of every rank; every rank calls it."""
+        """Stores the state of every rank. Every rank must call it."""
         checkpoint[_KEY] = gather(random_state.capture())
         progress.record_due_validation(trainer, checkpoint)
 
@@ -55,7 +55,7 @@ class RandomStates(Part):
             self._states = checkpoint.get(_KEY, [])
 
     def _restore(self, trainer: pl.Trainer, *, epoch_start: bool) -> None:
-        """Puts this rank's generators back, once after each load."""
+        """Restores this rank's generators, once after each load."""
         states, self._states = self._states, []
         if not states:
             return
@@ -71,7 +71,7 @@ class RandomStates(Part):
 
 
 def _renew_iterator(trainer: pl.Trainer) -> None:
-    """Makes a resumed run draw its epoch's order from the restored random state.
+    """Makes a resumed run draw the order of its epoch from the restored random state.
 
     Lightning makes the first iterator of a run before any hook, and at a resume keeps it for the epoch; the
     uninterrupted run made a new one after `on_train_epoch_start`, as Lightning does in every other epoch.

@@ -1,4 +1,4 @@
-"""The ranges of a run: merged across processes, and left alone by what only evaluates."""
+"""Merges ranges across processes, and pauses observers during evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.run.part import Part
 
 
 class MergedRanges(Part):
-    """Gives all processes one range, before each use that needs a common one.
+    """Merges the ranges of all processes before each use that needs common ones.
 
     These are a validation, a checkpoint, and the end of the training, the last moment at which the processes
     can still communicate.
@@ -36,7 +36,7 @@ class MergedRanges(Part):
 
 
 class PausedObservers(Part):
-    """Switches observers off while the module is evaluated: they see training batches only."""
+    """Pauses observers during evaluation, so that they see training batches only."""
 
     def __init__(self) -> None:
         self._observers = ObserversOff()

@@ -1,4 +1,4 @@
-"""The report of a Trainer's run: what is gathered on the way, and what is measured at its end."""
+"""The report of a Trainer's run: gathers curves during the run, and measures at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qat_lightning.run.parts.scores import Shipped, score_all
 
 
 class RunReport(Part):
-    """Gathers what a report needs while a run goes on, and writes it at the end.
+    """Gathers a report's data during a run, and writes the report at the end.
 
     Args:
         write: Whether to write one. The curves are gathered in any case.
@@ -85,7 +85,7 @@ class RunReport(Part):
         return {"curves": self.curves.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the curves of a checkpoint, which one of an earlier version has not.
+        """Continues the curves of a checkpoint, if it has any.
 
         The copy is forgotten: the run began elsewhere, and its module need not have held those weights.
         """

@@ -1,4 +1,4 @@
-"""How good each form of a trained module is on the validation data, by its own metrics."""
+"""Scores each form of a trained module on the validation data, by the module's own metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score_all(
     names: Sequence[str],
     shipped: Shipped,
 ) -> tuple[list[Score], dict[str, Inputs]]:
-    """Validates everything that a run ends with, each int8 file in its own runtime.
+    """Validates each form that a run ends with, each int8 file in its own runtime.
 
     Args:
         trainer: The Trainer, at the end of fit.

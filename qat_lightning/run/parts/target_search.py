@@ -1,4 +1,4 @@
-"""The search of a run for the layers that its target takes: what is measured, on which data, and where."""
+"""Runs the search for an accuracy target inside a Trainer's run: metric, data and device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qat_lightning.run.parts.config import AccuracyTarget
 
 
 def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, str]:
-    """The metric and its mode: as asked for, else as the callbacks monitor it, ModelCheckpoints first.
+    """Returns the metric and its mode: those of the target, else those that a callback monitors.
 
     Raises:
         MisconfigurationException: Neither tells.
@@ -59,7 +59,7 @@ def search(
     metric: str,
     mode: str,
 ) -> tuple[str, ...]:
-    """Searches on the device and the validation data of a run, in this process alone.
+    """Searches on the run's device and validation data, in this process alone.
 
     The data that ranges are calibrated on is the validation's too: batches of the training data would come
     with their augmentation, and drawing them would move the state of what counts them for a resume.
@@ -95,7 +95,7 @@ def search(
 
 
 class _First:
-    """The first batches of a loader, read anew at every pass."""
+    """The first batches of a loader, read again at every pass."""
 
     def __init__(self, loader: Iterable[Any], count: int) -> None:
         self._loader, self._count = loader, count
@@ -105,7 +105,7 @@ class _First:
 
 
 def _validation_loader(trainer: pl.Trainer) -> Iterable[Any]:
-    """What the Trainer validates on: one loader, and of it as much as `limit_val_batches` says."""
+    """Returns the Trainer's validation loader, limited by `limit_val_batches`."""
     try:
         data = trainer_facts.validation_data(trainer)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The frozen float networks that the networks of a quantization-aware training can learn from."""
+"""The teachers: frozen float networks that the trained networks can learn from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TeacherLike = Teacher | Mapping[str, Teacher] | None
 
 
 def copied(teacher: TeacherLike) -> TeacherLike:
-    """`teacher` with copies of the modules in it, so that nothing that happens to them later has an effect.
+    """Returns `teacher` with copies of its modules, so that later changes to them have no effect.
 
     Raises:
         ValueError: It is another word than `"self"`, an empty mapping, or a quantized network.
@@ -49,14 +49,14 @@ def _copied(teacher: Teacher) -> Teacher:
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy of `network` in eval mode, without gradients."""
+    """Returns a copy of `network` in eval mode, without gradients."""
     copy = copy_of(network).eval().requires_grad_(False)
     copy.zero_grad()  # what the original has accumulated is copied, too
     return copy
 
 
 def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
-    """Which of the networks `names` learns from whom.
+    """Returns the teacher of each network in `names` that has one.
 
     Raises:
         ValueError: One module is to teach several networks, or a mapping names none of them.
@@ -82,7 +82,7 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
 def take(
     teacher: TeacherLike, module: nn.Module, names: Iterable[str], earlier: Mapping[nn.Module, nn.Module]
 ) -> dict[str, nn.Module]:
-    """The teachers of the networks `names` in `module`, which are about to be prepared.
+    """Returns the teachers of the networks `names`, which are about to be prepared.
 
     Args:
         teacher: As :func:`copied` returns it.
@@ -111,7 +111,7 @@ def take(
 
 
 def share(teachers: Iterable[nn.Module]) -> bool:
-    """Gives every process the first one's teachers, as DistributedDataParallel gives it the first's weights.
+    """Broadcasts the first process's teachers to all, as DistributedDataParallel does with weights.
 
     Returns:
         Whether there are several processes.
@@ -128,7 +128,7 @@ def share(teachers: Iterable[nn.Module]) -> bool:
 
 
 def fingerprint(teachers: Mapping[str, nn.Module]) -> str:
-    """A hash of all weights and statistics."""
+    """Returns a hash of all weights and statistics."""
     digest = hashlib.sha256()
     for name, teacher in sorted(teachers.items()):
         for key, tensor in teacher.state_dict().items():

@@ -1,4 +1,4 @@
-"""Training data whose order and augmentation are exact on resume, also in the middle of an epoch.
+"""Training data whose order and augmentation resume exactly, also within an epoch.
 
 Three parts, each useful alone: `EpochSampler` derives the order from (seed, epoch), `SeededDataset`
 derives each sample's random transforms from (seed, epoch, index), and `ResumableLoader` remembers

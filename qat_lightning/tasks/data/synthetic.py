@@ -1,4 +1,4 @@
-"""Images made up from a seed: for smoke tests and timing, in any size."""
+"""Images generated from a seed, in any size, for smoke tests and timing."""
 
 from __future__ import annotations
 
