@@ -7,24 +7,25 @@ from typing import Any
 
 from benchmarks.zoo_models import Entry, entries
 
-_HEAD = """# Zoo
+HEAD = """# Zoo
 
 Every classifier of torchvision, its quantizable variants, three dense predictors, and small networks of
 timm's families: prepared for x86, trained one step on two images, run once more in training mode, converted,
 and compared.
 
-    python -m benchmarks.zoo
+```console
+$ python -m benchmarks.zoo
+```
 
 """
-_COLUMNS = """
-- **int8**: share of the float network's multiply-adds (with those of products between activations) whose
-  layer became an int8 one. Attention products, functional calls and layers of one's own class do not count.
-- **SQNR**: of the int8 outputs against the fake-quant outputs, on the training batch, in dB.
-- **noise**: of the fake-quant outputs against themselves, with all that is rounded multiplied by 1 ± 10⁻⁶ at
-  random, as another order of additions leaves it. The networks are random and have seen two images, so that a
-  deep one amplifies each rounding that tips over: an SQNR near this figure is that
-  noise, one far below is not.
-- **s**: seconds for all of it on one core.
+COLUMNS = """
+- **int8**: the share of the float network's multiply-adds whose layer became an int8 layer. The whole includes
+  products between activations. Attention products, functional calls and user-defined layers do not count as int8.
+- **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB.
+- **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was multiplied by
+  1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and have seen two images, so
+  a deep one amplifies each rounding that tips over. An SQNR near this figure is that noise; one far below is not.
+- **s**: the seconds that all of it takes on one core.
 - **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network, or the error they end with.
 
 | network | input | int8 | SQNR | noise | s | torch |
@@ -41,7 +42,7 @@ def report(figures: dict[str, Any]) -> str:
     parts = "".join(_parts(entry, figures[entry.name]["ours"]) for entry in known)
     rows = "".join(_row(entry, figures[entry.name]) for entry in known)
     return (
-        _HEAD
+        HEAD
         + summary
         + (f"\nWhat fails, and why:\n\n{reasons}" if failed else "")
         + (
@@ -49,7 +50,7 @@ def report(figures: dict[str, Any]) -> str:
             if parts
             else ""
         )
-        + _COLUMNS
+        + COLUMNS
         + rows
     )
 

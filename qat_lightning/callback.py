@@ -62,12 +62,12 @@ class QuantizationAwareTraining(ForwardingCallback):
             1), or None for never. Never by default: with statistics frozen, a learning rate that is still
             high costs points of accuracy, in float training too; torchvision's recipe freezes at a rate of
             1e-4.
-        freeze_observers_at: When the ranges of the activations freeze, given likewise. Half of the run by
+        freeze_observers_at: When the ranges of the activations freeze, in the same units. Half of the run by
             default: the weights then settle in ranges that no longer move. Ranges of weights never freeze.
         fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
         calibration_steps: Steps at the start of the run that train in float while observers watch.
             Fake-quantization starts with the mean of their ranges. At most a twentieth of the run.
-        distillation: Whose logits the network learns beside its labels; nobody's by default.
+        distillation: The teacher whose logits the network learns too. None by default.
         accuracy_target: How much of a metric int8 may lose before training; the few layers that this takes
             stay float. No target by default.
         convert: Weights to convert at the end: `"best"`, the best-ranked checkpoint of the ModelCheckpoint
@@ -199,7 +199,7 @@ class QuantizationAwareTraining(ForwardingCallback):
         return averaging.adapt(trainer, self._phases.planned(trainer))
 
     def shipped(self, module: pl.LightningModule, path: Path) -> pl.LightningModule:
-        """Puts what an exported file holds in the place of the networks of a fresh `module`, to score it.
+        """Replaces the networks of a fresh `module` by an exported file, to score the file.
 
         Args:
             module: A freshly built float module; it is used up.

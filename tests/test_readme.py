@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 import qat_lightning
 from benchmarks import zoo_report
 from qat_lightning import export_onnx, export_openvino, prepare
-from tests.networks import ConvBnRelu, Residual
-from tests.page_commands import RULES, check, check_processes, composed, placed
+from tests.networks import Residual
+from tests.page_commands import RULES, check, check_processes, composed, configuration, placed
 from tests.pages import (
     PAGES,
     ROOT,
@@ -39,12 +39,12 @@ from tests.pages import (
     command,
     commands,
     links,
-    prose,
     spans,
     text,
 )
 from tests.runs import TinyModule, loader, trainer
 
+LANGUAGES = ("python", "console", "bash", "text")
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [
     each for block in BLOCKS if block.language in ("console", "bash") for each in commands(block)
@@ -112,7 +112,7 @@ def sections() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-@pytest.mark.parametrize("snippets", sections())
+@pytest.mark.parametrize("snippets", list(sections()))
 def test_python_runs(
     snippets: list[Block], trained: TinyModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +124,8 @@ def test_python_runs(
         "network": Residual(),
         "example_inputs": torch.randn(2, 3, 12, 12),
         "train": train,
+        "trainer": trainer(tmp_path, max_epochs=1),
     }
-    if snippets[0].page == "docs/resume.md":
-        names |= {"trainer": trainer(tmp_path, max_epochs=1), "qat": qat_lightning.QuantizationAwareTraining()}
     for block in snippets:
         lines = "\n" * (block.line - 1) + block.code  # a traceback shows the line of the page
         exec(compile(lines, str(ROOT / block.page), "exec"), names)
@@ -232,7 +231,31 @@ def write_files_of_a_reader(folder: Path) -> None:
     export_openvino(prepared, folder / "int8.xml", images)
 
 
-# Names, links and claims
+# Diagrams
+
+
+def test_the_diagram_of_the_packages_is_that_of_the_import_linter() -> None:
+    """It stands in docs/design.md, the only block of text, and has all packages in their order."""
+    (diagram,) = [block for block in BLOCKS if block.language == "text"]
+    assert diagram.page == "docs/design.md"
+    packages, life = diagram.code.split("A NETWORK'S LIFE")
+    shown = re.findall(r"^  (\w+)(?:/|\.py) ", packages, re.MULTILINE)
+    layers = configuration()["importlinter"]["contracts"][0]["layers"]
+    places = {name: at for at, layer in enumerate(layers) for name in re.findall(r"qat_lightning\.(\w+)", layer)}
+    assert sorted(shown) == sorted(places)
+    assert [places[name] for name in shown] == sorted(places.values())
+    inner = re.findall(r"\b(\w+/\w+)(?=[ ,])", packages)
+    assert sorted(inner) == sorted(
+        f"{path.parent.parent.name}/{path.parent.name}"
+        for path in (ROOT / "qat_lightning").glob("*/*/__init__.py")
+        if path.parent.parent.name != "tasks"
+    )
+    files = re.findall(r"\b(\w+/[\w/]+\.py)\b", life)
+    assert files
+    assert all((ROOT / "qat_lightning" / name).is_file() for name in files)
+
+
+# Names and links
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -271,7 +294,8 @@ def keywords() -> frozenset[str]:
     """The arguments of the package, of the Trainer and of its strategy."""
     ours = [getattr(qat_lightning, name) for name in qat_lightning.__all__]
     theirs = [Trainer, Trainer.fit, Trainer.test, DDPStrategy]
-    known = {name for each in [*ours, *theirs] for name in inspect.signature(each).parameters}
+    signed = [each for each in [*ours, *theirs] if inspect.isfunction(each) or "__init__" in vars(each)]
+    known = {name for each in signed for name in inspect.signature(each).parameters}
     return frozenset(known | set(qat_lightning.ModuleOptions.__annotations__) | THE_READERS)
 
 

@@ -54,7 +54,7 @@ class Sensitivity:
             there is one, and by the decibels.
         int8_sqnr: For each network, by name, the decibels between its float outputs and those with everything
             quantized.
-        others_sqnr: Likewise with only that quantized which belongs to no layer: inputs, sums and the like.
+        others_sqnr: The same with only those fake-quantizes on that belong to no layer: inputs, sums.
         float_metric: The metric with nothing quantized; None where no metric was given.
         int8_metric: The metric with everything quantized.
     """

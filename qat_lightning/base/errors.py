@@ -33,8 +33,8 @@ class PreflightError(RuntimeError):
     Attributes:
         network: Name of the network in the LightningModule, `""` for the module itself.
         path: Name of the submodule that fails, relative to the network; `""` for the network's own forward.
-        line: The line of the user's code that led there, as `file:line: code`; None where there is none.
-        op: The operation that fails, as PyTorch calls it; empty where it is none.
+        line: The line of the user's code that led there, as `file:line: code`, or None.
+        op: The failing operation by PyTorch's name; empty if it is no operation.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ def read(path: Path, *, verify: bool = True) -> bytes:
 
     Raises:
         FileNotFoundError: There is no such file.
-        Int8FileError: There is no manifest, the file is not in it, or it is another than that was recorded.
+        Int8FileError: There is no manifest, the file is not in it, or its checksum differs from the manifest.
     """
     content = path.read_bytes()
     if not verify:
@@ -42,7 +42,7 @@ def read(path: Path, *, verify: bool = True) -> bytes:
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
         raise Int8FileError(
-            f"{path} has no {MANIFEST} beside it, so that nobody can tell whether it is whole. Copy the "
+            f"{path} has no {MANIFEST} beside it, so it cannot be verified. Copy the "
             "manifest of the export along with it, or pass verify=False to read it as it is."
         )
     recorded = _entries(manifest).get(path.name)

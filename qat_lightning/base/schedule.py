@@ -131,7 +131,7 @@ class ResolvedSchedule:
     def never_reached(self, epochs: float, steps: float) -> list[str]:
         """Returns the names of the moments that lie beyond the end of a run.
 
-        A run of one step reaches no fraction of itself, which is nobody's mistake.
+        A run of one step reaches no fraction of itself, which is not a mistake.
         """
         moments = {
             "freeze_bn_at": self.freeze_bn,

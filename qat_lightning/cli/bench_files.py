@@ -54,7 +54,7 @@ def load(path: Path, *, threads: int, verify: bool) -> BenchFile:
 
     Args:
         path: An `.onnx` or `.xml` file, or a `.pt` file of a run of `qat-train`, which is built from the
-            configuration beside it. That names what Python is to call: it has to be one's own.
+            configuration beside it. That file names code to run, so it must be your own.
         threads: Threads of the runtime.
         verify: Whether the file must be the one that the `manifest.json` beside it describes.
 

@@ -17,7 +17,7 @@ def load_runtime(
 ) -> nn.Module:
     """Loads an exported file as a module that takes and returns torch tensors like the network.
 
-    Put in the place of the network in a LightningModule, it lets `Trainer.test` and one's own metrics score
+    In the place of the network in a LightningModule, it lets `Trainer.test` and your own metrics score
     the very file that is shipped::
 
         module.model = load_runtime("int8.onnx")

@@ -34,7 +34,7 @@ def export_openvino(
         prepared: As in :func:`qat_lightning.export_onnx`, likewise the other arguments.
         path: Where to write; the folder is made.
         example_inputs: Likewise.
-        min_sqnr: Likewise; OpenVINO runs its int8 kernels here, which round in places of their own.
+        min_sqnr: Likewise; OpenVINO runs its int8 kernels here, which round at other places.
         metadata: Likewise.
 
     Returns:

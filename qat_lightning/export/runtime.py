@@ -174,7 +174,7 @@ class OpenVino:
 
     Raises:
         MissingExtraError: The extra `openvino` is not installed.
-        Int8FileError: The files are none that the runtime can run.
+        Int8FileError: The runtime cannot run the files.
     """
 
     name = "OpenVINO"

@@ -73,7 +73,7 @@ def load_int8(
         path: A file of :func:`save_int8`.
         module: A freshly built float module: the LightningModule, or the bare network inside it. It
             is used up.
-        qconfig: One's own QConfig, if the network was prepared with one.
+        qconfig: Your own QConfig, if the network was prepared with one.
         overrides: The same, if layers were prepared with QConfigs of their own.
         verify: Whether the file must be the one that the `manifest.json` beside it describes, which is
             checked before anything is parsed.
@@ -84,7 +84,7 @@ def load_int8(
     Raises:
         FileNotFoundError: There is no such file.
         Int8FileError: The file is no int8 file, is damaged, has no manifest, or belongs to another network.
-        RecipeMismatchError: The network was prepared with one's own QConfig, and `qconfig` is not it.
+        RecipeMismatchError: The network was prepared with a user-defined QConfig, and `qconfig` is another one.
     """
     content = _read(Path(path), verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -129,7 +129,7 @@ def load_qat_checkpoint(
         path: A checkpoint that ModelCheckpoint or `trainer.save_checkpoint` wrote during a QAT run.
         module: A freshly built float module: the LightningModule, or the bare network inside it. It
             is used up.
-        qconfig: One's own QConfig, if the run had one.
+        qconfig: Your own QConfig, if the run had one.
         overrides: The same, if layers had QConfigs of their own.
 
     Returns:

@@ -32,9 +32,9 @@ class Recipe:
     Attributes:
         backend: The engine it is converted for.
         mode: `"eager"` or `"fx"`.
-        qconfig: `"default"`, or the fingerprint of one's own QConfig, which has to be passed again.
+        qconfig: `"default"`, or the fingerprint of a user-defined QConfig, which has to be passed again.
         keep_float: Resolved names of the submodules and functions that stayed float.
-        fuse: `"auto"`, or the groups that were asked for or found.
+        fuse: `"auto"`, or the groups that were passed or found.
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.

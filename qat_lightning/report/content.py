@@ -154,7 +154,7 @@ class Report:
         speeds: Runtime by runtime, float before int8.
         epochs: The curves of the training.
         marks: What began when.
-        networks: What became of each.
+        networks: The inventory of each network.
         findings: What stands out, in words, the most important first.
     """
 

@@ -16,7 +16,7 @@ class ScoreRow:
 
     Attributes:
         score: What it is about.
-        cells: For each metric its value and its difference to float; empty where there is none.
+        cells: For each metric its value and its difference to float; empty without one.
         size: Of the file.
         ratio: How many times smaller than float it is.
     """

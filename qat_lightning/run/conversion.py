@@ -74,7 +74,7 @@ def convert_on_all_ranks(
         try:
             outcome = _convert(trainer, module, which, write)
             message = _tell(outcome) if trainer.world_size > 1 else None
-        except Exception as error:  # whatever it is, the other ranks wait for word of it
+        except Exception as error:  # any error: the other ranks wait for it
             failure, message = error, _Message(_explain(error, _rescue(trainer, module, folder)))
     if trainer.world_size > 1:
         message = trainer.strategy.broadcast(message)

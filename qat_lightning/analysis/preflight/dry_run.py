@@ -31,7 +31,7 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
 
     Args:
         name: Name of the network in the LightningModule.
-        prepared: A copy of the prepared network, on the CPU, that nobody else needs.
+        prepared: A copy of the prepared network, on the CPU. It is used up.
         inputs: What to call it with.
 
     Raises:

@@ -122,7 +122,7 @@ def draw(
     """
     settings = matplotlib.style.context(["default", _STYLE])
     with warnings.catch_warnings(), settings:
-        # The browser has the glyphs that matplotlib's own font has not.
+        # The browser has glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
         FigureCanvasSVG(figure)

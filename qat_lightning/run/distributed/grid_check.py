@@ -38,7 +38,7 @@ def _of(grid: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in grid.named_buffers():
         if name != "nonfinite":
             yield name, buffer.detach()
-    if isinstance(grid, FakeQuantize):  # the attributes are what it goes by
+    if isinstance(grid, FakeQuantize):  # its forward reads the attributes
         yield "switches", torch.tensor([grid.observing, grid.rounding])
 
 

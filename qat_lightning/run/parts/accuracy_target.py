@@ -129,7 +129,7 @@ class LayerSearch(Part):
         began = None if state.get("target") is None else state["target"]["max_drop"]
         if self._target is not None and began != self._target.max_drop:
             rank_zero_warn(
-                f"The run was started with max_drop={began} and keeps its layers; the one asked for now, "
+                f"The run was started with max_drop={began} and keeps its layers; the one passed now, "
                 f"{self._target.max_drop}, has no effect. Start anew from the weights to change it."
             )
 

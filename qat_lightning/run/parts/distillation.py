@@ -47,7 +47,7 @@ class Teaching(Part):
     """Runs the teachers alongside their networks, and adds the divergence to the gradient.
 
     Args:
-        distillation: Who teaches, and how much; None for nobody.
+        distillation: The teacher and its weight, or None.
     """
 
     def __init__(self, distillation: Distillation | None) -> None:

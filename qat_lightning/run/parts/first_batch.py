@@ -30,7 +30,7 @@ class FirstBatch(Part):
         store: Whether checkpoints hold the inputs, for a run that is resumed after its last step.
 
     Attributes:
-        reports: What became of each network that the first batch reached, on rank 0.
+        reports: The result for each network that the first batch reached, on rank 0.
         inputs: What the first batch gave each network.
     """
 

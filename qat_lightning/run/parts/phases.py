@@ -22,7 +22,7 @@ class Phases(Part):
     """Puts the prepared networks into the phase of each epoch and step.
 
     Args:
-        schedule: What was asked for.
+        schedule: The requested schedule.
         phase_at: Decides the phase of the step that a Trainer is about to do.
         mark: Notes, with the epoch, what begins.
     """
@@ -82,7 +82,7 @@ class Phases(Part):
         asked = now | state.get("asked", {})
         if asked != now:
             rank_zero_warn(
-                f"The run was started with the schedule {asked} and keeps it; the one asked for now, {now}, "
+                f"The run was started with the schedule {asked} and keeps it; the one passed now, {now}, "
                 "has no effect. Start anew from the weights to change it."
             )
 

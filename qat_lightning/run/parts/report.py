@@ -28,7 +28,7 @@ class RunReport(Part):
     Args:
         write: Whether to write one. The curves are gathered in any case.
         first_batch: Has what the first batch gave each network; used where there is no validation.
-        shipped: Puts what a file holds in the place of the networks of a fresh module.
+        shipped: Replaces the networks of a fresh module by an exported file.
 
     Attributes:
         curves: The course of the training.
@@ -75,7 +75,7 @@ class RunReport(Part):
                 )
                 page = publish(run, folder)
             rank_zero_info(f"Report: {page}")
-        except Exception as error:  # whatever it is, the weights and the int8 files are written
+        except Exception as error:  # any error: the weights and the int8 files are written
             rank_zero_warn(
                 f"The report could not be made: {error} ({type(error).__name__}). Everything else of the run "
                 "is written."

@@ -39,7 +39,7 @@ def score_all(
         outcome: What the conversion gave.
         start: The float module that the run started from, if it is known.
         names: Names of the prepared networks.
-        shipped: Puts what a file holds in the place of a network of a module.
+        shipped: Replaces the networks of a module by an exported file.
 
     Returns:
         The scores, and for each network inputs of the validation. Empty where there is no validation.
