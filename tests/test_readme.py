@@ -19,9 +19,10 @@ import torch
 from hydra import compose
 from hydra.utils import get_object
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import qat_lightning
@@ -44,13 +45,14 @@ from tests.pages import (
 )
 from tests.runs import TinyModule, loader, trainer
 
+BY_RUNS = "docs/compatibility.md"
+"""Its rows are proved by runs of their own."""
 LANGUAGES = ("python", "console", "bash", "text")
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-COMMANDS = [
-    each for block in BLOCKS if block.language in ("console", "bash") for each in commands(block)
-] + [
+COMMANDS = [each for block in BLOCKS if block.language in ("console", "bash") for each in commands(block)] + [
     each
     for page in PAGES
+    if page != BY_RUNS
     for span in spans(page)
     if span.split()[0] in RULES and " " in span
     for each in command(span, page)
@@ -188,7 +190,9 @@ def test_commands_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     assert typed
     for line in typed:
         if line.name == "make":
-            recipe = subprocess.run(["make", "--dry-run", line.words[1]], cwd=ROOT, capture_output=True, text=True)
+            recipe = subprocess.run(
+                ["make", "--dry-run", line.words[1]], cwd=ROOT, capture_output=True, text=True
+            )
             _, script = recipe.stdout.splitlines()[-1].split()
             type_in(folder, "python", str(ROOT / script))
         else:
@@ -241,7 +245,9 @@ def test_the_diagram_of_the_packages_is_that_of_the_import_linter() -> None:
     packages, life = diagram.code.split("A NETWORK'S LIFE")
     shown = re.findall(r"^  (\w+)(?:/|\.py) ", packages, re.MULTILINE)
     layers = configuration()["importlinter"]["contracts"][0]["layers"]
-    places = {name: at for at, layer in enumerate(layers) for name in re.findall(r"qat_lightning\.(\w+)", layer)}
+    places = {
+        name: at for at, layer in enumerate(layers) for name in re.findall(r"qat_lightning\.(\w+)", layer)
+    }
     assert sorted(shown) == sorted(places)
     assert [places[name] for name in shown] == sorted(places.values())
     inner = re.findall(r"\b(\w+/\w+)(?=[ ,])", packages)
@@ -293,13 +299,13 @@ THE_READERS = {"mask", "flag"}
 def keywords() -> frozenset[str]:
     """The arguments of the package, of the Trainer and of its strategy."""
     ours = [getattr(qat_lightning, name) for name in qat_lightning.__all__]
-    theirs = [Trainer, Trainer.fit, Trainer.test, DDPStrategy]
+    theirs = [Trainer, Trainer.fit, Trainer.test, DDPStrategy, DistributedDataParallel, DataLoader]
     signed = [each for each in [*ours, *theirs] if inspect.isfunction(each) or "__init__" in vars(each)]
     known = {name for each in signed for name in inspect.signature(each).parameters}
     return frozenset(known | set(qat_lightning.ModuleOptions.__annotations__) | THE_READERS)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/compatibility.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != BY_RUNS])
 def test_arguments_that_are_named_exist(page: str, tmp_path: Path) -> None:
     """Arguments of the package, fields of the configuration or its groups."""
     cfg = compose("train", [f"output_dir={tmp_path}", "hydra/launcher=slurm"], return_hydra_config=True)
@@ -307,9 +313,10 @@ def test_arguments_that_are_named_exist(page: str, tmp_path: Path) -> None:
     for span in spans(page):
         if span.split()[0] in RULES:
             continue
-        for name in re.findall(r"(?:^|[\s(,])\+?([A-Za-z][\w./-]*)=", span):
+        for plus, name in re.findall(r"(?:^|[\s(,])(\+?)([A-Za-z][\w./-]*)=", span):
             known = name in keywords() or (ROOT / "conf" / name).is_dir()
-            assert known or OmegaConf.select(cfg, name, default=missing) is not missing, (span, name)
+            key = name.rpartition(".")[0] if plus else name  # what is added has a place
+            assert known or OmegaConf.select(cfg, key, default=missing) is not missing, (span, name)
 
 
 @cache
@@ -318,7 +325,8 @@ def sources() -> frozenset[str]:
     files = [*ROOT.glob("*.toml"), ROOT / "Makefile"]
     for folder, kind in (("qat_lightning", "py"), ("conf", "yaml"), ("examples", "py"), ("benchmarks", "py")):
         files += (ROOT / folder).rglob(f"*.{kind}")
-    return frozenset(word for path in files for word in re.findall(r"\w+", path.read_text()))
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    return frozenset(words | set(StrategyRegistry.available_strategies()))
 
 
 @pytest.mark.parametrize("page", PAGES)
