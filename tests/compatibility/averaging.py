@@ -71,8 +71,8 @@ def moving(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @row(
     "EMAWeightAveraging",
     "callbacks=[qat, EMAWeightAveraging(decay=0.999)]",
-    "works; validated, saved and converted are the averaged weights, with averaged batch-norm statistics "
-    "and averaged ranges",
+    "works; the averaged weights are validated, saved and converted, with averaged batch-norm statistics and "
+    "averaged ranges",
 )
 def ema_weight_averaging(folder: Path) -> None:
     weights = Weights()
@@ -111,8 +111,8 @@ def ema_and_the_best_checkpoint(folder: Path) -> None:
 @row(
     "EMAWeightAveraging",
     "EMAWeightAveraging(use_buffers=False)",
-    "works, with the ranges and batch-norm statistics of the last weights; the averaged ones, the default, "
-    "suit averaged weights better",
+    "works, with the ranges and batch-norm statistics of the last weights; averaged ones, the default, suit "
+    "averaged weights better",
 )
 def ema_without_buffers(folder: Path) -> None:
     weights = Weights()
@@ -126,7 +126,7 @@ def ema_without_buffers(folder: Path) -> None:
 @row(
     "EMAWeightAveraging, StochasticWeightAveraging",
     "trainer.fit(module, ckpt_path=path)",
-    "works; a resumed run ends as an uninterrupted one, bit for bit",
+    "works; a resumed run ends like an uninterrupted one, bit for bit",
 )
 def averaging_resumed(folder: Path) -> None:
     def ema() -> pl.Callback:
@@ -177,8 +177,8 @@ def weight_averaging_of_torchs_own(folder: Path) -> None:
 @row(
     "StochasticWeightAveraging",
     "callbacks=[qat, StochasticWeightAveraging(0.01)]",
-    "works; in the epoch that it adds for batch-norm statistics the ranges follow too, frozen or not; the "
-    'averaged weights are converted by `convert="last"`, and by `"best"` if they are the best; fractions are '
+    "works; it adds an epoch for batch-norm statistics, in which the ranges follow, frozen or not; "
+    '`convert="last"` converts the averaged weights, and so does `"best"` if they are the best; fractions are '
     "of the run with that epoch",
 )
 def stochastic_weight_averaging(folder: Path) -> None:
@@ -214,7 +214,7 @@ class Statistics(pl.Callback):
 @row(
     "StochasticWeightAveraging",
     "the same, without batch-norm",
-    "works; ranges are those of the last weights, since nothing is passed through the averaged ones",
+    "works; the ranges are those of the last weights, because no data passes through the averaged ones",
 )
 def swa_without_batch_norm(folder: Path) -> None:
     weights = Weights()

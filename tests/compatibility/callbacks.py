@@ -76,7 +76,7 @@ def model_checkpoint_last(folder: Path) -> None:
 @row(
     "ModelCheckpoint",
     "ModelCheckpoint(save_weights_only=True)",
-    "works; such a file is converted and evaluated, and as in float training no run resumes from it",
+    "works; such a file is converted and evaluated; as in float training, no run resumes from it",
 )
 def model_checkpoint_weights_only(folder: Path) -> None:
     checkpoint = best_two(folder, save_weights_only=True)
@@ -91,7 +91,7 @@ def model_checkpoint_weights_only(folder: Path) -> None:
 @row(
     "EarlyStopping",
     'EarlyStopping("score", mode="max", patience=1)',
-    "works; what the run has come to is converted, and fractions are of the length that was asked for",
+    "works; the weights at the stop are converted; fractions are of the length that was asked for",
 )
 def early_stopping(folder: Path) -> None:
     phases = Phases()
@@ -131,7 +131,7 @@ def gradient_accumulation_scheduler(folder: Path) -> None:
     check(run)
 
 
-@row("Timer", "Timer(timedelta(hours=8))", "works; what the run has come to is converted")
+@row("Timer", "Timer(timedelta(hours=8))", "works; the weights at the stop are converted")
 def timer(folder: Path) -> None:
     run = fit(folder, Timer(timedelta(microseconds=1), interval="step"))
     assert run.trainer.global_step == 1

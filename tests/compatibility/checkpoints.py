@@ -31,7 +31,7 @@ def saved(folder: Path) -> tuple[Run, str]:
 @row(
     "validate, test, predict before fit",
     "Trainer(callbacks=[qat]).test(module)",
-    "works; the module is float and stays so, and fit is as without",
+    "works; the module is float and stays float, and fit is as without it",
 )
 def evaluation_before_fit(folder: Path) -> None:
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def checkpoint_in_a_fresh_module(folder: Path) -> None:
 @row(
     "A QAT checkpoint in a new process",
     "Trainer(callbacks=[qat]).test(Module(), ckpt_path=path)",
-    "works; the module is prepared when the weights come",
+    "works; the module is prepared when the weights load",
 )
 def checkpoint_path_of_a_fresh_module(folder: Path) -> None:
     run, path = saved(folder)
@@ -149,7 +149,7 @@ def checkpoint_path_of_loose_layers(folder: Path) -> None:
     "A QAT checkpoint in load_from_checkpoint",
     "Module.load_from_checkpoint(path)",
     "refused by PyTorch, which lists the keys of a prepared network as unexpected, among them `_qat_recipe`; "
-    "no callback is asked there. Use `load_qat_checkpoint(path, Module())`",
+    "it calls no callback. Use `load_qat_checkpoint(path, Module())`",
 )
 def load_from_checkpoint(folder: Path) -> None:
     run, path = saved(folder)

@@ -146,7 +146,11 @@ def check_val_every_n_epoch(folder: Path) -> None:
     check(run)
 
 
-@row("num_sanity_val_steps", "Trainer(num_sanity_val_steps=0)", "works; with and without is the same run")
+@row(
+    "num_sanity_val_steps",
+    "Trainer(num_sanity_val_steps=0)",
+    "works; the run is the same with and without them",
+)
 def num_sanity_val_steps(folder: Path) -> None:
     module = Counted()
     run = fit(folder, module=module, num_sanity_val_steps=0)
@@ -178,7 +182,7 @@ def max_steps(folder: Path) -> None:
 @row(
     "max_time",
     'Trainer(max_time="00:08:00:00", max_epochs=90)',
-    "works; fractions are of max_epochs or max_steps, which time may end before",
+    "works; fractions are of max_epochs or max_steps, even if the time ends the run before",
 )
 def max_time(folder: Path) -> None:
     at_once = callback(calibration_steps=0)  # it ends after a step
@@ -190,7 +194,8 @@ def max_time(folder: Path) -> None:
 @row(
     "max_time",
     "Trainer(max_epochs=-1, max_time=...)",
-    "refused with a freeze given as a fraction, the default: of what? Give it as an epoch, or set max_steps",
+    "refused if a freeze is a fraction, as by default: the length of the run is unknown. Give the freeze as an "
+    "epoch, or set max_steps",
 )
 def max_time_alone(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"needs a run of known length.*give the freeze as an epoch"):
@@ -223,7 +228,7 @@ def deterministic(folder: Path) -> None:
 @row(
     "barebones",
     "Trainer(barebones=True)",
-    "works; it only leaves out what logs and saves, not the conversion",
+    "works; it leaves out logging and saving, but not the conversion",
 )
 def barebones(folder: Path) -> None:
     module = TinyModule()

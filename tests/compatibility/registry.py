@@ -12,10 +12,10 @@ ROWS: list[Row] = []
 _HEAD = """\
 # Compatibility
 
-What of Lightning works in a run with `QuantizationAwareTraining`, here `qat`. Each row is proved by a run in
-[tests/compatibility](../tests/compatibility), and `python -m tests.compatibility` prints this page. What is
-refused raises before the first step, with the reason and the fix. Runs of several processes have a page of
-their own: [distributed.md](distributed.md).
+This page lists what works with `QuantizationAwareTraining` (here `qat`) in a Lightning run. A run in
+[tests/compatibility](../tests/compatibility) proves each row, and `python -m tests.compatibility` prints this page. A
+refusal is an error before the first step, with the reason and the fix. Runs of several processes have their own page:
+[distributed.md](distributed.md).
 """
 
 

@@ -101,7 +101,7 @@ def tuner(folder: Path) -> None:
     check(Run(runner, module, qat))
 
 
-@row("BatchSizeFinder", "BatchSizeFinder()", "works; all is put back after it, bit for bit")
+@row("BatchSizeFinder", "BatchSizeFinder()", "works; everything is put back after it, bit for bit")
 def batch_size_finder(folder: Path) -> None:
     plain = fit(folder, module=Sized)
     same = fit(folder, BatchSizeFinder(init_val=4, max_val=8), module=Sized)
@@ -115,7 +115,7 @@ def batch_size_finder(folder: Path) -> None:
 @row(
     "BackboneFinetuning",
     "callbacks=[qat, BackboneFinetuning(10)]",
-    "works, before and after the callback; the prepared backbone freezes and thaws as the float one",
+    "works, before and after the callback; the prepared backbone freezes and thaws like the float one",
 )
 def backbone_finetuning(folder: Path) -> None:
     for place in ("before", "after"):
@@ -142,7 +142,7 @@ class KeepZeros(pl.Callback):
 @row(
     "ModelPruning before",
     "ModelPruning in a float run, then fit with qat",
-    "works; zeros stay zeros in int8 where their gradient is masked: "
+    "works; zeros stay zeros in int8 if their gradient is masked: "
     "`parameter.register_hook(lambda grad, kept=parameter != 0: grad * kept)`",
 )
 def pruning_before(folder: Path) -> None:
