@@ -20,7 +20,7 @@ $ python -m benchmarks.zoo
 """
 COLUMNS = """
 - **int8**: the share of the float network's multiply-adds whose layer became an int8 layer. The whole includes
-  products between activations. Attention products, functional calls and user-defined layers do not count as int8.
+  products between activations. Those products and functional calls do not count as int8.
 - **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB.
 - **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was multiplied by
   1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and have seen two images, so
