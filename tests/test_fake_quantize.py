@@ -356,3 +356,22 @@ def test_seven_bits_for_x86_and_fbgemm_eight_for_the_others() -> None:
         "onednn": 255,
     }
     assert all(isinstance(g, FakeQuantize) for g in grids.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("data_range", [False, True])
+def test_the_gradient_of_half_precision_is_that_of_the_same_numbers_in_float32(
+    dtype: torch.dtype, data_range: bool
+) -> None:
+    torch.manual_seed(0)
+    numbers = (2 * torch.randn(64, 64)).to(dtype)
+    scale, zero_point = torch.tensor([0.02]), torch.tensor([128])
+    extremes = numbers.float().aminmax() if data_range else None
+    gradients = []
+    for x in (numbers.clone().requires_grad_(), numbers.float().requires_grad_()):
+        y = fake_quantize(x, scale, zero_point, 0, 255, extremes=extremes)
+        y.sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad.float())
+    assert torch.equal(*gradients)
+    assert 0 < int((gradients[0] == 0).sum()) < numbers.numel()

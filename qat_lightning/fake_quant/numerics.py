@@ -133,7 +133,8 @@ class _Round(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any, data_range: Any, in_place: bool
     ) -> torch.Tensor:
-        inside = _inside(x, (low - 0.5) * scale, (high + 0.5) * scale, data_range)
+        wide = x if x.dtype == torch.float64 else x.float()  # in half precision a bound would be rounded
+        inside = _inside(wide, (low - 0.5) * scale, (high + 0.5) * scale, data_range)
         ctx.save_for_backward(inside)
         if in_place and x.dtype == torch.float32 and not torch.compiler.is_compiling():
             ctx.mark_dirty(x)
