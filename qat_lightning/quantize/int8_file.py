@@ -84,7 +84,7 @@ def load_int8(
     Raises:
         FileNotFoundError: There is no such file.
         Int8FileError: The file is no int8 file, is damaged, has no manifest, or belongs to another network.
-        RecipeMismatchError: The network was prepared with a user-defined QConfig, and `qconfig` is another one.
+        RecipeMismatchError: The network was prepared with a user-defined QConfig other than `qconfig`.
     """
     content = _read(Path(path), verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
