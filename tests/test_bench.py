@@ -150,7 +150,7 @@ def test_a_file_that_is_altered_or_has_no_manifest(folder: Path, qat_bench: Call
     status, _, error = qat_bench(folder / "int8.onnx")
     assert status == 1
     assert "has no manifest.json" in error
-    assert "or pass --no-verify to read it as it is" in error
+    assert "or pass --no-verify to read it unchecked" in error
     assert qat_bench(folder / "int8.onnx", "--no-verify")[0] == 0
     (folder / "int8.onnx").write_bytes(b"no graph")
     status, _, error = qat_bench(folder / "int8.onnx", "--no-verify")

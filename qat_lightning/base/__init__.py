@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, whole files, random state, the schedule, facts on the CPU."""
+"""Foundations of all other packages: errors, atomic writes, random state, the schedule, CPU features."""

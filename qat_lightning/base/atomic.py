@@ -15,18 +15,18 @@ _SUFFIX = ".partial"
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, and moves it to `path` at the end of the block.
 
-    An error in the block leaves `path` as it was and nothing beside it. A killed process may leave a hidden
-    `.name.….partial`, which nothing reads and :func:`remove_partial` removes.
+    If the block raises, `path` stays as it was and the temporary file is removed. A killed process may leave
+    a hidden `.name.….partial` behind. Nothing reads it, and :func:`remove_partial` removes it.
 
     Args:
-        path: The file to write; its folder is made.
+        path: The file to write. Its folder is created if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}{_SUFFIX}")
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # else a power failure may leave the name without the content
+            os.fsync(file.fileno())  # otherwise a power failure may leave the name without the content
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder. Raises an `OSError` if no file can be written there."""
+    """Creates `folder` if needed. Raises an `OSError` if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{uuid4().hex[:8]}{_SUFFIX}"
     probe.touch()
@@ -42,6 +42,6 @@ def check_writable(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what killed processes left in `folder`."""
+    """Removes the temporary files that killed processes left in `folder`."""
     for partial in folder.glob(f".*{_SUFFIX}"):
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The int8 engines of PyTorch: their names, the activations they need, and how to run on one."""
+"""The int8 engines of PyTorch: their names, and how to run a network on one."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def engine(backend: str) -> Iterator[None]:
 def run_on_engine(module: nn.Module, backend: str) -> None:
     """Makes every forward of an int8 `module` run on the engine it was converted for.
 
-    The engine is a global setting of PyTorch, so that a program with two int8 networks needs it set
-    around each. Forward hooks do that; `forward` itself stays the module's own.
+    The engine is a global setting of PyTorch. A program with two int8 networks has to set it for each call.
+    Forward hooks do that, so `forward` itself is not replaced.
     """
     switch = _EngineSwitch(backend)
     module.register_forward_pre_hook(switch.enter)
@@ -56,10 +56,10 @@ def run_on_engine(module: nn.Module, backend: str) -> None:
 
 
 class _EngineSwitch:
-    """The two hooks of :func:`run_on_engine`; a stack, because an int8 network may hold another.
+    """The two hooks of :func:`run_on_engine`. They keep a stack, because int8 networks may be nested.
 
-    `torch.use_deterministic_algorithms` is off meanwhile: it refuses a tensor that fbgemm's linear layer
-    makes and fills, although sums of integers have one result only.
+    The hooks switch `torch.use_deterministic_algorithms` off during the forward. It rejects a tensor that
+    fbgemm's linear layer allocates and fills, although integer sums are deterministic anyway.
     """
 
     def __init__(self, backend: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# As the kernel spells them, from the least to the most that they bring: x86, then ARM.
+# Spelled as in Linux's /proc/cpuinfo, from the least to the most powerful: first x86, then ARM.
 FEATURES = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
     *("asimddp", "i8mm", "sve"),
@@ -20,32 +20,32 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 def features() -> tuple[str, ...]:
     """Returns the `FEATURES` that this CPU has."""
-    said = info()
-    flags = set(said.get("flags", said.get("Features", "")).split())
+    fields = info()
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
     if not flags:
         return _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())
     return tuple(name for name in FEATURES if name in flags)
 
 
 def has_dot_products(found: Iterable[str]) -> bool:
-    """Whether a CPU with these features multiplies and adds int8 in one instruction.
+    """Returns whether a CPU with these features multiplies and adds int8 in one instruction.
 
-    Without one, int8 takes three instructions where float takes one, and is hardly faster.
+    Without such an instruction, int8 takes three where float takes one, so it is hardly faster.
     """
     return not _DOT_PRODUCTS.isdisjoint(found)
 
 
 def overflows() -> bool:
-    """Whether int8 kernels may overflow on this CPU if weights and activations both use 8 bits.
+    """Returns whether int8 kernels may overflow on this CPU if weights and activations both use 8 bits.
 
-    On x86 without VNNI they add two products in 16 bits, which 255 · 127 · 2 does not fit into: PyTorch's
-    fbgemm and oneDNN, ONNX Runtime by default, and OpenVINO.
+    On x86 without VNNI, kernels add two products in 16 bits, and 255 · 127 · 2 does not fit. This applies to
+    PyTorch's fbgemm and oneDNN, to ONNX Runtime by default, and to OpenVINO.
     """
     return platform.machine().lower() in ("x86_64", "amd64") and not has_dot_products(features())
 
 
 def info() -> dict[str, str]:
-    """What Linux reports about the first CPU; empty on other systems."""
+    """Returns what Linux reports about the first CPU, by field name; empty on other systems."""
     try:
         text = _CPUINFO.read_text(errors="replace")
     except OSError:

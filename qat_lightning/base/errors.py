@@ -1,4 +1,4 @@
-"""Errors of the package. Each subclasses the builtin that a caller would already catch."""
+"""The errors that this package raises. Each subclasses the builtin that a caller would already catch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class UntraceableError(ValueError):
     """`torch.fx` cannot turn the network into a graph that behaves like it.
 
     Attributes:
-        part: Name of the innermost submodule at fault, `""` for the network itself.
-        line: Its file and line.
+        part: Name of the innermost submodule that cannot be traced, `""` for the network itself.
+        line: The file and line that cannot be traced.
     """
 
     def __init__(self, message: str, part: str = "", line: str = "") -> None:
@@ -20,7 +20,7 @@ class UntraceableError(ValueError):
 
 
 class RecipeMismatchError(RuntimeError):
-    """A state dict was made by another quantization recipe, or by a float network."""
+    """A state dict comes from a network with another quantization recipe, or from a float network."""
 
 
 class ConversionError(RuntimeError):
@@ -31,10 +31,10 @@ class PreflightError(RuntimeError):
     """A network would not train, convert or run as int8; found before the first epoch.
 
     Attributes:
-        network: Name of the network in the LightningModule, `""` for the module itself.
+        network: Name of the network in the LightningModule, `""` for the LightningModule itself.
         path: Name of the submodule that fails, relative to the network; `""` for the network's own forward.
         line: The line of the user's code that led there, as `file:line: code`, or None.
-        op: The failing operation by PyTorch's name; empty if it is no operation.
+        op: PyTorch's name of the operation that fails; empty if none does.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TargetError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed. The message names the extra that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Formats values as text, alike on the report's page, in its plots and on the terminal."""
+"""Formats values as text, in the same way for the report's page, its plots and the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decibels(value: float) -> str:
 
 
 def metric(name: str, value: float) -> str:
-    """Formats a metric; shares such as an accuracy as percentages.
+    """Formats a metric. Shares, such as an accuracy, become percentages.
 
     Example:
         >>> metric("val/accuracy", 0.98765), metric("val/loss", 0.98765)
@@ -27,7 +27,7 @@ def metric(name: str, value: float) -> str:
 
 
 def difference(name: str, value: float, base: float) -> str:
-    """Formats the difference `value` - `base`, for percentages in percentage points.
+    """Formats the difference `value` - `base`. Differences of percentages are in percentage points.
 
     Example:
         >>> difference("accuracy", 0.75, 0.76), difference("loss", 1.5, 1.25)
@@ -39,12 +39,12 @@ def difference(name: str, value: float, base: float) -> str:
 
 
 def is_share(name: str, value: float) -> bool:
-    """Whether a metric is one that people read as a percentage."""
+    """Returns whether a metric is usually read as a percentage."""
     return "acc" in name.lower() and 0 <= value <= 1
 
 
 def share(value: float) -> str:
-    """Formats a share between 0 and 1 for a column.
+    """Formats a share between 0 and 1 as a percentage, without the sign.
 
     Example:
         >>> share(0.01234), share(0.0), share(0.00001)
@@ -74,7 +74,7 @@ def times(ratio: float) -> str:
 
 
 def number(value: float, form: str = ".3g") -> str:
-    """Formats a number, with a minus that is as wide as a plus.
+    """Formats a number, with a minus sign as wide as a plus sign.
 
     Example:
         >>> number(-1.5), number(float("-inf"))
@@ -94,7 +94,7 @@ def digits(value: float, count: int) -> str:
 
 
 def milliseconds(value: float, of: float | None = None) -> str:
-    """Formats a duration with three digits, or a part of one with the decimals of the whole.
+    """Formats a duration with three digits. A part of a duration gets as many decimals as the whole.
 
     Example:
         >>> milliseconds(0.1234), milliseconds(12.34), milliseconds(1234.5), milliseconds(0.426, of=12.34)
@@ -120,7 +120,7 @@ def breadth(text: str) -> float:
 
 
 def shorten(text: str, ems: float) -> str:
-    """Shortens a text by leaving out its middle.
+    """Shortens a text to a width in ems by leaving out its middle.
 
     Example:
         >>> shorten("features.12.block.2.fc1", 9)

@@ -1,4 +1,4 @@
-"""Catches the inputs of a network's calls by a hook."""
+"""Catches the inputs that networks are called with, by forward pre-hooks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Inputs(NamedTuple):
 
 
 class Catcher:
-    """Keeps the first samples of the inputs of each network's first call, as copies on the CPU.
+    """Copies the first samples of each network's first call to the CPU.
 
     Args:
-        networks: Whose inputs to catch.
-        samples: How many to keep; by default enough for batch-norm, and a quick pass on the CPU.
+        networks: The networks whose inputs to catch.
+        samples: How many samples to keep. The default is enough for batch-norm, and quick to run on the CPU.
 
     Attributes:
         caught: The inputs of each network that was called.
@@ -55,15 +55,18 @@ class Catcher:
 
 
 def is_redirected(network: nn.Module) -> bool:
-    """Whether a call runs something other than `forward`: under DDP, Lightning puts `training_step` there."""
+    """Returns whether a call currently runs something other than `forward`.
+
+    Under DDP, Lightning redirects `forward` to `training_step`.
+    """
     forward = vars(network).get("forward")
     return forward is not None and getattr(forward, "__self__", None) is not network
 
 
 def first_samples(values: Any, samples: int = 2) -> Any:
-    """Copies to the CPU the first samples of every tensor in nested `values` that has the batch size.
+    """Copies nested `values` to the CPU, and cuts every tensor with the batch size to its first samples.
 
-    The batch's size is that of the first tensor's first dimension.
+    The batch size is the first dimension of the first tensor.
     """
     shapes = [v.shape for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim]
     size = shapes[0][0] if shapes else 0
@@ -78,7 +81,7 @@ def first_samples(values: Any, samples: int = 2) -> Any:
 
 
 def arguments_of(network: nn.Module, inputs: Inputs) -> Any:
-    """Returns inputs by name if the network's `forward` names them all, else the positional ones."""
+    """Returns the inputs by name if the network's `forward` names them all, else the positional ones."""
     bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
     named = all(p.kind is not p.VAR_POSITIONAL for p in bound.signature.parameters.values())
     return dict(bound.arguments) if named else inputs.args

@@ -1,7 +1,7 @@
 """The private names of Lightning, each behind a named function.
 
-A new version of Lightning may change any of them: `tests/test_internals.py` tells which one. Packages
-below the callbacks ask here about a LightningModule that they are given.
+A new version of Lightning may change any of them; `tests/test_internals.py` then names the broken one.
+Packages below the callbacks use these functions on a LightningModule, and so need not import Lightning.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether a LightningModule was passed to the Trainer compiled."""
+    """Returns whether a LightningModule was compiled before it was passed to the Trainer."""
     return module._compiler_ctx is not None
 
 
 def forget_original(copied: nn.Module) -> None:
     """Makes a deep copy of a LightningModule independent of the original, and not compiled."""
     if hasattr(copied, "_metric_attributes"):
-        # Lightning's memory of its metrics, by the ids of the original's.
+        # Lightning's cache of metric names, whose keys are the ids of the original's metrics.
         vars(copied)["_metric_attributes"] = None
     for name in vars(copied).get("_compiler_ctx") or ():
-        # Lightning's compiled methods, which would run the original.
+        # Lightning's compiled methods are bound to the original.
         vars(copied).pop(name.removeprefix("original_"), None)
         vars(copied)["_compiler_ctx"] = None
 
@@ -49,17 +49,17 @@ def cluster_environment(trainer: pl.Trainer) -> Any:
 
 
 def synchronizes_batch_norm(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer turns batch-norms into synchronized ones."""
+    """Returns whether the Trainer turns batch-norms into synchronized ones."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 def start_method(trainer: pl.Trainer) -> str | None:
-    """How the strategy starts its processes, if it forks or spawns them."""
+    """Returns the start method of the strategy's processes, or None if it neither forks nor spawns them."""
     return getattr(trainer.strategy.launcher, "_start_method", None)
 
 
 def writes_graph(logger: Any) -> bool:
-    """Whether a TensorBoardLogger writes the module's graph."""
+    """Returns whether a TensorBoardLogger writes the module's graph."""
     return bool(logger._log_graph)
 
 
@@ -67,12 +67,12 @@ def writes_graph(logger: Any) -> bool:
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the last batch only accumulated gradients."""
+    """Returns whether the last batch only accumulated gradients."""
     return trainer.fit_loop._should_accumulate()
 
 
 def has_begun_epoch(trainer: pl.Trainer) -> bool:
-    """Whether there is an iterator over the training data."""
+    """Returns whether there is an iterator over the training data."""
     return trainer.fit_loop._data_fetcher is not None
 
 
@@ -83,7 +83,7 @@ def renew_iterator(trainer: pl.Trainer) -> None:
 
 
 def validates_now(trainer: pl.Trainer) -> bool:
-    """Whether a validation comes after the batch that has just been trained on."""
+    """Returns whether a validation follows the current training batch."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
@@ -102,10 +102,10 @@ def validation_source(trainer: pl.Trainer) -> Any:
 
 
 def averaged_model(callback: Any) -> AveragedModel | None:
-    """Returns the average of a WeightAveraging callback, or None before there is one."""
+    """Returns the averaged model of a WeightAveraging callback, or None before it exists."""
     return callback._average_model
 
 
 def averages_batch_norms(callback: Any) -> bool:
-    """Whether StochasticWeightAveraging will re-estimate batch-norm statistics."""
+    """Returns whether StochasticWeightAveraging will re-estimate batch-norm statistics."""
     return bool(callback._model_contains_batch_norm)

@@ -1,6 +1,6 @@
-"""Keeps `manifest.json` beside exported files: sizes and checksums, so that a damaged file is refused unread.
+"""Keeps `manifest.json` beside exported files: sizes and checksums, checked before a file is parsed.
 
-It detects corruption. It is no signature: whoever can alter a file can alter the manifest.
+It detects damaged files. It is not a signature: whoever can alter a file can also alter the manifest.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def add(*paths: Path) -> None:
 
 
 def read(path: Path, *, verify: bool = True) -> bytes:
-    """Reads a file once, and compares it with the manifest before anything parses it.
+    """Reads a file once, and compares its content with the manifest before anything parses it.
 
     Args:
         path: The file.
-        verify: Whether to compare. Without, nothing is known about the content.
+        verify: Whether to compare. If False, the content is returned unchecked.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -42,21 +42,21 @@ def read(path: Path, *, verify: bool = True) -> bytes:
     manifest = path.with_name(MANIFEST)
     if not manifest.is_file():
         raise Int8FileError(
-            f"{path} has no {MANIFEST} beside it, so it cannot be verified. Copy the "
-            "manifest of the export along with it, or pass verify=False to read it as it is."
+            f"{path} has no {MANIFEST} beside it, so it cannot be verified. Copy the manifest "
+            "of the export as well, or pass verify=False to read it unchecked."
         )
-    recorded = _entries(manifest).get(path.name)
-    if recorded is None:
+    listed = _entries(manifest).get(path.name)
+    if listed is None:
         raise Int8FileError(
-            f"{manifest} does not list {path.name}: files keep the names that they were exported under. "
-            "Rename it back, export it again, or pass verify=False to read it as it is."
+            f"{manifest} does not list {path.name}: a file must keep the name that it was exported under. "
+            "Rename it back, export it again, or pass verify=False to read it unchecked."
         )
     found = _entry(content)
-    if found != recorded:
+    if found != listed:
         raise Int8FileError(
-            f"{path} is not the file that was exported: {MANIFEST} says {recorded['bytes']} bytes with "
-            f"SHA-256 {recorded['sha256'][:12]}…, but it has {found['bytes']} with {found['sha256'][:12]}…. "
-            "It was altered, truncated or replaced: copy or export it again."
+            f"{path} is not the file that was exported: {MANIFEST} lists {listed['bytes']} bytes with "
+            f"SHA-256 {listed['sha256'][:12]}…, but the file has {found['bytes']} with "
+            f"{found['sha256'][:12]}…. It was altered, truncated or replaced: copy or export it again."
         )
     return content
 

@@ -1,4 +1,4 @@
-"""Silences the warnings of `torch.ao` that no user can act on, and only those, around our own calls."""
+"""Silences warnings of `torch.ao` and of the ONNX exporters that no user can act on, around our own calls."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The beginnings of the messages, as `warnings.filterwarnings` matches them.
+# Regular expressions for the beginnings of the messages.
 _MESSAGES = (
     r"torch\.ao\.quantization is deprecated",
     r"\s*Please use quant_min and quant_max to specify the range for observers",
     r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other quantized tensor creation",
-    r"must run observer before calling calculate_qparams",  # said in our own words where it matters
+    r"must run observer before calling calculate_qparams",  # where it matters, we say so ourselves
     r"TypedStorage is deprecated",  # torch.load of a quantized tensor
     r"_aminmax is deprecated",
-    r"Detected pickle protocol",  # torch.load of a file that is then refused
+    r"Detected pickle protocol",  # torch.load of a file that is refused right after
 )
 
 
 @contextmanager
 def quiet_torch_ao() -> Iterator[None]:
-    """Ignores `torch.ao`'s deprecation and range warnings inside the `with` block."""
+    """Ignores the warnings in `_MESSAGES` inside the `with` block, and no others."""
     with warnings.catch_warnings():
         for message in _MESSAGES:
             warnings.filterwarnings("ignore", message=message)
@@ -30,14 +30,14 @@ def quiet_torch_ao() -> Iterator[None]:
 
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
-    """Silences what the ONNX tools log about their own work, except errors, inside the `with` block."""
+    """Silences all warnings, and the ONNX tools' log lines except errors, inside the `with` block."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what went wrong is seen by running the file
+            warnings.simplefilter("ignore")  # running the file shows what went wrong
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,4 +1,4 @@
-"""The states of all random generators of a process, as values that a checkpoint can hold safely."""
+"""Captures and restores the states of all random generators of a process, as plain values for checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Restores every generator at the end of the block."""
+    """Restores every generator at the end of the `with` block."""
     state = capture()
     try:
         yield

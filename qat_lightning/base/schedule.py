@@ -1,4 +1,4 @@
-"""The schedule of a run: its phase is a function of epoch and step alone."""
+"""The schedule of a run: says which phase a step is in, from its epoch and number alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Point = int | float | None
 
 
 class Phase(NamedTuple):
-    """What the modules of a prepared network do.
+    """What is on in a prepared network at one step.
 
     Attributes:
-        fake_quant: Activations and weights are rounded to the int8 grid.
-        observe: Observers follow the data, so that the grid moves.
+        fake_quant: Activations and weights are rounded as in int8.
+        observe: Observers follow the data, so scales and zero points change.
         freeze_bn: Batch-norm statistics stay as they are.
     """
 
@@ -30,7 +30,7 @@ class Moment(NamedTuple):
     step: int | None = None
 
     def reached(self, epoch: int, step: int) -> bool:
-        """Whether a run that is about to do `step` in `epoch` (both from 0) has reached it."""
+        """Returns whether a run that is about to do `step` in `epoch`, both from 0, has reached it."""
         if self.epoch is not None:
             return epoch >= self.epoch
         return self.step is not None and step >= self.step
@@ -44,14 +44,15 @@ class Schedule:
     """When observers and batch-norm statistics freeze, and when fake-quantization starts.
 
     Args:
-        freeze_bn_at: Epoch (int), fraction of the run (float in [0, 1)), or None for never.
-        freeze_observers_at: The same for observers.
+        freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run (float in
+            [0, 1)), or None for never.
+        freeze_observers_at: When observers freeze, in the same form.
         fake_quant_from: Epoch at which fake-quantization starts.
-        calibration_steps: Steps at the start of the run in which observers only watch; at most a twentieth
-            of a run of known length.
+        calibration_steps: Steps at the start of the run in which observers watch and nothing is rounded. In a
+            run of known length, they are at most a twentieth of it.
 
     Raises:
-        TypeError: A value is no number.
+        TypeError: A value is not a number.
         ValueError: A value is negative, or a float of 1 or more.
     """
 
@@ -66,7 +67,7 @@ class Schedule:
         if isinstance(self.fake_quant_from, float) or self.fake_quant_from is None:
             raise TypeError(
                 "fake_quant_from is an epoch, an int from 0, but received "
-                f"{self.fake_quant_from!r}. Use 0 to start at once."
+                f"{self.fake_quant_from!r}. Use 0 to start fake-quantization right away."
             )
         _check("fake_quant_from", self.fake_quant_from)
         steps = self.calibration_steps
@@ -78,15 +79,14 @@ class Schedule:
 
     @property
     def has_fraction(self) -> bool:
-        """Whether resolving it needs the length of the run."""
+        """Whether a moment is given as a fraction, so that :meth:`resolve` needs the length of the run."""
         return any(isinstance(p, float) for p in (self.freeze_bn_at, self.freeze_observers_at))
 
     def resolve(self, total_steps: float) -> ResolvedSchedule:
         """Turns fractions into global steps.
 
         Args:
-            total_steps: Optimizer steps of the whole run; may be infinite where there is no
-                fraction.
+            total_steps: Optimizer steps of the whole run; may be infinite if there is no fraction.
 
         Raises:
             ValueError: There is a fraction, and the run has no known length.
@@ -95,7 +95,7 @@ class Schedule:
             raise ValueError(
                 "A freeze given as a fraction needs a run of known length, but this Trainer has "
                 "neither max_epochs with a sized dataloader nor max_steps. Set one of them, or give "
-                f"the freeze as an epoch; received freeze_bn_at={self.freeze_bn_at}, "
+                f"the freeze as an epoch. Received freeze_bn_at={self.freeze_bn_at} and "
                 f"freeze_observers_at={self.freeze_observers_at}."
             )
         return ResolvedSchedule(
@@ -108,18 +108,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ResolvedSchedule:
-    """A schedule in epochs and global steps. A resumed run keeps it."""
+    """A schedule in epochs and global steps. A resumed run keeps the one that it started with."""
 
     freeze_bn: Moment
     freeze_observers: Moment
     fake_quant: Moment
-    calibrated: Moment = _AT_ONCE  # in checkpoints from before there was a calibration
+    calibrated: Moment = _AT_ONCE  # the default is for checkpoints from before calibration existed
 
     def phase(self, epoch: int, step: int) -> Phase:
         """Returns the phase of the global step `step` in `epoch`, both from 0.
 
-        Observers always see the calibration and the first step, whatever the schedule says: without one
-        observed batch there is no range to freeze.
+        Observers are always on in the calibration and in the first step, whatever the schedule says: without
+        an observed batch there is no range to freeze.
         """
         calibrated = self.calibrated.reached(epoch, step)
         return Phase(
@@ -131,7 +131,7 @@ class ResolvedSchedule:
     def never_reached(self, epochs: float, steps: float) -> list[str]:
         """Returns the names of the moments that lie beyond the end of a run.
 
-        A run of one step reaches no fraction of itself, which is not a mistake.
+        A run of a single step cannot reach any fraction of itself. That is not reported.
         """
         moments = {
             "freeze_bn_at": self.freeze_bn,

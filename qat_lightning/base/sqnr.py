@@ -1,4 +1,4 @@
-"""Measures how close one computation is to another."""
+"""Measures how close an approximation is to a signal, as a signal-to-quantization-noise ratio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def sqnr(signal: torch.Tensor, approximation: torch.Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB; infinite where the two are equal."""
+    """Returns the signal-to-quantization-noise ratio in dB; infinite if the two are equal."""
     noise = (signal.double() - approximation.double()).square().mean()
     if noise == 0:
         return float("inf")

@@ -1,8 +1,8 @@
 """The private names of torch, each behind a named function or constant.
 
-A new version of torch may change any of them: `tests/test_internals.py` tells which one. A method that
-torch's own classes expect a subclass to override (`_conv_forward`, `_load_from_state_dict`) is overridden
-where the subclass is.
+A new version of torch may change any of them; `tests/test_internals.py` then names the broken one. Private
+methods that torch expects a subclass to override (`_conv_forward`, `_load_from_state_dict`) are overridden
+in the subclass itself, not here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 from torch.utils import _pytree
 
-# The base classes that torch.nn's layers of one kind share.
+# The common base classes of torch.nn's layers of one kind.
 BatchNorm = _BatchNorm
 Convolution, ConvTranspose = _ConvNd, _ConvTransposeNd
 Dropout = _DropoutNd
@@ -38,7 +38,8 @@ treespec_dumps, treespec_loads = _pytree.treespec_dumps, _pytree.treespec_loads
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
-# What a module holds. `setattr` is no substitute: it checks and moves names between these dicts.
+# The dicts in which a module keeps its children and tensors. `setattr` is no substitute: it checks names, and
+# moves them between these dicts.
 
 
 def modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -57,12 +58,12 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def is_persistent(module: nn.Module, name: str) -> bool:
-    """Whether the state dict of `module` holds its buffer `name`."""
+    """Returns whether the state dict of `module` contains its buffer `name`."""
     return name not in module._non_persistent_buffers_set
 
 
 TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-"""The attributes in which a module holds all this."""
+"""The attributes in which a module keeps these dicts, and the names of its non-persistent buffers."""
 
 
 # Hooks.
@@ -74,12 +75,12 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether anything runs before or after the forward of `module`."""
+    """Returns whether a hook runs before or after the forward of `module`."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def saves_with(module: nn.Module, hook: Callable[..., Any]) -> bool:
-    """Whether `hook` is a state-dict hook of `module`."""
+    """Returns whether `hook` is a state-dict hook of `module`."""
     return hook in module._state_dict_hooks.values()
 
 
@@ -92,12 +93,12 @@ def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called, or `torch.compile` made it."""
+    """Returns whether `module.compile()` was called, or `module` is the result of `torch.compile`."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Adds to the parameters and buffers that DistributedDataParallel leaves alone in `module`."""
+    """Makes DistributedDataParallel leave the parameters and buffers `names` of `module` alone."""
     setattr(module, _DDP_IGNORED, sorted({*names, *getattr(module, _DDP_IGNORED, ())}))
 
 
@@ -107,26 +108,26 @@ def module_versions(state_dict: Any) -> dict[str, Any]:
 
 
 def set_module_versions(state_dict: Any, versions: dict[str, Any]) -> None:
-    """Sets what :func:`module_versions` reads."""
+    """Sets the versions that :func:`module_versions` returns."""
     state_dict._metadata = versions
 
 
 def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """Returns the dict of the attributes that a deep copy of a graph module keeps."""
+    """Returns the dict of attributes that survive a deep copy of a graph module."""
     kept: dict[str, Any] = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
     return kept
 
 
 def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Computes a convolution of torch.nn with another weight and bias."""
+    """Computes a convolution layer of torch.nn with another weight and bias."""
     return layer._conv_forward(x, weight, bias)
 
 
 def self_attention(layer: nn.Module, x: torch.Tensor, *masks: Any, is_causal: bool) -> torch.Tensor:
-    """The self-attention block of a transformer layer of torch.nn."""
+    """Computes the self-attention block of a transformer layer of torch.nn."""
     return layer._sa_block(x, *masks, is_causal=is_causal)  # type: ignore[operator]
 
 
 def feed_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The feed-forward block of a transformer layer of torch.nn."""
+    """Computes the feed-forward block of a transformer layer of torch.nn."""
     return layer._ff_block(x)  # type: ignore[operator]
