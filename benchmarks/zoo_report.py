@@ -19,12 +19,13 @@ $ python -m benchmarks.zoo
 
 """
 COLUMNS = """
-- **int8**: the share of the float network's multiply-adds whose layer became an int8 layer. The whole includes
-  products between activations. Those products and functional calls do not count as int8.
+- **int8**: the share of the float network's multiply-adds whose layer became an int8 layer. The whole
+  includes products between activations. Those products and functional calls do not count as int8.
 - **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB.
-- **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was multiplied by
-  1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and have seen two images, so
-  a deep one amplifies each rounding that tips over. An SQNR near this figure is that noise; one far below is not.
+- **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was
+  multiplied by 1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and
+  have seen two images, so a deep one amplifies each rounding that tips over. An SQNR near this figure is that
+  noise; one far below is not.
 - **s**: the seconds that all of it takes on one core.
 - **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network, or the error they end with.
 

@@ -1,4 +1,4 @@
-"""Takes the pages of the documentation apart: blocks of code, command lines, inline code, links and headings."""
+"""Takes the pages of the documentation apart: code, command lines, links and headings."""
 
 from __future__ import annotations
 

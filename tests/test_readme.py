@@ -1,4 +1,4 @@
-"""What the README and the pages beside it show works: snippets run, commands and names exist, links lead on."""
+"""What the pages of the documentation show works: snippets run; commands, names and links exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import qat_lightning
 from benchmarks import zoo_report
 from qat_lightning import export_onnx, export_openvino, prepare
 from tests.networks import Residual
-from tests.page_commands import RULES, check, check_processes, composed, configuration, placed
+from tests.page_commands import REST, RULES, check, check_processes, composed, configuration, placed, recipe
 from tests.pages import (
     PAGES,
     ROOT,
@@ -190,10 +190,7 @@ def test_commands_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     assert typed
     for line in typed:
         if line.name == "make":
-            recipe = subprocess.run(
-                ["make", "--dry-run", line.words[1]], cwd=ROOT, capture_output=True, text=True
-            )
-            _, script = recipe.stdout.splitlines()[-1].split()
+            _, script = recipe(line.words[1])[-1].split()
             type_in(folder, "python", str(ROOT / script))
         else:
             type_in(folder, line.name, *[placed(word, left_in(folder)) for word in line.words[1:]])
@@ -212,13 +209,14 @@ def type_in(folder: Path, name: str, *arguments: str) -> None:
 
 
 def left_in(folder: Path) -> dict[str, Path]:
-    """What the commands so far have left under outputs/: the newest weights, and the newest folder with int8."""
-
-    def newest(name: str) -> list[Path]:
-        return sorted((folder / "outputs").rglob(name), key=lambda path: path.stat().st_mtime)[-1:]
-
-    found = {"float.pt": path for path in newest("float.pt")}
-    return found | {"…": path.parent for path in newest("report.json")}
+    """What the commands so far have left under outputs/: the newest weights, and the newest run with int8."""
+    left: dict[str, Path] = {}
+    for path in sorted((folder / "outputs").rglob("*"), key=lambda path: path.stat().st_mtime):
+        if path.name == "float.pt":
+            left[path.name] = path
+        elif path.name == "report.json":
+            left[REST] = path.parent
+    return left
 
 
 def write_files_of_a_reader(folder: Path) -> None:
@@ -231,8 +229,8 @@ def write_files_of_a_reader(folder: Path) -> None:
     exported.save(folder / "float.onnx")
     prepared = prepare(network.train(), backend="x86")
     train(prepared)
-    export_onnx(prepared, folder / "int8.onnx", images)
-    export_openvino(prepared, folder / "int8.xml", images)
+    export_onnx(prepared, folder / "int8.onnx", (images,))
+    export_openvino(prepared, folder / "int8.xml", (images,))
 
 
 # Diagrams
@@ -246,7 +244,7 @@ def test_the_diagram_of_the_packages_is_that_of_the_import_linter() -> None:
     shown = re.findall(r"^  (\w+)(?:/|\.py) ", packages, re.MULTILINE)
     layers = configuration()["importlinter"]["contracts"][0]["layers"]
     places = {
-        name: at for at, layer in enumerate(layers) for name in re.findall(r"qat_lightning\.(\w+)", layer)
+        name: rank for rank, layer in enumerate(layers) for name in re.findall(r"qat_lightning\.(\w+)", layer)
     }
     assert sorted(shown) == sorted(places)
     assert [places[name] for name in shown] == sorted(places.values())

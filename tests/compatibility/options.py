@@ -194,8 +194,8 @@ def max_time(folder: Path) -> None:
 @row(
     "max_time",
     "Trainer(max_epochs=-1, max_time=...)",
-    "refused if a freeze is a fraction, as by default: the length of the run is unknown. Give the freeze as an "
-    "epoch, or set max_steps",
+    "refused if a freeze is a fraction, as by default: the length of the run is unknown. Give the freeze as "
+    "an epoch, or set max_steps",
 )
 def max_time_alone(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"needs a run of known length.*give the freeze as an epoch"):

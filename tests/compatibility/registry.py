@@ -13,9 +13,9 @@ _HEAD = """\
 # Compatibility
 
 This page lists what works with `QuantizationAwareTraining` (here `qat`) in a Lightning run. A run in
-[tests/compatibility](../tests/compatibility) proves each row, and `python -m tests.compatibility` prints this page. A
-refusal is an error before the first step, with the reason and the fix. Runs of several processes have their own page:
-[distributed.md](distributed.md).
+[tests/compatibility](../tests/compatibility) proves each row, and `python -m tests.compatibility` prints this
+page. A refusal is an error before the first step, with the reason and the fix. Runs of several processes have
+their own page: [distributed.md](distributed.md).
 """
 
 
