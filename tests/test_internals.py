@@ -1,50 +1,63 @@
 """Private names of torch, Lightning, Hydra: each is still there and means what it meant.
 
-A failure names what a new version has changed. Everything else in the package uses public names only.
+A failure names what a new version has changed; so does the import of a module that cannot be imported any
+more. Everything else in the package uses public names only.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.compile import from_compiled
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch import fx, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from qat_lightning.base import lightning_internals, torch_internals
 from qat_lightning.base.quiet import quiet_torch_ao
-from qat_lightning.base.torch_internals import (
-    TABLES,
-    buffers_of,
-    convolve,
-    forward_hooks,
-    has_forward_hooks,
-    ignore_in_ddp,
-    is_persistent,
-    load_hooks,
-    module_versions,
-    modules_of,
-    parameters_of,
-    preserved_attributes,
-    saves_with,
-    set_module_versions,
-)
-from qat_lightning.cli.hydra_internals import unresolved
-from qat_lightning.modes.torch_ao_internals import FusedModule, quantized_decomposed, unpacked
-from tests.networks import ConvBnRelu
-from tests.runs import TinyModule, trainer
+from qat_lightning.cli import hydra_internals
+from qat_lightning.modes import torch_ao_internals
+from tests.networks import CLASSES, SIZE, ConvBnRelu, Residual
+from tests.runs import TinyModule, dataset, trainer
 
 PACKAGE = Path(__file__).parents[1] / "qat_lightning"
-ROOMS = {"torch_internals.py", "lightning_internals.py", "hydra_internals.py", "torch_ao_internals.py"}
+ROOMS = [
+    PACKAGE / "base" / "torch_internals.py",
+    PACKAGE / "base" / "lightning_internals.py",
+    PACKAGE / "cli" / "hydra_internals.py",
+    PACKAGE / "modes" / "torch_ao_internals.py",
+]
+
+
+@contextmanager
+def internal(name: str) -> Iterator[None]:
+    """Fails with the name that a new version has taken away, or given another meaning."""
+    try:
+        yield
+    except Exception as error:
+        pytest.fail(f"{name} is gone, or is not what it was: {error!r}")
+
+
+def test_a_failure_names_the_internal() -> None:
+    module: Any = nn.Linear(1, 1)
+    with pytest.raises(pytest.fail.Exception, match="torch: _gone is gone"), internal("torch: _gone"):
+        module._gone()
+    with pytest.raises(pytest.fail.Exception, match="torch: _other is gone"), internal("torch: _other"):
+        assert module.bias is None
 
 
 # torch
@@ -54,150 +67,270 @@ def test_what_a_module_holds() -> None:
     network = ConvBnRelu()
     network.register_buffer("kept", torch.zeros(1))
     network.register_buffer("lost", torch.zeros(1), persistent=False)
-    assert list(modules_of(network)) == ["conv", "bn", "relu"], "nn.Module._modules"
-    assert list(parameters_of(network.bn)) == ["weight", "bias"], "nn.Module._parameters"
-    assert list(buffers_of(network)) == ["kept", "lost"], "nn.Module._buffers"
-    assert [is_persistent(network, name) for name in ("kept", "lost")] == [True, False], (
-        "nn.Module._non_persistent_buffers_set"
-    )
-    assert set(TABLES) <= set(vars(network)), "the dicts of nn.Module"
-    modules_of(network)["relu"] = nn.Identity()
-    assert isinstance(network.relu, nn.Identity), (
-        "nn.Module._modules is no longer what attributes are read from"
-    )
+    with internal("torch: nn.Module._modules"):
+        held = torch_internals.modules_of(network)
+        assert list(held) == ["conv", "bn", "relu"]
+        held["relu"] = nn.Identity()
+        assert isinstance(network.relu, nn.Identity)
+    with internal("torch: nn.Module._parameters"):
+        assert list(torch_internals.parameters_of(network.bn)) == ["weight", "bias"]
+    with internal("torch: nn.Module._buffers"):
+        assert list(torch_internals.buffers_of(network)) == ["kept", "lost"]
+    with internal("torch: nn.Module._non_persistent_buffers_set"):
+        assert torch_internals.is_persistent(network, "kept")
+        assert not torch_internals.is_persistent(network, "lost")
+    for table in torch_internals.TABLES:
+        with internal(f"torch: nn.Module.{table}"):
+            assert vars(network)[table] is not None
 
 
 def test_hooks() -> None:
     module = nn.Linear(2, 2)
-    assert not has_forward_hooks(module)
-    handle = module.register_forward_pre_hook(lambda *_: None)
-    assert has_forward_hooks(module), "nn.Module._forward_pre_hooks"
-    handle.remove()
-    module.register_forward_hook(print)
-    assert list(forward_hooks(module).values()) == [print], "nn.Module._forward_hooks"
 
     def hook(*_: Any) -> None: ...
 
-    module.register_state_dict_post_hook(hook)
-    module.register_load_state_dict_pre_hook(hook)
-    assert saves_with(module, hook), "nn.Module._state_dict_hooks"
-    assert load_hooks(module) == [hook], "nn.Module._load_state_dict_pre_hooks"
+    with internal("torch: nn.Module._forward_hooks"):
+        handle = module.register_forward_hook(hook)
+        assert list(torch_internals.forward_hooks(module).values()) == [hook]
+        assert torch_internals.has_forward_hooks(module)
+        handle.remove()
+    with internal("torch: nn.Module._forward_pre_hooks"):
+        assert not torch_internals.has_forward_hooks(module)
+        module.register_forward_pre_hook(hook)
+        assert torch_internals.has_forward_hooks(module)
+    with internal("torch: nn.Module._state_dict_hooks"):
+        assert not torch_internals.saves_with(module, hook)
+        module.register_state_dict_post_hook(hook)
+        assert torch_internals.saves_with(module, hook)
+    with internal("torch: nn.Module._load_state_dict_pre_hooks"):
+        module.register_load_state_dict_pre_hook(hook)
+        assert torch_internals.load_hooks(module) == [hook]
 
 
 def test_compiled_modules() -> None:
     module = nn.Linear(2, 2)
-    assert not torch_internals.is_compiled(module)
     compiled: Any = torch.compile(module)
-    assert torch_internals.is_compiled(compiled), "torch.compile's OptimizedModule"
-    module.compile(backend="eager")
-    assert torch_internals.is_compiled(module), "nn.Module._compiled_call_impl"
+    with internal("torch: nn.Module._compiled_call_impl"):
+        assert not torch_internals.is_compiled(module)
+        module.compile(backend="eager")
+        assert torch_internals.is_compiled(module)
+    with internal("torch: the class OptimizedModule that torch.compile returns"):
+        assert torch_internals.is_compiled(compiled)
 
 
 def test_what_ddp_ignores() -> None:
     network = ConvBnRelu()
-    ignore_in_ddp(network, ["bn.running_mean"])
-    ignore_in_ddp(network, ["bn.running_var"])
-    ignored = network._ddp_params_and_buffers_to_ignore
-    assert ignored == ["bn.running_mean", "bn.running_var"]
-    source = Path(torch.nn.parallel.distributed.__file__).read_text()
-    assert "_ddp_params_and_buffers_to_ignore" in source, "the attribute that DistributedDataParallel reads"
+    torch_internals.ignore_in_ddp(network, ["bn.running_mean"])
+    torch_internals.ignore_in_ddp(network, ["bn.running_var"])
+    with internal("torch: the attribute _ddp_params_and_buffers_to_ignore of a module in DDP"):
+        attribute = "_ddp_params_and_buffers_to_ignore"
+        assert getattr(network, attribute) == ["bn.running_mean", "bn.running_var"]
+        assert attribute in Path(torch.nn.parallel.distributed.__file__).read_text()
 
 
 def test_versions_in_a_state_dict() -> None:
-    state = ConvBnRelu().state_dict()
-    assert module_versions(state)["bn"] == {"version": 2}, "_metadata of a state dict"
-    other: Any = OrderedDict()
-    set_module_versions(other, {"bn": {"version": 1}})
-    assert module_versions(other) == {"bn": {"version": 1}}
+    network = ConvBnRelu()
+    with internal("torch: _metadata of a state dict"):
+        state = network.state_dict()
+        assert torch_internals.module_versions(state)["bn"] == {"version": 2}
+        old: Any = OrderedDict((name, value) for name, value in state.items() if "num_batches" not in name)
+        torch_internals.set_module_versions(old, {"bn": {"version": 1}})
+        network.load_state_dict(old)  # version 1 had no num_batches_tracked
 
 
-def test_attributes_of_a_copied_graph() -> None:
-    graph_module = fx.symbolic_trace(ConvBnRelu())
-    preserved_attributes(graph_module)["note"] = "kept"
-    assert copy.deepcopy(graph_module).note == "kept", "fx's _USER_PRESERVED_ATTRIBUTES_KEY"
+def test_names_in_graphs() -> None:
+    class Asserts(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._assert(x.ndim == 2, "two dimensions")
+            return x + torch.ones(3)
+
+    graph_module = fx.symbolic_trace(Asserts())
+    with internal("torch: _assert in a graph"):
+        assert torch_internals.ASSERT in [node.target for node in graph_module.graph.nodes]
+    with internal("torch: fx's name _tensor_constant0"):
+        constants = [node.target for node in graph_module.graph.nodes if node.op == "get_attr"]
+        assert list(map(torch_internals.is_traced_constant, constants)) == [True]
+        assert not torch_internals.is_traced_constant("weight")
+    with internal("torch: fx's _USER_PRESERVED_ATTRIBUTES_KEY"):
+        torch_internals.preserved_attributes(graph_module)["note"] = "kept"
+        assert copy.deepcopy(graph_module).note == "kept"
 
 
 def test_a_convolution_with_another_weight() -> None:
     layer, x = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), torch.randn(1, 3, 5, 5)
-    weight = torch.randn_like(layer.weight)
-    expected = layer(x)
-    assert torch.equal(convolve(layer, x, layer.weight, layer.bias), expected), "nn.Conv2d._conv_forward"
-    assert not torch.equal(convolve(layer, x, weight, layer.bias), expected)
+    with internal("torch: nn.Conv2d._conv_forward"):
+        assert torch.equal(torch_internals.convolve(layer, x, layer.weight, layer.bias), layer(x))
+        other = torch_internals.convolve(layer, x, torch.zeros_like(layer.weight), None)
+        assert torch.equal(other, torch.zeros(1, 4, 5, 5))
 
 
-def test_base_classes() -> None:
-    assert isinstance(nn.BatchNorm1d(2), torch_internals.BatchNorm), "_BatchNorm"
-    assert isinstance(nn.ConvTranspose2d(1, 1, 1), torch_internals.ConvTranspose), "_ConvTransposeNd"
-    assert isinstance(nn.Dropout2d(), torch_internals.Dropout), "_DropoutNd"
-    assert isinstance(nn.AvgPool2d(2), torch_internals.AvgPool), "_AvgPoolNd"
-    assert isinstance(nn.AdaptiveAvgPool2d(2), torch_internals.AdaptiveAvgPool), "_AdaptiveAvgPoolNd"
-    assert issubclass(torch.ao.nn.intrinsic.ConvBnReLU2d, FusedModule), "torch.ao.nn.intrinsic._FusedModule"
+def test_blocks_of_a_transformer_layer() -> None:
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(1, 3, 8)
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    with internal("torch: nn.TransformerEncoderLayer._ff_block"):
+        fed = layer.linear2(layer.linear1(x).relu())
+        assert torch.equal(torch_internals.feed_forward(layer, x), fed)
+    with internal("torch: nn.TransformerEncoderLayer._sa_block"):
+        attended = torch_internals.self_attention(layer, x, mask, None, is_causal=False)
+        assert torch.equal(attended, layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "base", "name"),
+    [
+        (nn.BatchNorm1d(2), torch_internals.BatchNorm, "_BatchNorm"),
+        (nn.Conv2d(1, 1, 1), torch_internals.Convolution, "_ConvNd"),
+        (nn.ConvTranspose2d(1, 1, 1), torch_internals.ConvTranspose, "_ConvTransposeNd"),
+        (nn.Dropout2d(), torch_internals.Dropout, "_DropoutNd"),
+        (nn.AvgPool2d(2), torch_internals.AvgPool, "_AvgPoolNd"),
+        (nn.AdaptiveAvgPool2d(2), torch_internals.AdaptiveAvgPool, "_AdaptiveAvgPoolNd"),
+    ],
+)
+def test_base_classes(layer: nn.Module, base: type[nn.Module], name: str) -> None:
+    with internal(f"torch: {name}, a base class of {type(layer).__name__}"):
+        assert isinstance(layer, base)
+        assert not isinstance(nn.Linear(1, 1), base)
 
 
 def test_nested_values() -> None:
-    value = {"a": (1, [2]), "b": 3}
-    leaves, structure = torch_internals.tree_leaves(value), torch_internals.tree_structure(value)
-    assert leaves == [1, 2, 3], "torch.utils._pytree"
-    assert torch_internals.tree_unflatten(leaves, structure) == value
-    assert torch_internals.treespec_loads(torch_internals.treespec_dumps(structure)) == structure
+    value = {"a": (1, [2.5]), "b": 3}
+    with internal("torch: utils._pytree"):
+        leaves, structure = torch_internals.tree_leaves(value), torch_internals.tree_structure(value)
+        assert leaves == [1, 2.5, 3]
+        assert torch_internals.tree_unflatten(leaves, structure) == value
+        assert torch_internals.treespec_loads(torch_internals.treespec_dumps(structure)) == structure
+        assert torch_internals.tree_map(str, value) == {"a": ("1", ["2.5"]), "b": "3"}
+        assert torch_internals.tree_map_only(float, str, value) == {"a": (1, ["2.5"]), "b": 3}
+        way, leaf = torch_internals.tree_flatten_with_path(value)[0][-1]
+        assert (way, leaf) == ((torch_internals.MappingKey("b"),), 3)
 
 
-def test_int8_layers_and_operations_of_torch_ao() -> None:
-    with quiet_torch_ao():
-        layer = torch.ao.nn.quantized.Linear(2, 3)
-    weight, bias = unpacked(layer)
-    assert weight.shape == (3, 2), "_weight_bias of torch.ao's int8 layers"
-    assert bias is not None
-    assert quantized_decomposed.quantize_per_tensor(torch.ones(1), 0.5, 3, 0, 255, torch.uint8).item() == 5
+# torch.ao
+
+
+def test_fused_modules() -> None:
+    with internal("torch.ao: nn.intrinsic._FusedModule"):
+        assert issubclass(torch.ao.nn.intrinsic.ConvBnReLU2d, torch_ao_internals.FusedModule)
+
+
+def test_int8_layers() -> None:
+    with quiet_torch_ao(), internal("torch.ao: nn.quantized.Linear._weight_bias"):
+        weight, bias = torch_ao_internals.unpacked(torch.ao.nn.quantized.Linear(2, 3))
+        assert weight.shape == (3, 2)
+        assert bias is not None
+        assert bias.shape == (3,)
+
+
+def test_decomposed_operations() -> None:
+    with internal("torch.ao: quantization.fx._decomposed"):
+        quantized = torch_ao_internals.quantized_decomposed.quantize_per_tensor(
+            torch.ones(1), 0.5, 3, 0, 255, torch.uint8
+        )
+        assert quantized.item() == 5
 
 
 # Lightning
 
 
-class Asking(pl.Callback):
-    """Asks everything that can be asked of a run, in its course."""
+class Counted(DataLoader[Any]):
+    """Counts the iterators that are made over it."""
 
-    def __init__(self) -> None:
-        self.said: dict[str, Any] = {}
+    iterators = 0
+
+    def __iter__(self) -> Any:
+        self.iterators += 1
+        return super().__iter__()
+
+
+class TouchesData(pl.Callback):
+    """Asks a run for its data, and for another iterator over it."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.said["compiled"] = lightning_internals.is_compiled(pl_module)
-        self.said["environment"] = lightning_internals.cluster_environment(trainer)
-        self.said["synchronizes"] = lightning_internals.synchronizes_batch_norm(trainer)
-        self.said["start"] = lightning_internals.start_method(trainer)
-        self.said["begun"] = lightning_internals.has_begun_epoch(trainer)
-        source = lightning_internals.validation_source(trainer)
-        self.said["validation"] = source.is_defined() and source.dataloader() is not None
+        with internal("lightning: fit_loop.epoch_loop.val_loop._data_source"):
+            source = lightning_internals.validation_source(trainer)
+            assert source.is_defined()
+            assert len(source.dataloader()) == 2
+        loader: Any = trainer.train_dataloader
+        before = loader.iterators
+        with internal("lightning: fit_loop._data_fetcher"):
+            assert lightning_internals.has_begun_epoch(trainer)
+            lightning_internals.renew_iterator(trainer)
+            assert loader.iterators == before + 1
+
+
+def test_the_data_of_a_run(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, TouchesData(), max_epochs=1, limit_train_batches=1)
+    with internal("lightning: fit_loop._data_fetcher"):
+        assert not lightning_internals.has_begun_epoch(runner)
+        assert not lightning_internals.validates_now(runner)
+    runner.fit(TinyModule(), Counted(dataset(), batch_size=8))
+
+
+class Asking(pl.Callback):
+    """Asks a run about itself, at every training batch."""
+
+    def __init__(self) -> None:
+        self.accumulates: list[bool] = []
+        self.validates: list[bool] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.said.setdefault("accumulates", []).append(lightning_internals.accumulates(trainer))
-        self.said.setdefault("validates", []).append(lightning_internals.validates_now(trainer))
-        self.said["step"] = trainer.global_step
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        lightning_internals.forget_restart(trainer)
-        self.said["restarting"] = trainer.fit_loop.restarting
-        lightning_internals.renew_iterator(trainer)
+        with internal("lightning: fit_loop._should_accumulate"):
+            self.accumulates.append(lightning_internals.accumulates(trainer))
+        with internal("lightning: fit_loop.epoch_loop._should_check_val_fx"):
+            self.validates.append(lightning_internals.validates_now(trainer))
 
 
-def test_the_trainer_and_its_loops(tmp_path: Path) -> None:
+def test_what_follows_a_batch(tmp_path: Path) -> None:
     asking = Asking()
     options: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 2, "limit_train_batches": 4}
-    trainer(tmp_path, asking, **options).fit(TinyModule())
-    assert asking.said["environment"].world_size() == 1, "Trainer._accelerator_connector.cluster_environment"
-    assert asking.said["accumulates"] == [True, False, True, False], "fit_loop._should_accumulate"
-    assert asking.said["validates"] == [False, False, False, True], "epoch_loop._should_check_val_fx"
-    assert asking.said["begun"], "fit_loop._data_fetcher"
-    assert asking.said["validation"], "val_loop._data_source"
-    assert not asking.said["restarting"], "fit_loop._restarting"
-    assert not asking.said["compiled"], "LightningModule._compiler_ctx"
-    assert (asking.said["synchronizes"], asking.said["start"]) == (False, None)
+    trainer(tmp_path, asking, **options, val_check_interval=4).fit(TinyModule())
+    with internal("lightning: fit_loop._should_accumulate"):
+        assert asking.accumulates == [True, False, True, False]
+    with internal("lightning: fit_loop.epoch_loop._should_check_val_fx"):
+        assert asking.validates == [False, False, False, True]
 
 
-def test_strategies() -> None:
-    runner = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", sync_batchnorm=True, logger=False)
-    assert lightning_internals.start_method(runner) == "spawn", "launcher._start_method"
-    assert lightning_internals.synchronizes_batch_norm(runner), "strategy._layer_sync"
+class SavesMidEpoch(pl.Callback):
+    """Writes a checkpoint after the first batch."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/middle.ckpt")
+
+
+class ForgetsRestart(pl.Callback):
+    """Makes a run forget that it was resumed."""
+
+    resumed = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.resumed = trainer.fit_loop.restarting
+        with internal("lightning: fit_loop._restarting"):
+            lightning_internals.forget_restart(trainer)
+            assert not trainer.fit_loop.restarting
+            assert trainer.fit_loop.epoch_loop.restarting
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+def test_a_resumed_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"limit_val_batches": 0, "max_epochs": 1, "enable_checkpointing": False}
+    trainer(tmp_path, SavesMidEpoch(), **options).fit(TinyModule())
+    forgets = ForgetsRestart()
+    trainer(tmp_path, forgets, **options).fit(TinyModule(), ckpt_path=tmp_path / "middle.ckpt")
+    assert forgets.resumed
+
+
+def test_strategies(tmp_path: Path) -> None:
+    plain = trainer(tmp_path)
+    spawning = trainer(tmp_path, devices=2, strategy="ddp_spawn", sync_batchnorm=True)
+    with internal("lightning: launcher._start_method"):
+        assert lightning_internals.start_method(plain) is None
+        assert lightning_internals.start_method(spawning) == "spawn"
+    with internal("lightning: strategy._layer_sync"):
+        assert not lightning_internals.synchronizes_batch_norm(plain)
+        assert lightning_internals.synchronizes_batch_norm(spawning)
+    with internal("lightning: Trainer._accelerator_connector"):
+        assert lightning_internals.cluster_environment(spawning).world_size() == 2
 
 
 def test_configure_model(tmp_path: Path) -> None:
@@ -209,42 +342,77 @@ def test_configure_model(tmp_path: Path) -> None:
 
     class Calls(pl.Callback):
         def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            lightning_internals.configure_model(trainer)
-            assert pl_module.made, "lightning.pytorch.trainer.call._call_configure_model"
+            assert not pl_module.made
+            with internal("lightning: pytorch.trainer.call._call_configure_model"):
+                lightning_internals.configure_model(trainer)
+                assert pl_module.made
 
     trainer(tmp_path, Calls(), max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(Late())
 
 
-def test_a_copy_of_a_module_is_its_own(tmp_path: Path) -> None:
-    compiled: Any = torch.compile(TinyModule(), backend="eager")
-    inner = from_compiled(compiled)
-    assert lightning_internals.is_compiled(inner), "LightningModule._compiler_ctx"
-    copied = copy.deepcopy(inner)
-    lightning_internals.forget_original(copied)
-    assert not lightning_internals.is_compiled(copied)
-    assert "training_step" not in vars(copied), "the names in LightningModule._compiler_ctx"
-    original: Any = TinyModule()
-    trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(original)
-    copied = copy.deepcopy(original)
-    lightning_internals.forget_original(copied)
-    assert copied._metric_attributes is None, "LightningModule._metric_attributes"
+def test_a_copy_of_a_compiled_module_is_its_own() -> None:
+    with internal("lightning: LightningModule._compiler_ctx"):
+        assert not lightning_internals.is_compiled(TinyModule())
+        compiled = from_compiled(torch.compile(TinyModule(), backend="eager"))  # type: ignore[arg-type]
+        assert lightning_internals.is_compiled(compiled)
+        copied = copy.deepcopy(compiled)
+        assert "training_step" in vars(copied)
+        lightning_internals.forget_original(copied)
+        assert not lightning_internals.is_compiled(copied)
+        assert "training_step" not in vars(copied)
+
+
+class LogsMetric(TinyModule):
+    """Logs a metric, which Lightning looks for among the module's attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss.update(self(batch[0]).mean())
+        self.log("val_loss", self.loss)
+
+
+class Copies(pl.Callback):
+    """Copies the module in the middle of a run; Lightning forgets the metrics at its end."""
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.copied = copy.deepcopy(pl_module)
+
+
+def test_a_copy_of_a_module_knows_its_own_metrics(tmp_path: Path) -> None:
+    copies, quick = Copies(), {"limit_val_batches": 1}
+    trainer(tmp_path, copies, **quick).validate(LogsMetric(), verbose=False)
+    with internal("lightning: LightningModule._metric_attributes"):
+        with pytest.raises(MisconfigurationException, match="Could not find the `LightningModule` attribute"):
+            trainer(tmp_path, **quick).validate(copy.deepcopy(copies.copied), verbose=False)
+        lightning_internals.forget_original(copies.copied)
+        trainer(tmp_path, **quick).validate(copies.copied, verbose=False)
 
 
 def test_averages(tmp_path: Path) -> None:
-    average, swa = EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
-    assert lightning_internals.averaged_model(average) is None
-    quick: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 0}
-    trainer(tmp_path / "ema", average, max_epochs=1, **quick).fit(TinyModule())
-    assert isinstance(lightning_internals.averaged_model(average), nn.Module), (
-        "WeightAveraging._average_model"
-    )
-    trainer(tmp_path / "swa", swa, max_epochs=2, **quick).fit(TinyModule())
-    assert lightning_internals.averages_batch_norms(swa), "SWA's _model_contains_batch_norm"
+    average, quick = EMAWeightAveraging(), {"limit_train_batches": 2, "limit_val_batches": 0}
+    with internal("lightning: WeightAveraging._average_model"):
+        assert lightning_internals.averaged_model(average) is None
+        trainer(tmp_path, average, max_epochs=1, **quick).fit(TinyModule())
+        assert isinstance(lightning_internals.averaged_model(average), torch.optim.swa_utils.AveragedModel)
+
+
+@pytest.mark.parametrize("batch_norms", [False, True])
+def test_averaged_batch_norms(batch_norms: bool, tmp_path: Path) -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES))
+    swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    options: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 0}
+    trainer(tmp_path, swa, **options).fit(TinyModule(Residual() if batch_norms else linear))
+    with internal("lightning: StochasticWeightAveraging._model_contains_batch_norm"):
+        assert lightning_internals.averages_batch_norms(swa) == batch_norms
 
 
 def test_a_logger_that_writes_the_graph(tmp_path: Path) -> None:
-    assert lightning_internals.writes_graph(TensorBoardLogger(tmp_path, log_graph=True)), "_log_graph"
-    assert not lightning_internals.writes_graph(TensorBoardLogger(tmp_path))
+    with internal("lightning: TensorBoardLogger._log_graph"):
+        assert lightning_internals.writes_graph(TensorBoardLogger(tmp_path, log_graph=True))
+        assert not lightning_internals.writes_graph(TensorBoardLogger(tmp_path))
 
 
 # Hydra
@@ -252,43 +420,137 @@ def test_a_logger_that_writes_the_graph(tmp_path: Path) -> None:
 
 def test_a_value_with_its_interpolations() -> None:
     config = OmegaConf.create({"name": "run", "folder": "out/${name}"})
-    assert unresolved(config, "folder") == "out/${name}", "OmegaConf's _get_node and _value"
+    with internal("omegaconf: DictConfig._get_node and _value"):
+        assert hydra_internals.unresolved(config, "folder") == "out/${name}"
 
 
-# The rest of the package
+# Every name has a test, and no other file has one
 
 
-# A NamedTuple's methods are public; others are overridden, as torch expects, or are Hydra's keys.
-PUBLIC = {"_replace", "_asdict", "_fields", "_conv_forward", "_load_from_state_dict", "_assert", "_target_"}
-PUBLIC |= {"_getframe"}
+def public_names(tree: ast.Module) -> set[str]:
+    """The functions and constants that a module defines for others."""
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} - {"torch"}
+    return {name for name in names if not name.startswith("_")}
 
 
-def own_names(trees: Iterable[ast.AST]) -> set[str]:
-    """Every name that the package itself defines: attributes, methods, functions, variables."""
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
+def test_every_name_has_a_test(room: Path) -> None:
+    here = ast.walk(ast.parse(Path(__file__).read_text()))
+    used = {
+        node.attr
+        for node in here
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == room.stem
+    }
+    assert public_names(ast.parse(room.read_text())) == used
+
+
+NAMED_TUPLES = {"_replace", "_asdict", "_fields"}  # public methods
+OVERRIDDEN = {"_conv_forward", "_load_from_state_dict", "_check_input_dim"}  # torch calls a subclass's own
+OTHERS_OF_OURS = {"_observe"}  # of qat_lightning's layers, called by what looks into them
+KEYS = {"_target_"}  # in Hydra's configurations
+DOCUMENTED = {"sys._getframe"}
+ANY_PRIVATE = re.compile(r"_[A-Za-z]\w*")
+
+
+def is_private(name: str) -> bool:
+    return ANY_PRIVATE.fullmatch(name) is not None
+
+
+def hidden_names() -> set[str]:
+    """The private names of others that the package knows, as attributes, imports and strings."""
+    nodes = [node for room in ROOMS for node in ast.walk(ast.parse(room.read_text()))]
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names |= {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
+    return {name for name in names if is_private(name)} - OVERRIDDEN
+
+
+def own_attributes(trees: list[ast.Module]) -> set[str]:
+    """What the package's classes define: methods, fields, and what they assign to `self`."""
     names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        if isinstance(node, ast.ClassDef):
+            names |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+            fields = [each for each in node.body if isinstance(each, ast.Assign | ast.AnnAssign)]
+            names |= {name.id for each in fields for name in ast.walk(each) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
             names.add(node.attr)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
     return names
 
 
-def read_names(tree: ast.AST) -> set[str]:
-    """Names of the attributes that a file reads, and of what it imports of others."""
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def foreign_names(tree: ast.Module, own: set[str], hidden: set[str]) -> list[str]:
+    """The private names of others that a file uses, each with its line."""
+    found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("qat_lightning", "__")):
-            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
-    return names
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            known = {*NAMED_TUPLES, *OVERRIDDEN, *KEYS}
+            known |= own - hidden if is_self(node.value) else OTHERS_OF_OURS
+            names = [] if node.attr in known or ast.unparse(node) in DOCUMENTED else [ast.unparse(node)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("qat_lightning"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and node.value in hidden:
+            names = [str(node.value)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            names = [ast.literal_eval(each) for each in node.args[1:2] if isinstance(each, ast.Constant)]
+        private = [name for name in names if any(map(is_private, name.split(".")))]
+        found += [f"line {getattr(node, 'lineno', '?')}: {name}" for name in private]
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "from torch.utils import _pytree",
+        "from torch._dynamo import config",
+        "torch._assert(x)",
+        "torch._mine(x)",
+        "trainer.fit_loop._restarting = False",
+        "self._modules",
+        "self._modules = {}",
+        "self._foreign()",
+        "super()._sa_block(x)",
+        "vars(module)['_buffers']",
+        "getattr(module, '_foreign', None)",
+        "hasattr(module, '_foreign')",
+        "setattr(module, '_foreign', 1)",
+    ],
+)
+def test_a_private_name_of_others_is_found(line: str) -> None:
+    assert foreign_names(ast.parse(line), own={"_mine", "_modules"}, hidden=hidden_names())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from qat_lightning.base.sqnr import _power",
+        "from __future__ import annotations",
+        "self._mine()",
+        "phase._replace(observe=True)",
+        "super()._load_from_state_dict(state_dict)",
+        "sys._getframe(1)",
+        "cfg.quantization._target_",
+        "self.__class__",
+        "name = '_suffix'",
+    ],
+)
+def test_other_names_are_left_alone(line: str) -> None:
+    assert not foreign_names(ast.parse(line), own={"_mine"}, hidden=hidden_names())
 
 
 def test_private_names_of_others_have_one_place() -> None:
-    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-    known = own_names(trees.values()) | PUBLIC
-    for path, tree in trees.items():
-        private = {name for name in read_names(tree) if name.startswith("_") and not name.startswith("__")}
-        foreign = set() if path.name in ROOMS else private - known
-        assert not foreign, f"{path} uses private names of other packages: {sorted(foreign)}"
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path not in ROOMS}
+    own, hidden = own_attributes(list(trees.values())), hidden_names()
+    uses = {path: foreign_names(tree, own, hidden) for path, tree in trees.items()}
+    found = [f"{path.relative_to(PACKAGE)}, {use}" for path, each in uses.items() for use in each]
+    assert not found, "private names of other packages:\n" + "\n".join(found)

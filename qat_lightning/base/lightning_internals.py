@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.fabric.plugins import ClusterEnvironment
+    from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+    from lightning.pytorch.loggers import TensorBoardLogger
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 # Modules.
 
 
-def is_compiled(module: Any) -> bool:
+def is_compiled(module: pl.LightningModule) -> bool:
     """Returns whether a LightningModule was compiled before it was passed to the Trainer."""
     return module._compiler_ctx is not None
 
@@ -43,7 +46,7 @@ def configure_model(trainer: pl.Trainer) -> None:
     call._call_configure_model(trainer)
 
 
-def cluster_environment(trainer: pl.Trainer) -> Any:
+def cluster_environment(trainer: pl.Trainer) -> ClusterEnvironment:
     """Returns the cluster environment of the Trainer, such as SLURM's."""
     return trainer._accelerator_connector.cluster_environment
 
@@ -58,7 +61,7 @@ def start_method(trainer: pl.Trainer) -> str | None:
     return getattr(trainer.strategy.launcher, "_start_method", None)
 
 
-def writes_graph(logger: Any) -> bool:
+def writes_graph(logger: TensorBoardLogger) -> bool:
     """Returns whether a TensorBoardLogger writes the module's graph."""
     return bool(logger._log_graph)
 
@@ -101,11 +104,11 @@ def validation_source(trainer: pl.Trainer) -> Any:
 # Callbacks.
 
 
-def averaged_model(callback: Any) -> AveragedModel | None:
+def averaged_model(callback: WeightAveraging) -> AveragedModel | None:
     """Returns the averaged model of a WeightAveraging callback, or None before it exists."""
     return callback._average_model
 
 
-def averages_batch_norms(callback: Any) -> bool:
+def averages_batch_norms(callback: StochasticWeightAveraging) -> bool:
     """Returns whether StochasticWeightAveraging will re-estimate batch-norm statistics."""
     return bool(callback._model_contains_batch_norm)

@@ -1,13 +1,13 @@
 """The private names of torch, each behind a named function or constant.
 
 A new version of torch may change any of them; `tests/test_internals.py` then names the broken one. Private
-methods that torch expects a subclass to override (`_conv_forward`, `_load_from_state_dict`) are overridden
-in the subclass itself, not here.
+methods that torch expects a subclass to override (`_conv_forward`, `_load_from_state_dict`,
+`_check_input_dim`) are overridden in the subclass itself, not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [getattr(each, "hook", each) for each in module._load_state_dict_pre_hooks.values()]
 
 
-# Compilation, distribution, state dicts, graphs.
+# Compilation, distribution, state dicts.
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -102,7 +102,7 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
     setattr(module, _DDP_IGNORED, sorted({*names, *getattr(module, _DDP_IGNORED, ())}))
 
 
-def module_versions(state_dict: Any) -> dict[str, Any]:
+def module_versions(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the versions of the modules in a state dict, by module name."""
     return getattr(state_dict, "_metadata", {})
 
@@ -112,10 +112,24 @@ def set_module_versions(state_dict: Any, versions: dict[str, Any]) -> None:
     state_dict._metadata = versions
 
 
+# Graphs.
+
+ASSERT = torch._assert
+"""The assertion that a graph can contain."""
+
+
+def is_traced_constant(name: str) -> bool:
+    """Returns whether torch.fx gave an attribute its name, for a tensor that a forward creates."""
+    return name.startswith("_tensor_constant")
+
+
 def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
     """Returns the dict of attributes that survive a deep copy of a graph module."""
     kept: dict[str, Any] = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
     return kept
+
+
+# Parts of a forward.
 
 
 def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -123,11 +137,18 @@ def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     return layer._conv_forward(x, weight, bias)
 
 
-def self_attention(layer: nn.Module, x: torch.Tensor, *masks: Any, is_causal: bool) -> torch.Tensor:
+def self_attention(
+    layer: nn.TransformerEncoderLayer,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+) -> torch.Tensor:
     """Computes the self-attention block of a transformer layer of torch.nn."""
-    return layer._sa_block(x, *masks, is_causal=is_causal)  # type: ignore[operator]
+    return layer._sa_block(x, mask, padding_mask, is_causal=is_causal)
 
 
-def feed_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def feed_forward(layer: nn.TransformerEncoderLayer, x: torch.Tensor) -> torch.Tensor:
     """Computes the feed-forward block of a transformer layer of torch.nn."""
-    return layer._ff_block(x)  # type: ignore[operator]
+    return layer._ff_block(x)

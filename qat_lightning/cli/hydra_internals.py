@@ -1,13 +1,16 @@
 """The private names of Hydra and OmegaConf, each behind a named function.
 
-A new version may change any of them: `tests/test_internals.py` tells which one.
+A new version may change any of them; `tests/test_internals.py` then names the broken one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import DictConfig
 
-def unresolved(config: Any, key: str) -> Any:
+
+def unresolved(config: DictConfig, key: str) -> Any:
     """Returns the value of `key` as written, with its interpolations."""
-    return config._get_node(key)._value()
+    node: Any = config._get_node(key)
+    return node._value()

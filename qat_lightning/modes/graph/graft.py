@@ -9,13 +9,13 @@ submodule: the graph calls the module's own children.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from qat_lightning.base.torch_internals import modules_of
+from qat_lightning.base.torch_internals import buffers_of, modules_of, parameters_of
 from qat_lightning.modes.graph.behaviour import LostForward, mark_containers
 from qat_lightning.modes.graph.subclass import with_forward
 
@@ -143,10 +143,11 @@ def _uses(used: set[str], name: str) -> bool:
 def _add(module: nn.Module, graph_module: fx.GraphModule) -> list[str]:
     """Gives `module` what the graph uses and `module` does not have yet; returns the names."""
     added = []
-    for kind in ("_modules", "_parameters", "_buffers"):
-        for name, value in vars(graph_module)[kind].items():
-            if name not in vars(module)[kind]:
+    kinds: list[Callable[[nn.Module], Mapping[str, Any]]] = [modules_of, parameters_of, buffers_of]
+    for kind in kinds:
+        for name, value in kind(graph_module).items():
+            if name not in kind(module):
                 vars(module).pop(name, None)  # a constant of the module, which the graph has as a buffer
-                setattr(module, name, nn.Buffer(value) if kind == "_buffers" else value)
+                setattr(module, name, nn.Buffer(value) if kind is buffers_of else value)
                 added.append(name)
     return added

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qat_lightning.base.torch_internals import buffers_of, modules_of, parameters_of
+from qat_lightning.base.torch_internals import ASSERT, buffers_of, modules_of, parameters_of
 from qat_lightning.modes.graph.subclass import with_forward
 
 _CHILD = "batch_norm"
@@ -139,5 +138,5 @@ def _erase_checks(last: fx.Node, result: fx.Node) -> None:
         if node is last:
             break
         unused = not node.users and node is not result and node.op in ("get_attr", "call_function")
-        if unused or node.target is torch._assert:
+        if unused or node.target is ASSERT:
             last.graph.erase_node(node)

@@ -29,6 +29,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
+from qat_lightning.base.torch_internals import is_traced_constant
 from qat_lightning.modes.graph.by_mode import OutputByMode
 from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.identities import erase_identities
@@ -97,7 +98,7 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
         """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
         if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
             for name, value in vars(self.root).items():
-                if name.startswith("_tensor_constant") and same_tensor(a, value):
+                if is_traced_constant(name) and same_tensor(a, value):
                     self.tensor_attrs[a] = name
         return super().create_arg(a)
 
