@@ -1,4 +1,4 @@
-"""The example that an export is traced with and checked against: a network, inputs and outputs."""
+"""The example that an export is traced and checked with: a network, its inputs and its outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Example:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         outputs: What it returned.
-        metadata: What a file is to say of itself: the recipes, and the structure of the outputs.
+        metadata: Metadata for the file: the recipes, and the structure of the outputs.
     """
 
     module: nn.Module
@@ -42,9 +42,16 @@ class Example:
     metadata: dict[str, str]
 
     def check(self, runtime: Runtime, path: Path, min_sqnr: float) -> None:
-        """Raises a `ConversionError` if the outputs of `runtime`, which loaded the future `path`, differ.
+        """Compares the outputs of a runtime with the fake-quant outputs.
 
-        That is, below `min_sqnr`, and not within a step of the grid that the fake-quant outputs lie on.
+        Args:
+            runtime: The exported file, loaded.
+            path: Where the file will be written; the error names it.
+            min_sqnr: Least agreement, in dB. Outputs also pass if they differ by less than one quantization
+                step on average.
+
+        Raises:
+            ConversionError: An output agrees less.
         """
         found = RuntimeNetwork(runtime)(*self.args, **self.kwargs)
         for index, (want, got) in enumerate(zip(tensors_of(self.outputs), tensors_of(found), strict=True)):
@@ -53,26 +60,26 @@ class Example:
                 raise ConversionError(
                     f"In {runtime.name}, output {index} of {path} agrees with the fake-quant output to "
                     f"{agreement:.1f} dB only, below {min_sqnr:.0f} dB: it does not compute what was "
-                    "trained. No file was written. Pass example_inputs like the batches of the training, "
-                    f"or a lower min_sqnr if the network is not trained.{_hint()}"
+                    "trained. No file was written. Pass example_inputs that resemble the training batches, "
+                    f"or a lower min_sqnr if the network is not trained.{_overflow_hint()}"
                 )
 
 
-def _hint() -> str:
-    """Returns a hint if this CPU may be the cause."""
+def _overflow_hint() -> str:
+    """Returns a hint if an overflow on this CPU may be the cause, else an empty text."""
     if not cpu.overflows():
         return ""
     return (
-        " This CPU has no VNNI: sums overflow where activations have 8 bits (backend='onednn'), or where "
-        "those of 7 bits lie far beyond their range, as when observers froze before it had settled."
+        " This CPU has no VNNI: sums overflow if activations have 8 bits (backend='onednn'), or if 7-bit "
+        "activations lie far beyond their range, for example because observers froze too early."
     )
 
 
 def _within_a_step(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether int8 outputs differ by less than a step on average, which rounding explains.
+    """Returns whether int8 outputs differ by less than one quantization step on average.
 
-    After a few steps of training a network's outputs span a few steps of their grid, and have few decibels.
-    Outputs that are on no grid have no step to speak of.
+    Rounding explains such a difference. The outputs of a barely trained network span only a few quantization
+    steps, so their SQNR is low even then. Outputs that are not quantized have no such step, and do not pass.
     """
     steps = want.unique().diff()
     return bool(steps.numel() and (want - got).abs().mean() <= steps.min())
@@ -82,13 +89,13 @@ def example_of(prepared: nn.Module, example_inputs: Any) -> Example:
     """Runs a copy of `prepared` on example inputs.
 
     Args:
-        prepared: A network that `prepare` made, or a module that holds some.
-        example_inputs: A tuple or list of arguments, a dict of them by name, or None for the module's
-            `example_input_array`. They may lie on any device.
+        prepared: A network that `prepare` made, or a module that holds such networks.
+        example_inputs: A tuple or list of arguments, a dict of arguments by name, or None for the module's
+            `example_input_array`. They may be on any device.
 
     Raises:
-        ValueError: There are no example inputs, or nothing prepared in the module.
-        ConversionError: No data passed through the network.
+        ValueError: There are no example inputs, or the module holds no prepared network.
+        ConversionError: The network has not seen any data.
     """
     recipes = {name: recipe for name, _, recipe in quantized_networks(prepared) if not recipe.int8}
     if not recipes:

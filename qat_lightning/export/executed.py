@@ -10,8 +10,8 @@ from typing import Any
 
 from qat_lightning.export.extras import require
 
-# What takes no arithmetic, in the words of ONNX and of OpenVINO's CPU plugin.
-_MOVES = {
+# Operations without arithmetic, by their names in ONNX and in OpenVINO's CPU plugin.
+_NO_ARITHMETIC = {
     *("Cast", "Concat", "ConstantOfShape", "Constant", "Expand", "Flatten", "Gather", "Identity", "Pad"),
     *("Range", "ReorderInput", "ReorderOutput", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile"),
     *("Transpose", "Unsqueeze", "DepthToSpace", "SpaceToDepth"),
@@ -23,16 +23,16 @@ _FLOATS = ("f32", "bf16", "f16")
 
 
 def float_operations_of_onnx(content: bytes, options: Any) -> Counter[str]:
-    """Counts, by ONNX's names, the operations that ONNX Runtime computes in float on this CPU.
+    """Counts the operations that ONNX Runtime computes in float on this CPU, by their names in ONNX.
 
     Args:
-        content: The file.
-        options: The session's, which are left as they were.
+        content: Content of the ONNX file.
+        options: Options of the session. They are the same afterwards.
 
     Raises:
         MissingExtraError: The extra `onnx` is not installed.
     """
-    require("onnx", "onnxruntime", purpose="Looking into an ONNX file")
+    require("onnx", "onnxruntime", purpose="Inspecting an ONNX file")
     import onnx
     import onnxruntime
 
@@ -44,17 +44,18 @@ def float_operations_of_onnx(content: bytes, options: Any) -> Counter[str]:
         finally:
             options.optimized_model_filepath = ""
         nodes = onnx.load(optimized, load_external_data=False).graph.node
-    return Counter(_floats(nodes))
+    return Counter(_float_kinds(nodes))
 
 
-def _floats(nodes: Any) -> list[str]:
+def _float_kinds(nodes: Any) -> list[str]:
+    """Returns the kind of each node that computes in float."""
     found: list[str] = []
     integers: set[str] = set()
-    for node in nodes:  # each after those that it reads
+    for node in nodes:  # in topological order
         kind = node.op_type
         if kind.startswith(_TO_INT8) or (kind != "DequantizeLinear" and integers & set(node.input[:1])):
-            integers |= set(node.output)  # a pooling of integers gives integers
-        elif kind not in _MOVES and kind != "DequantizeLinear":
+            integers |= set(node.output)  # a pooling of integers, for example, returns integers
+        elif kind not in _NO_ARITHMETIC and kind != "DequantizeLinear":
             found.append(kind)
     return found
 
@@ -64,19 +65,19 @@ def float_operations_of_openvino(compiled: Any, kinds: Mapping[str, str]) -> Cou
 
     Args:
         compiled: The compiled model.
-        kinds: Types of the operations of the file, by name, by which those that run are counted.
+        kinds: The type of each operation in the file, by the operation's name. Counts are by these types.
     """
     counts: Counter[str] = Counter()
     for operation in compiled.get_runtime_model().get_ordered_ops():
-        said = {key: value.value for key, value in operation.get_rt_info().items()}
-        kind, names = said["layerType"], said["originalLayersNames"].split(",")
-        if said["runtimePrecision"] in _FLOATS and kind not in _MOVES and kind != "FakeQuantize":
+        info = {key: value.value for key, value in operation.get_rt_info().items()}
+        kind, names = info["layerType"], info["originalLayersNames"].split(",")
+        if info["runtimePrecision"] in _FLOATS and kind not in _NO_ARITHMETIC and kind != "FakeQuantize":
             counts[next((kinds[name] for name in names if name in kinds), kind)] += 1
     return counts
 
 
 def in_words(operations: Counter[str]) -> str:
-    """Lists the float operations in words, the most frequent first.
+    """Describes the float operations in one clause, the most frequent first.
 
     Example:
         >>> in_words(Counter(Mul=21, HardSigmoid=29))

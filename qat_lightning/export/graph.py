@@ -1,6 +1,6 @@
 """Simplifies an exported QDQ graph so that runtimes recognize its int8 operations.
 
-Rewrites are rules of onnxscript, the rest are passes of onnx-ir.
+The rewrites are onnxscript rules; the other simplifications are onnx-ir passes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _RoundedTwice(pattern.RewriteRuleClassBase):
     def check(self, context: Any, integers: Any, s1: Any, z1: Any, s2: Any, z2: Any) -> Any:
         result = pattern.MatchResult()
         if not (_same(s1, s2) and _same(z1, z2)):
-            return result.fail("the grids differ")
+            return result.fail("the qparams differ")
         return result
 
     def rewrite(self, op: Any, integers: Any, **_: Any) -> Any:
@@ -40,7 +40,7 @@ class _MeanOfImage(pattern.RewriteRuleClassBase):
         if found is None or x.shape is None or len(x.shape) != 4:
             return result.fail("not an image")
         if sorted(int(axis) % 4 for axis in found.numpy()) != [2, 3]:
-            return result.fail("another mean")
+            return result.fail("not a mean over height and width")
         return result
 
     def rewrite(self, op: Any, x: Any, axes: Any, mean: Any) -> Any:
@@ -50,7 +50,7 @@ class _MeanOfImage(pattern.RewriteRuleClassBase):
 
 
 class _RoundedThenFlattened(pattern.RewriteRuleClassBase):
-    """Moves a flatten behind the rounding of a pooling, so that the pooling runs in int8."""
+    """Swaps a flatten and the quantize after it, so that the pooling before them runs in int8."""
 
     def pattern(self, op: Any, x: Any, scale: Any, zero_point: Any) -> Any:
         return op.QuantizeLinear(op.Flatten(op.GlobalAveragePool(x), axis=1), scale, zero_point)
@@ -65,23 +65,24 @@ _PASSES = ir.passes.Sequential(
     passes.IdentityEliminationPass(),
     passes.RemoveUnusedNodesPass(),
     passes.DeduplicateInitializersPass(),
-    passes.ClearMetadataAndDocStringPass(),  # which name the files and lines of the machine that exported
+    passes.ClearMetadataAndDocStringPass(),  # these name files of the exporting machine
 )
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Applies all rewrites."""
+    """Applies all rewrites and passes."""
     for rules in (_RULES, _LATER_RULES):
         model = rewrite(model, pattern_rewrite_rules=rules)
     model = _PASSES(model).model
-    _part_zero_points(model.graph)
+    _separate_zero_points(model.graph)
     return model
 
 
-def _part_zero_points(graph: ir.Graph) -> None:
+def _separate_zero_points(graph: ir.Graph) -> None:
     """Gives each weight its own zero point.
 
-    For CPUs without VNNI ONNX Runtime can turn weights into unsigned bytes, and fails where two share one.
+    On CPUs without VNNI, ONNX Runtime can convert weights to unsigned bytes, to avoid overflow. It fails if
+    two weights share a zero point.
     """
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         weight, zero = node.inputs[0], node.inputs[-1]

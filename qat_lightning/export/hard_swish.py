@@ -1,9 +1,9 @@
-"""Rewrites a hard-swish as a product of integers, for runtimes without an int8 kernel for it.
+"""Rewrites a hard-swish as a product of two int8 tensors, for runtimes without an int8 kernel for it.
 
-`x * clip(x + 3, 0, 6) / 6` between two grids needs no float: where 3 is `n` steps of the grid of `x`, and 0
-the integer `z`, the second factor is what the integers of `x`, clipped to `z ± n`, are on another grid: the
-one whose zero point is `z - n` and whose scale is `1 / 2n`. Both factors are bytes then, and their product is
-one that ONNX Runtime computes in int8.
+A hard-swish is `x * h(x)` with `h(x) = clip(x + 3, 0, 6) / 6`. Let `x` be quantized as integers `q` with
+scale `s` and zero point `z`, and let 3 be exactly `n` steps: `3 = n * s`. Then
+`h(x) = (clip(q, z - n, z + n) - (z - n)) / 2n`. So `h(x)` is quantized, too: its integers are the clipped
+`q`, its zero point is `z - n` and its scale is `1 / 2n`. ONNX Runtime computes `x * h(x)` in int8.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from onnxscript.rewriter import pattern, rewrite
 
 from qat_lightning.modes.layers.input_qparams import HARD_SWISH_LIMIT
 
-_GREATEST = 255
+_MAX_UINT8 = 255
 _TOLERANCE = 1e-3
-"""In steps of the grid: what float32 makes of a whole number of up to 255."""
+"""By how much a whole number of steps may be off, because the scale is a float32."""
 
 
 class _AsProduct(pattern.RewriteRuleClassBase):
@@ -27,23 +27,24 @@ class _AsProduct(pattern.RewriteRuleClassBase):
 
     def check(self, context: Any, x: Any) -> Any:
         result = pattern.MatchResult()
-        return result if _grid(x) else result.fail("-3 and 3 are no bytes of its input's grid")
+        found = _steps_and_zero_point(x)
+        return result if found else result.fail("the qparams of its input do not represent -3 and 3")
 
     def rewrite(self, op: Any, x: Any) -> Any:
-        grid = _grid(x)
-        assert grid is not None
-        steps, zero_point = grid
+        found = _steps_and_zero_point(x)
+        assert found is not None
+        steps, zero_point = found
 
         def constant(name: str, value: Any) -> Any:
             return op.initializer(ir.tensor(value), name=f"{x.name}.hard_sigmoid.{name}")
 
         low = constant("zero_point", np.uint8(zero_point - steps))
-        high = constant("max", np.uint8(min(zero_point + steps, _GREATEST)))
+        high = constant("max", np.uint8(min(zero_point + steps, _MAX_UINT8)))
         clipped = op.Clip(x.producer().inputs[0], low, high)
         return op.Mul(x, op.DequantizeLinear(clipped, constant("scale", np.float32(1 / (2 * steps))), low))
 
 
-def _grid(x: Any) -> tuple[int, int] | None:
+def _steps_and_zero_point(x: Any) -> tuple[int, int] | None:
     """Returns the steps from 0 to 3 and the zero point of `x`, if its qparams represent -3 and 3."""
     node = x.producer()
     if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3:

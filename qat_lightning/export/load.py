@@ -1,4 +1,4 @@
-"""Loads every kind of exported file as the same kind of module."""
+"""Loads an exported file of any kind as a module that is called like the network."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def load_runtime(
 ) -> nn.Module:
     """Loads an exported file as a module that takes and returns torch tensors like the network.
 
-    In the place of the network in a LightningModule, it lets `Trainer.test` and your own metrics score
-    the very file that is shipped::
+    Put the module in the place of the network in a LightningModule. Then `Trainer.test` and your own metrics
+    score the very file that you ship::
 
         module.model = load_runtime("int8.onnx")
         Trainer(accelerator="cpu").test(module, datamodule)
@@ -26,12 +26,11 @@ def load_runtime(
     Args:
         path: A file of :func:`qat_lightning.export_onnx` (`.onnx`), :func:`qat_lightning.export_openvino`
             (`.xml`) or :func:`qat_lightning.save_int8` (`.pt`).
-        network: For a file of `save_int8` a freshly built float network, which is used up: such a file
-            holds weights and no graph.
-        threads: Threads of the runtime, by default one for each core. PyTorch's are set for the whole
-            process, by `torch.set_num_threads`.
-        verify: Whether the file must be the one that the `manifest.json` beside it describes, which is
-            checked before anything is parsed.
+        network: A freshly built float network, only for a file of `save_int8`: such a file holds weights and
+            no graph. Do not use the network afterwards.
+        threads: Threads of the runtime, by default one for each core. PyTorch's threads are set for the whole
+            process instead, by `torch.set_num_threads`.
+        verify: Whether to compare the file with the `manifest.json` beside it before anything is parsed.
 
     Returns:
         The network, in eval mode on the CPU.
@@ -58,10 +57,10 @@ def load_runtime(
 
 
 def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
-    """Loads an `.onnx` or `.xml` file like :func:`load_runtime`.
+    """Loads an `.onnx` or `.xml` file, with the arguments of :func:`load_runtime`.
 
-    A float file of OpenVINO computes in float32, on whichever CPU. Weights that an ONNX file keeps in a file
-    of their own, which no manifest lists, are read only where nothing is verified.
+    An OpenVINO file without int8 computes in float32 on every CPU. An ONNX file may keep its weights in a
+    separate file. No manifest lists that file, so it is read only if `verify` is False.
     """
     content = manifest.read(path, verify=verify)
     if path.suffix == ".onnx":
@@ -71,6 +70,6 @@ def load_graph(path: Path, *, threads: int = 0, verify: bool = True) -> Runtime:
 
 
 def size_of(path: Path) -> int:
-    """Returns the bytes of an exported file, including OpenVINO's separate weights."""
+    """Returns the size of an exported file in bytes, including OpenVINO's separate weights."""
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     return sum(each.stat().st_size for each in files)

@@ -29,29 +29,30 @@ def export_onnx(
 ) -> Path:
     """Writes a prepared network as an ONNX file of quantize/dequantize nodes with int8 weights.
 
-    The graph is run at once in ONNX Runtime, and its outputs compared with the fake-quant outputs; only a
-    file that agrees is written, with its checksum in `manifest.json` beside it.
+    The graph runs in ONNX Runtime right away, and its outputs are compared with the fake-quant outputs. The
+    file is written only if they agree. Its checksum goes into `manifest.json` beside it.
 
     Args:
         prepared: A trained network that :func:`qat_lightning.prepare` made, of either mode, or the
             LightningModule that holds it. It is not changed.
-        path: Where to write; the folder is made.
-        example_inputs: A tuple of arguments for `forward`, or a dict of them by name; they may be nested. The
-            first dimension of each tensor is the batch; the file takes any batch size. By default the
-            module's `example_input_array`.
-        min_sqnr: Least agreement with the fake-quant outputs, in dB. Both round to one grid, so that they
-            differ only where the order of additions tips a rounding over: trained networks reach 40 and
-            more, a graph that computes something else stays near 0. An untrained one amplifies each
-            difference and lies between; it may also be within a step of the outputs' grid in the mean.
-        metadata: What else the file shall say of itself, such as metrics. The recipe is in it anyway.
+        path: Where to write the file. The folder is created if needed.
+        example_inputs: A tuple of arguments for `forward`, or a dict of arguments by name; they may be
+            nested. The first dimension of each tensor is the batch; the file takes any batch size. By default
+            the module's `example_input_array`.
+        min_sqnr: Least agreement with the fake-quant outputs, in dB. Both use the same scales and zero
+            points, so they differ only where another order of additions changes a rounding. Trained networks
+            reach 40 dB and more; a graph that computes something else stays near 0. An untrained network
+            amplifies each difference and lies in between. Its outputs also pass if they differ by less than
+            one quantization step on average.
+        metadata: Further metadata for the file, such as metrics. The recipe is always included.
 
     Returns:
         The path.
 
     Raises:
         MissingExtraError: The extra `onnx` is not installed.
-        ValueError: There are no example inputs, or nothing prepared in the module.
-        ConversionError: No data passed through the network, or the graph does not give its outputs.
+        ValueError: There are no example inputs, or the module holds no prepared network.
+        ConversionError: The network has not seen any data, or the outputs of the graph differ from its own.
     """
     require("onnx", "onnxscript", "onnxruntime", purpose="Exporting to ONNX")
     example = example_of(prepared, example_inputs)
@@ -59,7 +60,7 @@ def export_onnx(
     with replacing(path) as partial:
         write_graph(example, partial, metadata or {}, for_onnx_runtime=True)
         content = partial.read_bytes()
-        for optimize in (False, True):  # as it is written, node by node, and as it will be run
+        for optimize in (False, True):  # first node by node, as it is written; then as it will run
             example.check(OnnxRuntime(content, optimize=optimize), path, min_sqnr)
     manifest.add(path)
     return path
@@ -73,15 +74,15 @@ def write_graph(
     *,
     for_onnx_runtime: bool = False,
 ) -> None:
-    """Writes the graph of an example's network, without a check.
+    """Writes the graph of an example's network, without checking its outputs.
 
     Args:
-        example: The network, and what to trace it with.
-        path: Where to write.
-        metadata: What else the file shall say of itself.
-        form: Makes of a prepared network what is traced; the reference graph by default.
-        for_onnx_runtime: Whether hard-swishes become products of integers: ONNX Runtime has no int8 kernel
-            for one, OpenVINO has.
+        example: The network, and the inputs to trace it with.
+        path: Where to write the file.
+        metadata: Further metadata for the file.
+        form: Turns the prepared network into the module to trace; by default, into its reference graph.
+        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors. ONNX Runtime has no
+            int8 kernel for a hard-swish; OpenVINO does.
     """
     import onnx_ir
 
@@ -91,7 +92,7 @@ def write_graph(
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
             (form or reference)(example.module),
-            (*example.args, example.kwargs),  # a dict at the end is taken for the keyword arguments, even {}
+            (*example.args, example.kwargs),  # torch takes the last dict, even {}, for keyword arguments
             dynamo=True,
             verbose=False,
             output_names=_output_names(example.outputs),
@@ -112,9 +113,9 @@ def _dynamic_batch(value: Any) -> Any:
 def _output_names(outputs: Any) -> list[str]:
     """Names each output tensor by the keys and positions that lead to it: `logits`, `boxes_0`."""
     names = []
-    for way, value in tree_flatten_with_path(outputs)[0]:
+    for path, value in tree_flatten_with_path(outputs)[0]:
         if isinstance(value, torch.Tensor):
-            steps = [step.key if isinstance(step, MappingKey) else getattr(step, "idx", "") for step in way]
-            named = steps and not isinstance(steps[0], int)
-            names.append("_".join(map(str, steps if named else ["output", *steps])))
+            keys = [key.key if isinstance(key, MappingKey) else getattr(key, "idx", "") for key in path]
+            named = keys and not isinstance(keys[0], int)
+            names.append("_".join(map(str, keys if named else ["output", *keys])))
     return names

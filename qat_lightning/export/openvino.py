@@ -1,4 +1,4 @@
-"""Exports a prepared network as OpenVINO IR, from its QDQ graph by OpenVINO's own converter."""
+"""Exports a prepared network as OpenVINO IR, with OpenVINO's own converter for the QDQ graph."""
 
 from __future__ import annotations
 
@@ -27,28 +27,32 @@ def export_openvino(
 ) -> Path:
     """Writes a prepared network as OpenVINO IR: `path`, which ends in `.xml`, and a `.bin` beside it.
 
-    The files are run at once in OpenVINO, and the outputs compared with the fake-quant outputs; only files
-    that agree are written, with their checksums in `manifest.json` beside them.
+    The graph runs in OpenVINO right away, and its outputs are compared with the fake-quant outputs. The files
+    are written only if they agree. Their checksums go into `manifest.json` beside them.
 
     Args:
-        prepared: As in :func:`qat_lightning.export_onnx`, likewise the other arguments.
-        path: Where to write; the folder is made.
-        example_inputs: Likewise.
-        min_sqnr: Likewise; OpenVINO runs its int8 kernels here, which round at other places.
-        metadata: Likewise.
+        prepared: As in :func:`qat_lightning.export_onnx`.
+        path: Where to write the `.xml` file. The folder is created if needed.
+        example_inputs: As in `export_onnx`.
+        min_sqnr: As in `export_onnx`. OpenVINO's int8 kernels run here, and they round in other places.
+        metadata: As in `export_onnx`.
 
     Returns:
         The path of the `.xml` file.
 
     Raises:
         MissingExtraError: The extra `openvino` or `onnx` is not installed.
-        ValueError: `path` has another suffix, there are no example inputs, or nothing prepared.
-        ConversionError: No data passed through the network, or the files do not give its outputs.
+        ValueError: `path` has another suffix, there are no example inputs, or the module holds no prepared
+            network.
+        ConversionError: The network has not seen any data, or the outputs of the graph differ from its own.
     """
     require("openvino", "onnx", "onnxscript", purpose="Exporting to OpenVINO")
     path = Path(path)
     if path.suffix != ".xml":
-        raise ValueError(f"An OpenVINO IR ends in .xml, and its weights go beside it, but received {path}.")
+        raise ValueError(
+            "The path of an OpenVINO IR ends in .xml, and its weights go into a .bin file beside it, but "
+            f"received {path}."
+        )
     example = example_of(prepared, example_inputs)
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "graph.onnx"
@@ -64,7 +68,7 @@ def export_openvino(
 
 
 def convert_graph(graph: Path, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Converts an ONNX file to the two files of an IR."""
+    """Converts an ONNX file to OpenVINO IR, and returns the contents of its `.xml` and `.bin` files."""
     import openvino
 
     model = openvino.convert_model(graph)

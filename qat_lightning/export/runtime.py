@@ -1,4 +1,4 @@
-"""Runs exported files on torch tensors, each by its own runtime."""
+"""Runs exported files on torch tensors, in ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from qat_lightning.export.structure import STRUCTURE_KEY, restore, tensors_of
 from qat_lightning.quantize.recipe import FULL_BYTES
 
 _ONNX_DTYPES = {"float": torch.float32, "double": torch.float64}
-"""Where ONNX Runtime's name of a type is not torch's."""
+"""The types that ONNX Runtime and torch name differently."""
 
 
 class Signature(NamedTuple):
     """The name, type and shape of one input of a file.
 
     Attributes:
-        name: Its name.
+        name: Name of the input.
         dtype: Type of its elements.
-        shape: Its dimensions, None where any size will do.
+        shape: Its dimensions. None stands for any size.
     """
 
     name: str
@@ -38,13 +38,14 @@ class Signature(NamedTuple):
 
 
 class Runtime(Protocol):
-    """A loaded file.
+    """An exported file that a runtime has loaded.
 
     Attributes:
-        name: What the runtime is called.
-        signatures: The inputs, in the order of the network's own.
+        name: Name of the runtime.
+        signatures: The inputs, in the order of the network's inputs.
         int8: Whether anything in the file is quantized.
-        structure: What :func:`qat_lightning.export.structure.structure_of` said of the outputs.
+        structure: What :func:`qat_lightning.export.structure.structure_of` returned for the outputs; None if
+            the file does not contain it.
     """
 
     name: str
@@ -53,16 +54,16 @@ class Runtime(Protocol):
     structure: str | None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Returns the outputs for inputs in the order of `signatures`."""
+        """Returns the outputs. The inputs are in the order of `signatures`."""
 
     def float_operations(self) -> Counter[str]:
-        """Counts the operations of each kind that compute in float in the optimized graph."""
+        """Counts the operations of each kind that the runtime computes in float in its optimized graph."""
 
 
 class RuntimeNetwork(nn.Module):
-    """Replaces the network: takes the same inputs and returns the same structure of torch tensors.
+    """Replaces the network: takes the same inputs, and returns torch tensors in the same structure.
 
-    It has no parameters, computes on the CPU and gives no gradients. Outputs are on the device of the inputs.
+    It has no parameters, runs on the CPU and computes no gradients. Outputs are on the device of the inputs.
 
     Args:
         runtime: The loaded file.
@@ -92,20 +93,22 @@ class RuntimeNetwork(nn.Module):
 class OnnxRuntime:
     """A QDQ graph in ONNX Runtime.
 
-    A file of this package with activations of 8 bits is computed without overflow on CPUs without VNNI, by
-    `session.x64quantprecision=1`; with the runtime's default options, sums overflow there. So they do where
-    two layers share a weight, which that option cannot read.
+    On CPUs without VNNI, sums of 8-bit activations overflow with the runtime's default options. A file of
+    this package with such activations runs there with `session.x64quantprecision=1`, which avoids the
+    overflow. If two layers share a weight, the runtime cannot load the file with that option. It then runs
+    with the default options, and sums may overflow.
 
     Args:
-        content: The file.
-        threads: Threads for one operation; 0 leaves it to the runtime, which takes every core.
-        optimize: Whether the runtime may fuse quantize, dequantize and what is between them into int8
-            operations. Without, it runs the graph as it is written, node by node.
-        folder: Where weights lie that the file keeps in files of their own; None lets it have none.
+        content: Content of the ONNX file.
+        threads: Threads for one operation. 0 leaves the choice to the runtime, which uses every core.
+        optimize: Whether the runtime may fuse quantize, dequantize and the operations between them into int8
+            operations. If False, it runs the graph node by node, as it is written.
+        folder: Folder of the weights, for a file that keeps them in separate files. With None, separate
+            weights are not read.
 
     Raises:
         MissingExtraError: The extra `onnx` is not installed.
-        Int8FileError: The file is no ONNX file that the runtime can run.
+        Int8FileError: The runtime cannot run the file.
     """
 
     name = "ONNX Runtime"
@@ -123,7 +126,7 @@ class OnnxRuntime:
             try:
                 self._session = start(options)
                 break
-            except Exception as error:  # the runtime has a class of its own for each kind of failure
+            except Exception as error:  # the runtime has a separate class for each kind of failure
                 if not wide:
                     raise Int8FileError(f"ONNX Runtime cannot read the file: {error}") from error
         self._content, self._options = content, options
@@ -135,23 +138,23 @@ class OnnxRuntime:
         self.structure = self._session.get_modelmeta().custom_metadata_map.get(STRUCTURE_KEY)
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Returns the outputs for inputs in the order of `signatures`."""
+        """Returns the outputs. The inputs are in the order of `signatures`."""
         names = [each.name for each in self.signatures]
         return self._session.run(None, dict(zip(names, arrays, strict=True)))
 
     def float_operations(self) -> Counter[str]:
-        """Counts the operations of each kind that compute in float in the optimized graph."""
+        """Counts the operations of each kind that the runtime computes in float in its optimized graph."""
         return float_operations_of_onnx(self._content, self._options)
 
 
 def _session_options(threads: int, optimize: bool, folder: Path | None, wide: bool) -> Any:
-    """Returns session options. `wide` adds products of bytes in 32 bits, slower on CPUs without VNNI."""
+    """Returns session options. `wide` adds products of bytes in 32 bits, which is slower without VNNI."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4 if wide else 3  # an attempt may fail
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it holds torch's cores
+    options.log_severity_level = 4 if wide else 3  # the first attempt may fail
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads occupy cores
     if wide:
         options.add_session_config_entry("session.x64quantprecision", "1")
     if folder is not None:
@@ -166,11 +169,11 @@ class OpenVino:
     """An OpenVINO IR.
 
     Args:
-        graph: The `.xml` file.
-        weights: The `.bin` file.
-        threads: Threads for a request; 0 leaves it to the runtime.
-        float32: Whether what is not int8 is computed in float32; by default the runtime takes bfloat16 on
-            CPUs that have it.
+        graph: Content of the `.xml` file.
+        weights: Content of the `.bin` file.
+        threads: Threads for a request. 0 leaves the choice to the runtime.
+        float32: Whether operations that are not int8 compute in float32. By default the runtime uses bfloat16
+            on CPUs that support it.
 
     Raises:
         MissingExtraError: The extra `openvino` is not installed.
@@ -187,7 +190,7 @@ class OpenVino:
             core = _core()
             model = core.read_model(graph, weights)
             self._compiled = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **options})
-        except Exception as error:  # the runtime has a class of its own for each kind of failure
+        except Exception as error:  # the runtime has a separate class for each kind of failure
             raise Int8FileError(f"OpenVINO cannot read the file: {error}") from error
         self.int8 = quantizes(graph)
         self._kinds = {each.get_friendly_name(): each.get_type_name() for each in model.get_ops()}
@@ -199,21 +202,22 @@ class OpenVino:
         self.structure = model.get_rt_info(key).value if model.has_rt_info(key) else None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Returns the outputs for inputs in the order of `signatures`."""
+        """Returns the outputs. The inputs are in the order of `signatures`."""
         results = self._compiled(list(arrays))
         return [np.array(results[output]) for output in self._compiled.outputs]
 
     def float_operations(self) -> Counter[str]:
-        """Counts the operations of each kind that compute in float in the optimized graph."""
+        """Counts the operations of each kind that the runtime computes in float in its optimized graph."""
         return float_operations_of_openvino(self._compiled, self._kinds)
 
 
 @cache
 def _core() -> Any:
-    """Returns the process's only core, which lives until the process ends.
+    """Returns the only OpenVINO core of this process. It lives until the process ends.
 
-    OpenVINO's CPU plugin takes over the stack that signals are handled on, and gives it back at its end.
-    Several that do not end in reverse order leave one that is freed: the next signal is a crash.
+    OpenVINO's CPU plugin replaces the stack for signal handlers, and restores the previous one when it is
+    destroyed. If several are not destroyed in reverse order, a freed stack stays installed, and the next
+    signal crashes the process.
     """
     import openvino
 
@@ -221,7 +225,7 @@ def _core() -> Any:
 
 
 def quantizes(graph: bytes) -> bool:
-    """Whether an ONNX or OpenVINO file quantizes anything."""
+    """Returns whether an ONNX or OpenVINO file quantizes anything."""
     return any(kind in graph for kind in (b"QuantizeLinear", b"QLinear", b'"FakeQuantize"'))
 
 
@@ -229,12 +233,12 @@ def _known(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _onnx_dtype(said: str) -> torch.dtype:
-    """Returns the torch dtype that ONNX Runtime calls `tensor(…)`."""
-    name = said.removeprefix("tensor(").removesuffix(")")
+def _onnx_dtype(onnx_type: str) -> torch.dtype:
+    """Returns the torch dtype of a type that ONNX Runtime calls `tensor(…)`."""
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
     dtype = _ONNX_DTYPES.get(name) or getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise Int8FileError(f"The file takes {said}, but its inputs have to be tensors of numbers.")
+        raise Int8FileError(f"The file takes {onnx_type}, but its inputs must be tensors of numbers.")
     return dtype
 
 

@@ -1,4 +1,4 @@
-"""Stores a network's output structure with a file: tuples, lists and dicts around flat tensors."""
+"""Describes how tuples, lists and dicts nest a network's output tensors, so that a file can store it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors_of(values: Any) -> list[torch.Tensor]:
 
 
 def structure_of(outputs: Any) -> str:
-    """Returns the structure as JSON; empty if it holds user-defined classes or more than tensors."""
+    """Returns the structure as JSON; empty if it holds user-defined classes or values other than tensors."""
     if len(tensors_of(outputs)) != len(tree_leaves(outputs)):
         return ""
     try:
@@ -34,7 +34,7 @@ def structure_of(outputs: Any) -> str:
 
 
 def restore(tensors: Sequence[torch.Tensor], structure: str | None) -> Any:
-    """Puts tensors into their structure. Without one, returns the only tensor, or a tuple."""
+    """Puts tensors into their structure. Without a structure, returns the only tensor, or a tuple."""
     if structure:
         return tree_unflatten(tensors, treespec_loads(structure))
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
