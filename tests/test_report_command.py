@@ -69,7 +69,7 @@ def test_a_damaged_report_is_told_and_measured_anew_on_request(
     moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (moved / "report.json").write_text("{")
-    with pytest.raises(SystemExit, match="no report of qat-lightning"):
+    with pytest.raises(SystemExit, match="not a report of qat-lightning"):
         command.main([str(moved)])
     command.main([str(moved), "--measure"])
     assert "test/accuracy" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The report of a run: how good, how fast and how faithful its int8 network is."""
+"""The report of a run: how accurate and how fast its int8 network is, and how close to what was trained."""

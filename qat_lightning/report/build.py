@@ -34,12 +34,12 @@ class FinishedRun:
     Attributes:
         title: What was trained.
         source: The checkpoint that was converted, or `"last"`.
-        trained: The module with its weights, still prepared; it is not changed.
-        int8: The same, converted.
-        inputs: For each network in it, by name, what to run it on.
-        files: What was exported.
-        scores: How good everything is, float first.
-        curves: The course of the training.
+        trained: The trained module, still prepared. It is not changed.
+        int8: The module after conversion.
+        inputs: The inputs to run each network of the module on, by the network's name.
+        files: The exported files.
+        scores: The metrics of every network and file, float first.
+        curves: The metrics of every epoch.
     """
 
     title: str
@@ -53,7 +53,7 @@ class FinishedRun:
 
 
 def build(run: FinishedRun) -> Report:
-    """Inspects every layer and measures every file, on as many threads as torch uses."""
+    """Inspects every layer and measures every file, with as many threads as torch uses."""
     threads = torch.get_num_threads()
     module = copy_of(run.trained).cpu().eval()
     restore_batch_norms(module)
@@ -80,7 +80,7 @@ def publish(run: FinishedRun, folder: Path) -> Path:
     """Builds the report of a run, writes it to `folder`, and prints it.
 
     Returns:
-        The page.
+        The path of the page.
     """
     report = build(run)
     page = write(report, folder)
@@ -92,7 +92,7 @@ def write(report: Report, folder: Path) -> Path:
     """Writes `report.json` and `report.html`, each complete or not at all.
 
     Returns:
-        The page.
+        The path of the page.
     """
     from qat_lightning.report.page.html import render  # matplotlib takes a while to import
 

@@ -1,4 +1,4 @@
-"""The content of a report, as the values in `report.json`."""
+"""The content of a report as dataclasses, and how `report.json` stores it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the speeds were measured.
+    """The machine that the speeds were measured on.
 
     Attributes:
         cpu: Model of the CPU.
-        features: What it has for int8, such as `avx512_vnni`.
+        features: Its CPU features that matter for int8, such as `avx512_vnni`.
         cores: CPU cores that this process may use.
         threads: Threads that each network ran on.
     """
@@ -30,15 +30,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Score:
-    """The metrics of one network.
+    """The metrics of one network on one runtime.
 
     Attributes:
         network: `"float"`, `"int8 without training"`, `"fake-quant"` or `"int8"`.
         runtime: `"PyTorch"`, `"ONNX Runtime"` or `"OpenVINO"`.
         metrics: What the module logs, by name.
         split: `"val"` or `"test"`.
-        file: The file that was scored; None where none was.
-        bytes: Size of its file, or for float of its weights.
+        file: The file of the network; None if there is none.
+        bytes: Size of the file, or for float of its weights.
     """
 
     network: str
@@ -54,13 +54,13 @@ class Speed:
     """The speed of one file.
 
     Attributes:
-        name: What was run: `"float"`, `"int8"`, or the name of a file.
+        name: What was measured: `"float"`, `"int8"`, or the name of a file.
         runtime: As in :class:`Score`.
         batch: Inputs in a call.
         milliseconds: Median duration of a call.
-        spread: Half the distance of its quartiles, in milliseconds.
-        speedup: Median over the rounds of the duration of the baseline (float on the same runtime, or the
-            first file) over this one's; None for the baseline itself.
+        spread: Half the interquartile range of the durations, in milliseconds.
+        speedup: Duration of the baseline divided by this duration, as the median over all rounds. The
+            baseline is float on the same runtime, or the first file. None for the baseline itself.
     """
 
     name: str
@@ -94,16 +94,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Layer:
-    """One int8 layer with weights, on the inputs of one batch.
+    """One int8 layer with weights, measured on one batch.
+
+    In each of its three forms (float, fake-quant and int8), the network computes the layer's input itself.
 
     Attributes:
         name: Its name in the network.
-        kind: Its layers, such as `Conv2d+BatchNorm2d+ReLU`.
-        fake_quant_sqnr: Its fake-quant output against its float output, in dB; each network fed by itself.
-        int8_sqnr: Its int8 output against its fake-quant output, in dB; infinite where they are equal.
-        loss: How many dB lower `fake_quant_sqnr` is than that of what the layer reads.
-        clipped: Share of its float outputs that lie beyond its grid, 0 to 1.
-        grid: Least and greatest value of its grid.
+        kind: The modules that were fused into it, such as `Conv2d+BatchNorm2d+ReLU`.
+        fake_quant_sqnr: SQNR of its fake-quant output against its float output, in dB.
+        int8_sqnr: SQNR of its int8 output against its fake-quant output, in dB; infinite if they are equal.
+        loss: By how many dB the SQNR of fake-quant against float is lower at its output than at its input.
+        clipped: Share of its float outputs outside the range that int8 represents, 0 to 1.
+        grid: Least and greatest value that its int8 output represents.
         edges: Least and greatest value of its float output.
         counts: Histogram of its float output between `edges`, in bins of equal width.
     """
@@ -121,14 +123,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """The inventory of one network.
+    """What became int8 in one network, and what stays float.
 
     Attributes:
-        name: Its name in the LightningModule, `""` for the module itself.
+        name: Its name in the LightningModule, `""` for the LightningModule itself.
         recipe: Backend, mode and qconfig, by these names.
         fused: Number of fused layers of each kind.
-        floats: What stays float, each with its reason.
-        int8_share: Share of the multiply-adds that is int8, 0 to 1.
+        floats: The layers and operations that stay float, each with the reason.
+        int8_share: Share of the multiply-adds that int8 layers do, 0 to 1.
         layers: Its int8 layers, in the order in which they run.
     """
 
@@ -142,20 +144,20 @@ class Network:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything.
+    """The whole content of a report.
 
     Attributes:
         title: What was trained.
-        created: When, as `2026-01-31 12:00`.
+        created: Date and time of the report, as `2026-01-31 12:00`.
         source: The checkpoint that was converted, or `"last"`.
-        versions: Of the packages that took part.
-        machine: Where the speeds were measured.
-        scores: Float first.
-        speeds: Runtime by runtime, float before int8.
-        epochs: The curves of the training.
-        marks: What began when.
-        networks: The inventory of each network.
-        findings: What stands out, in words, the most important first.
+        versions: Versions of the packages that were used, by name.
+        machine: The machine that the speeds were measured on.
+        scores: The metrics of every network and file, float first.
+        speeds: The speeds, runtime by runtime, float before int8.
+        epochs: The metrics of every epoch.
+        marks: What began with which epoch.
+        networks: What became int8 in each network.
+        findings: What stands out, in sentences, the most important first.
     """
 
     title: str
@@ -171,15 +173,15 @@ class Report:
     findings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:
-        """Returns JSON. It has no infinity or NaN, so these become the texts `"inf"`, `"-inf"`, `"nan"`."""
+        """Returns the report as JSON. Infinity and NaN become the texts `"inf"`, `"-inf"` and `"nan"`."""
         return json.dumps({"version": VERSION, **_plain(dataclasses.asdict(self))}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Reads what `to_json` wrote.
+        """Reads a report that `to_json` wrote.
 
         Raises:
-            ValueError: It is no report, or one of a later version.
+            ValueError: The text is not a report, or is a report of another version.
         """
         try:
             values = _numbers(json.loads(text))
@@ -187,9 +189,11 @@ class Report:
             if version == VERSION:
                 return _build(values)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"This is no report of qat-lightning, or a damaged one: {error!r}.") from error
+            raise ValueError(
+                f"This is not a report of qat-lightning, or it is damaged: {error!r}."
+            ) from error
         raise ValueError(
-            f"The report has version {version}, and this qat-lightning reads {VERSION}. Rebuild it with "
+            f"The report has version {version}, but this qat-lightning reads {VERSION}. Rebuild it with "
             "`qat-report --measure`, or read it with the version of qat-lightning that wrote it."
         )
 

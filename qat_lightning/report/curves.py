@@ -1,4 +1,4 @@
-"""The course of a run: the metrics of each epoch, and when phases began."""
+"""Records the curves of a run: the metrics of each epoch, and when the phases began."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from qat_lightning.report.content import Epoch, Mark
 
 
 class Curves:
-    """Collects the course of a run. It is part of checkpoints, so that a resumed run has all of it.
+    """Records the curves of a run. Checkpoints contain them, so that a resumed run has every epoch.
 
     Attributes:
-        epochs: What each epoch logged.
+        epochs: The metrics that each epoch logged.
         marks: What began with which epoch.
     """
 
@@ -27,7 +27,7 @@ class Curves:
     def record(self, epoch: int, metrics: Mapping[str, Any], learning_rate: float) -> None:
         """Records an epoch's metrics, replacing earlier ones of the same epoch.
 
-        Those that are no single number are left out.
+        Metrics that are not a single number are left out.
         """
         if self.epochs and self.epochs[-1].epoch == epoch:
             self.epochs.pop()
@@ -35,19 +35,19 @@ class Curves:
         self.epochs.append(Epoch(epoch, {**values, "learning rate": learning_rate}))
 
     def mark(self, epoch: int, what: str) -> None:
-        """Records that something began, once."""
+        """Records that something began with an epoch. A second mark of the same thing is ignored."""
         if what not in [mark.what for mark in self.marks]:
             self.marks.append(Mark(epoch, what))
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Returns the curves as plain values."""
         return {
             "epochs": [(each.epoch, each.metrics) for each in self.epochs],
             "marks": [(each.epoch, each.what) for each in self.marks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes them over."""
+        """Restores the curves that `state_dict` returned."""
         self.epochs = [Epoch(epoch, dict(metrics)) for epoch, metrics in state["epochs"]]
         self.marks = [Mark(epoch, what) for epoch, what in state["marks"]]
 

@@ -25,8 +25,9 @@ class FileSpeeds(NamedTuple):
     """The measured speeds.
 
     Attributes:
-        speeds: For each runtime and batch, float before int8.
-        float_operations: For each runtime the operations, by kind, that it runs in float between int8 ones.
+        speeds: The speeds for each network, runtime and batch size, float before int8.
+        float_operations: For each runtime, how many operations of each kind it runs in float between int8
+            operations.
     """
 
     speeds: tuple[Speed, ...]
@@ -36,27 +37,28 @@ class FileSpeeds(NamedTuple):
 def file_speeds(
     prepared: nn.Module, int8: nn.Module, inputs: Mapping[str, Inputs], files: Sequence[Path], threads: int
 ) -> FileSpeeds:
-    """Measures each network of a module in each of its forms.
+    """Measures each network of a module in float and in int8, in PyTorch and in the runtime of each file.
 
     Args:
         prepared: The module with the prepared networks, in eval mode on the CPU.
-        int8: The same, converted.
-        inputs: For each network, by name, what to run it on.
-        files: What was exported.
+        int8: The module after conversion.
+        inputs: The inputs to run each network on, by the network's name.
+        files: The exported files.
         threads: Threads of every runtime.
     """
     speeds: list[Speed] = []
     operations: dict[str, dict[str, int]] = {}
-    for name, each in inputs.items():
+    for name, caught in inputs.items():
         network, suffix = prepared.get_submodule(name), f" {name}" if len(inputs) > 1 else ""
         groups = [_in_torch(network, int8.get_submodule(name), suffix)]
         for path in _graphs(files, name, len(inputs)):
-            runtime = load_runtime(path, threads=threads)
-            assert isinstance(runtime, RuntimeNetwork)
-            plain = RuntimeNetwork(_float_on(runtime.runtime, network, each, threads)).eval()
-            groups.append(_pair(runtime.runtime.name, plain, runtime, suffix))
-            operations[runtime.runtime.name] = dict(runtime.runtime.float_operations().most_common())
-        speeds += measure(groups, each, threads=threads, console=Console(stderr=True))
+            exported = load_runtime(path, threads=threads)
+            assert isinstance(exported, RuntimeNetwork)
+            runtime = exported.runtime
+            in_float = RuntimeNetwork(_float_on(runtime, network, caught, threads)).eval()
+            groups.append(_pair(runtime.name, in_float, exported, suffix))
+            operations[runtime.name] = dict(runtime.float_operations().most_common())
+        speeds += measure(groups, caught, threads=threads, console=Console(stderr=True))
     return FileSpeeds(tuple(speeds), operations)
 
 
@@ -64,18 +66,18 @@ def _in_torch(prepared: nn.Module, int8: nn.Module, suffix: str) -> list[Candida
     return _pair("PyTorch", floating(prepared), int8.eval(), suffix)
 
 
-def _pair(runtime: str, plain: nn.Module, int8: nn.Module, suffix: str) -> list[Candidate]:
-    return [Candidate(f"float{suffix}", runtime, plain), Candidate(f"int8{suffix}", runtime, int8)]
+def _pair(runtime: str, in_float: nn.Module, int8: nn.Module, suffix: str) -> list[Candidate]:
+    return [Candidate(f"float{suffix}", runtime, in_float), Candidate(f"int8{suffix}", runtime, int8)]
 
 
 def _graphs(files: Sequence[Path], name: str, networks: int) -> Iterator[Path]:
-    """Returns the files of a network that hold its graph."""
+    """Returns the exported files of a network that contain a graph."""
     stem = f"int8.{name}" if networks > 1 else "int8"
     return (path for path in files if path.suffix != ".pt" and path.stem == stem)
 
 
 def _float_on(runtime: Runtime, prepared: nn.Module, inputs: Inputs, threads: int) -> Runtime:
-    """Returns the float network on the runtime of an int8 file."""
+    """Returns the network in float, loaded in the runtime of an int8 file."""
     example = example_of(prepared, arguments_of(prepared, inputs))
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "float.onnx"

@@ -1,4 +1,4 @@
-"""States in words what stands out in a report."""
+"""Finds what stands out in a report, and says it in sentences."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ from qat_lightning.report.content import Layer, Machine, Network, Report, Score,
 from qat_lightning.report.machine import has_vnni
 
 _LOSS = 6.0
-"""Decibels that a layer may lose: half of a signal's precision, a bit."""
+"""Decibels that a layer may lose: one bit of precision."""
 _POOR = 25.0
-"""Decibels to float below which a layer's loss is worth a word."""
+"""SQNR against float, in decibels, below which a layer's loss is worth a finding."""
 _CLIPPED = 0.01
+"""Share of its outputs that a layer may clip."""
 _LOW = 20.0
-"""Decibels below which what was trained is not what runs."""
+"""SQNR against fake-quant, in decibels, below which an int8 layer no longer computes what was trained."""
 _POINTS = 0.5
+"""Difference from float, in percentage points, from which an accuracy is worth a finding."""
 _SLOW = 1.05
+"""Speed-up below which int8 is no faster than float."""
 _SHOWN = 3
+"""Most layers that one kind of finding names."""
 _NOISE = 0.25
-"""Spread, as a share of the median, from which a speed says little."""
+"""Spread, as a share of the median, above which a speed means little."""
 
 
 def findings(report: Report, float_operations: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
     """Returns the findings of a report.
 
     Args:
-        report: Everything but its findings.
-        float_operations: For each runtime the operations, by kind, that it runs in float between int8 ones.
+        report: The report, without its findings.
+        float_operations: For each runtime, how many operations of each kind it runs in float between int8
+            operations.
 
     Returns:
-        Sentences, the most important first. Empty where nothing stands out.
+        Sentences, the most important first. Empty if nothing stands out.
     """
     return (
         *_accuracy(report.scores),
@@ -42,7 +47,7 @@ def findings(report: Report, float_operations: Mapping[str, Mapping[str, int]]) 
 
 
 def _accuracy(scores: Iterable[Score]) -> Iterator[str]:
-    """Compares each int8 file with float, by the metrics that are accuracies."""
+    """Compares the accuracies of every other network and file with those of float."""
     scores = list(scores)
     start = next((score for score in scores if score.network == "float"), None)
     for score in scores:
@@ -60,23 +65,22 @@ def _title(score: Score) -> str:
 
 
 def _speed(report: Report, operations: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Says where int8 is not faster, and why if that is known."""
+    """Says where int8 is no faster than float, and why."""
     slow: dict[str, list[Speed]] = {}
     for speed in report.speeds:
         if speed.speedup is not None and speed.speedup < _SLOW:
             slow.setdefault(speed.runtime, []).append(speed)
     for runtime, found in slow.items():
-        batches = ", ".join(str(speed.batch) for speed in found)
-        ratios = ", ".join(f"{speed.speedup:.2f}" for speed in found)
+        ratios = ", ".join(f"{speed.speedup:.2f} at batch {speed.batch}" for speed in found)
         yield (
-            f"In {runtime} int8 is no faster than float (batch {batches}: {ratios} times), "
+            f"Int8 in {runtime} is no faster than float (speed-up {ratios}), "
             f"{_why_slow(report, operations.get(runtime, {}))}."
         )
     noisy = [speed for speed in report.speeds if speed.spread > _NOISE * speed.milliseconds]
     if noisy:
         yield (
-            f"{len(noisy)} of {len(report.speeds)} speeds moved by more than {_NOISE:.0%} between calls: "
-            "something else used the CPU. Measure them when it is idle."
+            f"{len(noisy)} of {len(report.speeds)} speeds varied by more than {_NOISE:.0%} between calls: "
+            "something else used the CPU. Measure again when it is idle."
         )
 
 
@@ -84,30 +88,30 @@ def _why_slow(report: Report, operations: Mapping[str, int]) -> str:
     if not has_vnni(report.machine):
         return "because this CPU has no int8 dot products (VNNI)"
     if operations:
-        return f"because {in_words(Counter(operations))}, and each has to convert there and back"
+        return f"because {in_words(Counter(operations))}, and each needs conversions from and to int8"
     floats = sum(len(network.floats) for network in report.networks)
     if floats:
-        return f"because {floats} layers or operations stay float, and each has to convert there and back"
-    return "probably because starting each operation takes longer than computing so little"
+        return f"because {floats} layers or operations stay float, and each needs conversions from and to int8"
+    return "probably because its operations are so small that starting them takes longer than computing them"
 
 
 def _layers(network: Network) -> Iterator[str]:
-    """Names the layers that lose most, that clip, and whose int8 outputs differ from fake-quant."""
+    """Names the layers that lose most, that clip most, and whose int8 outputs differ most from fake-quant."""
     poor = [layer for layer in network.layers if layer.fake_quant_sqnr < _POOR]
     for layer in _worst(poor, lambda each: each.loss, _LOSS):
         yield (
-            f"Layer {layer.name} loses {layer.loss:.0f} dB against what it reads: if accuracy matters, keep "
-            f"it float (keep_float=[{layer.name!r}])."
+            f"Layer {layer.name} loses {layer.loss:.0f} dB between its input and its output. If accuracy "
+            f"matters, keep it float (keep_float=[{layer.name!r}])."
         )
     for layer in _worst(network.layers, lambda each: each.clipped, _CLIPPED):
         yield (
-            f"Layer {layer.name} clips {layer.clipped:.1%} of its outputs: its range was frozen before it "
-            "settled, or its outliers are rare; freeze_observers_at says when ranges freeze."
+            f"Layer {layer.name} clips {layer.clipped:.1%} of its outputs: its range froze too early, or it "
+            "has rare outliers. freeze_observers_at says when ranges freeze."
         )
     for layer in _worst(network.layers, lambda each: -each.int8_sqnr, -_LOW):
         yield (
-            f"Layer {layer.name} in int8 is only within {layer.int8_sqnr:.0f} dB of what was trained: "
-            "rounding differences of the layers before it add up there."
+            f"Layer {layer.name} in int8 agrees with fake-quant only to {layer.int8_sqnr:.0f} dB: rounding "
+            "differences of the layers before it add up there."
         )
 
 
@@ -117,17 +121,17 @@ def _worst(layers: Iterable[Layer], badness: Callable[[Layer], float], limit: fl
 
 
 def _backend(networks: Iterable[Network], machine: Machine) -> Iterator[str]:
-    """Names a backend that is more accurate on this machine."""
+    """Names a backend that suits this machine better."""
     used = {network.recipe["backend"] for network in networks}
     for backend in sorted(used & {"x86", "fbgemm"}):
         if has_vnni(machine):
             yield (
-                f"The backend {backend} uses 7 bits for activations, for CPUs without VNNI. This CPU has it: "
-                "backend='onednn' uses 8 bits."
+                f"The backend {backend} uses 7 bits for activations, for CPUs without VNNI. This CPU has "
+                "VNNI, so use backend='onednn', which uses 8 bits."
             )
     if not has_vnni(machine) and "onednn" in used:
         yield (
-            "The backend onednn uses 8 bits for activations, of which sums overflow on this CPU, which has "
-            "no VNNI: in OpenVINO, and in ONNX Runtime unless session.x64quantprecision=1 is set. For CPUs "
-            "like this backend='x86' uses 7 bits."
+            "The backend onednn uses 8 bits for activations. This CPU has no VNNI, so their sums overflow "
+            "in OpenVINO, and in ONNX Runtime unless session.x64quantprecision=1 is set. For CPUs like this "
+            "one, use backend='x86', which uses 7 bits."
         )

@@ -19,7 +19,7 @@ from qat_lightning.report.content import Layer
 
 _BINS = 60
 _EXACT = 60.0
-"""Decibels beyond which a layer's input counts as undisturbed, when its loss is told."""
+"""Decibels from which an input or output counts as exact when a layer's loss is computed."""
 
 
 class _Seen(NamedTuple):
@@ -29,7 +29,7 @@ class _Seen(NamedTuple):
     y: Tensor
 
 
-class _Grid(NamedTuple):
+class _OutputQParams(NamedTuple):
     """The qparams and integer range of a layer's int8 output."""
 
     scale: float
@@ -48,15 +48,16 @@ class _Grid(NamedTuple):
 
 
 def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list[Layer]:
-    """Runs a network three times, in float, with fake-quantization and in int8, and compares layer by layer.
+    """Runs a network in float, with fake-quantization and in int8, and compares the outputs of each layer.
 
-    Each pass goes on with its own outputs, so that errors add up as they do in the network. Fake-quant
-    outputs are rounded to the grid of the int8 layer's, as the fake-quantize after them does.
+    In each of the three passes, a layer reads the outputs of the layers before it, so errors add up as they
+    do in the network. Fake-quant outputs are rounded with the scale and zero point of the int8 outputs, as
+    the fake-quantize after the layer does.
 
     Args:
         prepared: The prepared network, in eval mode on the CPU. Its fake-quantization is left on.
-        int8: What it was converted to.
-        inputs: What to run them on; the samples of one batch.
+        int8: The network after conversion.
+        inputs: The inputs to run it on, from one batch.
 
     Returns:
         The int8 layers with weights, in the order in which they run.
@@ -65,31 +66,31 @@ def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list
     modules = dict(prepared.named_modules())
     names = [name for name in names if hasattr(modules.get(name), "weight_fake_quant")]
     set_enabled(prepared, observer=False, fake_quant=False)
-    exact = _run(prepared, names, inputs)
+    in_float = _run(prepared, names, inputs)
     set_enabled(prepared, observer=False, fake_quant=True)
-    rounded = _run(prepared, names, inputs)
-    found = _run(int8, names, inputs)
+    fake_quant = _run(prepared, names, inputs)
+    in_int8 = _run(int8, names, inputs)
     return [
-        _compare(name, parts(modules[name]), exact[name], rounded[name], found[name].y)
-        for name in exact
-        if name in rounded and name in found
+        _compare(name, parts(modules[name]), in_float[name], fake_quant[name], in_int8[name].y)
+        for name in in_float
+        if name in fake_quant and name in in_int8
     ]
 
 
-def _compare(name: str, kind: str, exact: _Seen, rounded: _Seen, int8: Tensor) -> Layer:
-    grid = _grid_of(int8)
-    expected = rounded.y if grid is None else grid.round(rounded.y)
+def _compare(name: str, kind: str, in_float: _Seen, fake_quant: _Seen, int8: Tensor) -> Layer:
+    qparams = _qparams_of(int8)
+    expected = fake_quant.y if qparams is None else qparams.round(fake_quant.y)
     value = int8.dequantize() if int8.is_quantized else int8
-    agreement = sqnr(exact.y, expected)
-    low, high = grid.range if grid is not None else (-torch.inf, torch.inf)
-    flat = exact.y.flatten().float()
+    agreement = sqnr(in_float.y, expected)
+    low, high = qparams.range if qparams is not None else (-torch.inf, torch.inf)
+    flat = in_float.y.flatten().float()
     edges = (float(flat.min()), float(flat.max()))
     return Layer(
         name=name,
         kind=kind,
         fake_quant_sqnr=agreement,
         int8_sqnr=sqnr(expected, value),
-        loss=min(sqnr(exact.x, rounded.x), _EXACT) - min(agreement, _EXACT),
+        loss=min(sqnr(in_float.x, fake_quant.x), _EXACT) - min(agreement, _EXACT),
         clipped=float(((flat < low) | (flat > high)).float().mean()),
         grid=(low, high),
         edges=edges,
@@ -97,12 +98,12 @@ def _compare(name: str, kind: str, exact: _Seen, rounded: _Seen, int8: Tensor) -
     )
 
 
-def _grid_of(y: Tensor) -> _Grid | None:
+def _qparams_of(y: Tensor) -> _OutputQParams | None:
     """Returns the qparams of a quantized tensor, or None for a float one."""
     if not y.is_quantized:
         return None
     bounds = torch.iinfo(y.dtype)
-    return _Grid(y.q_scale(), y.q_zero_point(), int(bounds.min), int(bounds.max))
+    return _OutputQParams(y.q_scale(), y.q_zero_point(), int(bounds.min), int(bounds.max))
 
 
 @torch.no_grad()
@@ -115,7 +116,10 @@ def _run(network: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, 
 
 @contextmanager
 def _watched(network: nn.Module, names: Iterable[str], seen: dict[str, _Seen]) -> Iterator[None]:
-    """Copies the input and output of each layer's first call; later operations may overwrite them."""
+    """Copies the input and output of each layer's first call into `seen`.
+
+    They are copies because later operations may write in place.
+    """
     modules = dict(network.named_modules())
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:

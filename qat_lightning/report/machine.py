@@ -1,4 +1,4 @@
-"""Describes the CPU on which speeds are measured."""
+"""Describes the machine that speeds are measured on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def describe(threads: int) -> Machine:
     """Describes this machine.
 
     Args:
-        threads: Threads that networks are measured on.
+        threads: Threads that networks are measured with.
     """
-    said = cpu.info()
-    named = [said.get(key, "") for key in ("model name", "Hardware")]
-    name = next(filter(None, (*named, platform.processor(), platform.machine())), "unknown")
+    fields = cpu.info()
+    names = [fields.get(key, "") for key in ("model name", "Hardware")]
+    name = next(filter(None, (*names, platform.processor(), platform.machine())), "unknown")
     return Machine(cpu=name, features=cpu.features(), cores=usable_cores(), threads=threads)
 
 
@@ -29,5 +29,5 @@ def usable_cores() -> int:
 
 
 def has_vnni(machine: Machine) -> bool:
-    """Whether the CPU multiplies and adds int8 in one instruction; see `qat_lightning.base.cpu`."""
+    """Returns whether the CPU multiplies and adds int8 in one instruction; see `qat_lightning.base.cpu`."""
     return cpu.has_dot_products(machine.features)

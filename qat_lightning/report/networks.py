@@ -14,13 +14,13 @@ from qat_lightning.report.layers import measure_layers
 
 
 def describe(name: str, prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> Network:
-    """Runs a network in each of its forms, and describes it.
+    """Runs a network in float, with fake-quantization and in int8, and describes it.
 
     Args:
         name: Its name in the LightningModule.
         prepared: A copy of the prepared network, in eval mode on the CPU, with fake-quantization on.
-        int8: What it was converted to.
-        inputs: What to run it on.
+        int8: The network after conversion.
+        inputs: The inputs to run it on.
     """
     recipe = recipe_of(prepared)
     assert recipe is not None
@@ -28,13 +28,13 @@ def describe(name: str, prepared: nn.Module, int8: nn.Module, inputs: Inputs) ->
         prepared(*inputs.args, **inputs.kwargs)
     work = inventory.count_work(prepared, inputs)
     quantized, floats = inventory.layers(prepared, int8, recipe, work, lines)
-    alone = inventory.batch_norms(int8, lines)
-    between = inventory.float_ops(int8)
+    batch_norms = inventory.batch_norms(int8, lines)
+    operations = inventory.float_ops(int8)
     return Network(
         name=name,
         recipe={"backend": recipe.backend, "mode": recipe.mode, "qconfig": recipe.qconfig},
         fused=inventory.fused_layers(prepared),
-        floats=tuple(map(str, [*floats, *alone, *between])),
+        floats=tuple(map(str, [*floats, *batch_norms, *operations])),
         int8_share=sum(work.layers.get(layer, 0) for layer in quantized) / max(work.total, 1),
         layers=tuple(measure_layers(prepared, int8, inputs)),
     )

@@ -1,4 +1,4 @@
-"""The rows of a report's tables, for the page and the terminal."""
+"""Formats the rows of a report's tables, for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qat_lightning.report.content import Layer, Score
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of the summary, as text.
+    """A row of the table of scores, as text. A text without a value is empty.
 
     Attributes:
-        score: What it is about.
-        cells: For each metric its value and its difference to float; empty without one.
-        size: Of the file.
-        ratio: How many times smaller than float it is.
+        score: The score that the row shows.
+        cells: For each metric, its value and its difference from float.
+        size: Size of the file.
+        ratio: How many times smaller than float the file is.
     """
 
     score: Score
@@ -41,7 +41,7 @@ def base_of(scores: Sequence[Score], score: Score) -> Score | None:
 
 
 def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
-    """Returns the rows of the summary, in the order of `scores`."""
+    """Returns the rows of the table of scores, in the order of `scores`."""
     return [_score_row(score, base_of(scores, score), metric_names(scores)) for score in scores]
 
 
@@ -66,7 +66,7 @@ def _score_row(score: Score, base: Score | None, names: Sequence[str]) -> ScoreR
 
 
 def worst_first(layers: Sequence[Layer], attribute: str = "fake_quant_sqnr") -> list[Layer]:
-    """Sorts the layers by one of their SQNRs; NaN comes first."""
+    """Sorts layers by one of their SQNRs, the lowest first; NaN comes before all others."""
 
     def rank(layer: Layer) -> float:
         value = getattr(layer, attribute)

@@ -1,4 +1,4 @@
-"""Measures networks in turns, so that other load on the machine slows all of them alike."""
+"""Measures the speed of networks in turns, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Candidate(NamedTuple):
     """A network to measure.
 
     Attributes:
-        name: As in :class:`qat_lightning.report.content.Speed`, likewise `runtime`.
-        runtime: Its runtime.
-        call: The network, on the CPU in eval mode, or anything that is called as it is.
+        name: As in :class:`qat_lightning.report.content.Speed`.
+        runtime: As in `Speed`.
+        call: The network, on the CPU in eval mode, or anything that is called like it.
     """
 
     name: str
@@ -52,16 +52,17 @@ def measure(
 
     Args:
         groups: The networks. The first of each group is its baseline.
-        inputs: Arguments that all of them take, of any batch size: the first sample is repeated.
-        batches: Inputs in a call.
-        threads: Threads of PyTorch for this time. Other runtimes get theirs when they load a file.
-        seconds: How long to measure a network with a batch; at least `LEAST_ROUNDS` calls and at most
-            `MOST_ROUNDS` are made.
-        clock: Seconds since some moment.
-        console: Where to show progress while it lasts; None shows none.
+        inputs: Arguments that all networks take, of any batch size: the first sample is repeated.
+        batches: The batch sizes to measure.
+        threads: Threads of PyTorch during the measurement. Other runtimes get their threads when they load a
+            file.
+        seconds: How long to measure each network at each batch size. It is called at least `LEAST_ROUNDS` and
+            at most `MOST_ROUNDS` times.
+        clock: Returns the current time in seconds.
+        console: Where to show a progress bar; None shows none.
 
     Returns:
-        Group by group, batch by batch, in the order of the group.
+        The speeds, group by group, batch size by batch size, in the order of the group.
     """
     speeds: list[Speed] = []
     bar = Progress(console=console, transient=True, disable=console is None or not console.is_terminal)
@@ -88,10 +89,10 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 
 def of_batch(inputs: Inputs, size: int) -> Inputs:
-    """Returns the first sample of `inputs`, repeated.
+    """Returns a batch of `size` copies of the first sample of `inputs`.
 
-    The batch's size is that of the first tensor's first dimension; tensors of another, such as a mask, and
-    what is no tensor stay as they are.
+    The first dimension of the first tensor is the batch size of `inputs`. Tensors with another first
+    dimension, such as a mask, and values that are not tensors stay as they are.
     """
     shapes = [v.shape for v in tree_leaves(inputs) if isinstance(v, torch.Tensor) and v.ndim]
     given = shapes[0][0] if shapes else 0

@@ -19,11 +19,11 @@ _TITLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints a report, condensed.
+    """Prints the most important parts of a report.
 
     Args:
-        report: What it says. Parts of it that are empty are left out.
-        console: Where to print; the terminal, if None.
+        report: The report. Its empty parts are left out.
+        console: Where to print; by default the terminal.
     """
     # On a narrow or captured terminal, paths stay whole so that they can be copied.
     console = console or Console(soft_wrap=True)
@@ -36,7 +36,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def tables(report: Report) -> list[Table]:
-    """Returns tables of the findings, scores, speeds and worst layers, without empty ones."""
+    """Returns tables of the findings, scores, speeds and worst layers, without empty tables."""
     found = [
         _findings(report),
         _scores(report),
@@ -68,7 +68,7 @@ def _findings(report: Report) -> Table:
 
 def _scores(report: Report) -> Table:
     names = metric_names(report.scores)[:MOST_METRICS]
-    columns = [*names[:1], *["to float"][: len(names)], *names[1:]]
+    columns = [*names[:1], *["vs float"][: len(names)], *names[1:]]
     table = _table("How good it is", ("network", "runtime"), (*columns, "size", "smaller"))
     for row in score_rows(report.scores):
         first = [cell for pair in row.cells[:1] for cell in pair]

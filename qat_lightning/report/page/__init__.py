@@ -1,1 +1,1 @@
-"""The report as one HTML page, with its plots."""
+"""Renders the report as one HTML page, with its plots."""

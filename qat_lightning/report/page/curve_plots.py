@@ -47,8 +47,8 @@ def curve_plots(epochs: Sequence[Epoch], marks: Sequence[Mark]) -> list[Plot]:
     """Draws the logged metrics over the epochs: losses, accuracies, learning rates, then the others.
 
     Args:
-        epochs: What was logged.
-        marks: What began when: vertical lines before the epoch.
+        epochs: The metrics of each epoch.
+        marks: What began with which epoch. Each is a vertical line just before its epoch.
     """
     families: dict[str, dict[str, _Curve]] = {}
     for name in dict.fromkeys(name for epoch in epochs for name in epoch.metrics):
@@ -93,7 +93,7 @@ def _plot(prefix: str, title: str, curves: dict[str, _Curve], marks: Sequence[Ma
         low, high = axes.get_xlim()
         right = [mark for mark in marks if mark.epoch - 0.5 < (low + high) / 2]
         left = [mark for mark in marks if mark not in right]
-        # In this order no line crosses the words of another.
+        # In this order, no line crosses the label of another.
         rows = [*sorted(right, key=lambda mark: mark.epoch), *sorted(left, key=lambda mark: -mark.epoch)]
         for row, mark in enumerate(rows):
             _mark(axes, mark, rows_up=len(rows) - row, right=mark in right)
@@ -105,7 +105,7 @@ def _plot(prefix: str, title: str, curves: dict[str, _Curve], marks: Sequence[Ma
     return Plot(
         title,
         draw(prefix, label, _WIDTH, margins.top + _AXES_HEIGHT + _BOTTOM, margins, paint),
-        note=f"{left_out} more are not drawn." if left_out else "",
+        note=f"{left_out} more curves are not drawn." if left_out else "",
         keys=()
         if [*shown] == [title]
         else tuple(key(name, *look) for name, look in zip(shown, _LOOKS, strict=False)),
@@ -141,7 +141,7 @@ def _lines(axes: Axes, title: str, curves: dict[str, _Curve]) -> None:
 
 
 def _scale(axes: Axes, curves: dict[str, _Curve], values: list[float]) -> None:
-    """Sets short numbers at the vertical axis."""
+    """Keeps the numbers on the vertical axis short."""
     if all(formats.is_share(name, value) for name, (_, each) in curves.items() for value in each):
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     elif axes.get_yscale() == "log" or not 0.01 <= max(map(abs, values)) < 1e5:
@@ -151,7 +151,7 @@ def _scale(axes: Axes, curves: dict[str, _Curve], values: list[float]) -> None:
 
 
 def _mark(axes: Axes, mark: Mark, rows_up: int, right: bool) -> None:
-    """Draws a line at an epoch, with its label in its own row above the axes."""
+    """Draws a line just before an epoch, with a label in a row of its own above the axes."""
     low, high = axes.get_xlim()
     x = max(mark.epoch - 0.5, low)
     room = (high - x if right else x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)

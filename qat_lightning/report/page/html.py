@@ -1,4 +1,4 @@
-"""Renders a report as one self-contained HTML file: no network, no script, light and dark."""
+"""Renders a report as one self-contained HTML file, which loads nothing and has no scripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def render(report: Report) -> str:
     """Returns the HTML of a report.
 
     Args:
-        report: What it says. Parts of it that are empty are left out.
+        report: The report. Its empty parts are left out.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -1,4 +1,4 @@
-"""Draws what was measured after the training."""
+"""Draws the scores, speeds and layers of a report."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ MOST_LAYERS = 30
 MOST_HISTOGRAMS = 24
 _WIDTH, _ROW, _LABEL_EMS = 440, 19, 20
 HISTOGRAM_KEYS = (
-    key("inside the grid", BLUE),
-    key("beyond it: clipped", PURPLE),
-    key("ends of the grid", INK, dashed=True),
+    key("inside the int8 range", BLUE),
+    key("outside it: clipped", PURPLE),
+    key("ends of the int8 range", INK, dashed=True),
 )
 _COLOURS = {"float": GRAY, "fake-quant": BLUE, "int8": ORANGE}
 
@@ -60,7 +60,7 @@ def _dots(prefix: str, name: str, scores: Sequence[Score]) -> Plot:
     base = next(
         (value for score, value in zip(scores, values, strict=True) if base_of(scores, score) is score), None
     )
-    # At least 4 % of the value, or rounding would look like a cliff.
+    # The axis spans at least 4 % of the value, or a rounding difference would look like a cliff.
     middle, span = (min(values) + max(values)) / 2, max(values) - min(values)
     reach = max(0.6 * span, 0.02 * abs(middle)) or 1
 
@@ -80,7 +80,7 @@ def _dots(prefix: str, name: str, scores: Sequence[Score]) -> Plot:
 
 
 def speed_plots(speeds: Sequence[Speed]) -> list[Plot]:
-    """Draws the speeds: durations for single inputs, inputs per second for larger batches."""
+    """Draws the speeds: the duration of a call for single inputs, inputs per second for larger batches."""
     ordered = sorted(speeds, key=lambda speed: speed.batch)
     return [
         _speeds(f"speed{batch}", batch, list(group))
@@ -99,17 +99,17 @@ def _speeds(prefix: str, batch: int, speeds: Sequence[Speed]) -> Plot:
         for value, speed in zip(values, speeds, strict=True)
     ]
     colours = [_COLOURS.get(speed.name, GREEN) for speed in speeds]
-    title = f"Batch {batch}: " + ("milliseconds a call" if single else "inputs per second")
+    title = f"Batch {batch}: " + ("milliseconds per call" if single else "inputs per second")
     label = f"{title}: " + "; ".join(f"{who} {text}" for who, text in zip(labels, texts, strict=True))
     svg = _bars(prefix, label, labels, values, texts, colours, spreads)
     return Plot(title, svg, note="Shorter is better." if single else "Longer is better.")
 
 
 def layer_plots(prefix: str, layers: Sequence[Layer]) -> list[Plot]:
-    """Draws the SQNR of the worst layers, once for training against float and once for int8 against training.
+    """Draws the SQNRs of the worst layers: fake-quant against float, and int8 against fake-quant.
 
     Args:
-        prefix: Tells the networks of a report apart.
+        prefix: Begins the ids in the SVG; differs between the networks of a report.
         layers: The layers of one network.
     """
     plots = []
@@ -128,11 +128,11 @@ def layer_plots(prefix: str, layers: Sequence[Layer]) -> list[Plot]:
             f"{prefix}{attribute}", label, list(shown), list(shown.values()), texts, [colour] * len(shown)
         )
         exact = sum(value == math.inf for value in values.values())
-        plots.append(Plot(title, svg, note=_which(len(shown), len(values), exact)))
+        plots.append(Plot(title, svg, note=_layers_note(len(shown), len(values), exact)))
     return plots
 
 
-def _which(shown: int, total: int, exact: int) -> str:
+def _layers_note(shown: int, total: int, exact: int) -> str:
     words = f"The {shown} worst of {total} layers" if shown < total else "All layers"
     return f"{words}, the worst first" + (f"; {exact} are exact." if exact else ".")
 
@@ -142,7 +142,7 @@ def histograms(prefix: str, layers: Sequence[Layer]) -> list[Plot]:
 
     Args:
         prefix: As in `layer_plots`.
-        layers: Likewise.
+        layers: The layers of one network.
     """
     drawn = [
         layer
@@ -158,7 +158,7 @@ def _histogram(prefix: str, layer: Layer) -> Plot:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, len(layer.counts) + 1)
     centres = (edges[1:] + edges[:-1]) / 2
-    # Logarithmic heights: the tails are what is clipped, and most outputs are near zero.
+    # The heights are logarithmic, because most outputs are near zero and the tails get clipped.
     heights = np.log1p(np.array(layer.counts, dtype=float))
     beyond = (centres < layer.grid[0]) | (centres > layer.grid[1])
 
@@ -177,8 +177,8 @@ def _histogram(prefix: str, layer: Layer) -> Plot:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.number(value, ".4g")))
 
     clipped = f"{formats.share(layer.clipped)} % clipped"
-    grid = " to ".join(formats.number(end) for end in layer.grid)
-    label = f"Histogram of the float output of {layer.name}; grid {grid}, {clipped}"
+    ends = " to ".join(formats.number(end) for end in layer.grid)
+    label = f"Histogram of the float output of {layer.name}; int8 range {ends}, {clipped}"
     note = f"{formats.decibels(layer.fake_quant_sqnr)} dB, {clipped}"
     return Plot(layer.name, draw(prefix, label, 240, 100, Margins(12, 6, 12), paint), note)
 
@@ -197,7 +197,7 @@ def _bars(
     ends = [
         max(value + spread, 0) for value, spread in zip(values, spreads or [0.0] * len(values), strict=True)
     ]
-    # So that the words at the end of the longest bar have room.
+    # Leaves room for the text at the end of the longest bar.
     high = max(end * room / (room - _word_width([text])) for end, text in zip(ends, texts, strict=True)) or 1
     low = min(0.0, 1.1 * min(values))
 
@@ -230,7 +230,7 @@ def _word_width(texts: Sequence[str]) -> float:
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Sets a row for each label, the first on top, without an axis: values stand beside the marks."""
+    """Sets a row for each label, the first on top. There is no value axis: values stand beside the marks."""
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_yticks(range(len(labels)), [formats.shorten(label, _LABEL_EMS) for label in labels])
     axes.tick_params(axis="y", labelcolor=INK)

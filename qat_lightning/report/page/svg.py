@@ -1,4 +1,4 @@
-"""Draws plots as inline SVG with the page's colours, without changing matplotlib's state."""
+"""Draws plots as inline SVG in the page's colours, without changing matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from qat_lightning.base.formats import printable
 
-# Stand for the variables of the page's style sheet, one for light and one for dark.
+# Placeholders for the variables of the page's style sheet, each with a light and a dark colour.
 INK, MUTED, RULE, SURFACE = "#010001", "#010002", "#010003", "#010004"
 GRAY, BLUE, ORANGE, GREEN, PURPLE, AMBER = (f"#01000{digit}" for digit in "56789a")
 _VARIABLES = {
@@ -62,7 +62,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Margins:
-    """Space around the axes, in the units of the SVG (pixels, where it is not scaled)."""
+    """Space around the axes, in the units of the SVG (pixels, if it is not scaled)."""
 
     left: float
     top: float
@@ -72,11 +72,11 @@ class Margins:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend, which the page sets.
+    """An entry of a legend. The page draws the legend, not matplotlib.
 
     Attributes:
-        name: What has the colour.
-        variable: The colour's variable on the page.
+        name: What the colour stands for.
+        variable: The colour's variable in the page's style sheet.
         dashed: Whether its line is dashed.
     """
 
@@ -86,7 +86,7 @@ class Key:
 
 
 def key(name: str, colour: str, dashed: bool = False) -> Key:
-    """An entry of a legend, for one of the colours above."""
+    """Returns an entry of a legend for one of the colours above."""
     return Key(name, f"--{_VARIABLES[colour]}", dashed)
 
 
@@ -97,7 +97,7 @@ class Plot:
     Attributes:
         title: What it shows.
         svg: The `<svg>` element.
-        note: What else there is to know; may be empty.
+        note: A remark in the caption; may be empty.
         keys: The legend.
     """
 
@@ -114,11 +114,11 @@ def draw(
 
     Args:
         prefix: Begins the ids in the SVG; differs between the plots of a page.
-        label: What the plot shows, for those who cannot see it.
-        width: Width in units.
-        height: Height in units.
-        margins: What lies around the axes.
-        paint: Draws on the axes, with the colours above.
+        label: Describes the plot for screen readers.
+        width: Width in the units of the SVG.
+        height: Height in the units of the SVG.
+        margins: Space around the axes.
+        paint: Draws on the axes, in the colours above.
     """
     settings = matplotlib.style.context(["default", _STYLE])
     with warnings.catch_warnings(), settings:
