@@ -88,10 +88,10 @@ def _why_slow(report: Report, operations: Mapping[str, int]) -> str:
     if not has_vnni(report.machine):
         return "because this CPU has no int8 dot products (VNNI)"
     if operations:
-        return f"because {in_words(Counter(operations))}, and each needs conversions from and to int8"
+        return f"because {in_words(Counter(operations))}, and each converts from and to int8"
     floats = sum(len(network.floats) for network in report.networks)
     if floats:
-        return f"because {floats} layers or operations stay float, and each needs conversions from and to int8"
+        return f"because {floats} layers or operations stay float, and each converts from and to int8"
     return "probably because its operations are so small that starting them takes longer than computing them"
 
 
