@@ -62,10 +62,6 @@ def is_persistent(module: nn.Module, name: str) -> bool:
     return name not in module._non_persistent_buffers_set
 
 
-TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-"""The attributes in which a module keeps these dicts, and the names of its non-persistent buffers."""
-
-
 # Hooks.
 
 

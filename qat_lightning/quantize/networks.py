@@ -15,13 +15,12 @@ from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import load_hooks
 from qat_lightning.modes import MODES, choose_mode
 from qat_lightning.modes.graph.graft import calls
-from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.qconfig import qconfig_name
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import example_inputs_of
 from qat_lightning.quantize.floating import check_not_quantized
 from qat_lightning.quantize.options import Settings
-from qat_lightning.quantize.prepare import prepare
+from qat_lightning.quantize.prepare import prepare, trial_copy
 from qat_lightning.quantize.recipe import Recipe, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import (
     check_modules,
@@ -69,7 +68,7 @@ def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
     names = network_names(module, settings)
     if len(names) > 1:  # or a failure of the second would leave the first one prepared
         with random_state.preserved():
-            _prepare_all(structural_copy(module), names, settings)
+            _prepare_all(trial_copy(module), names, settings)
     return _prepare_all(module, names, settings)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from qat_lightning.base import random_state
 from qat_lightning.base.backends import engine
 from qat_lightning.base.quiet import quiet_torch_ao
+from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
 from qat_lightning.modes.graph.structure import structural_copy
@@ -66,8 +67,18 @@ def _prepare_as(network: nn.Module, settings: Settings, example_inputs: tuple[An
         if not mode.prepares_in_place(network):
             return _prepare_a_copy(network, mode, resolved)
         with random_state.preserved():
-            _prepare_a_copy(network, mode, resolved)
+            _prepare(trial_copy(network), mode, resolved)
         return _prepare(network, mode, resolved)
+
+
+def trial_copy(network: nn.Module) -> nn.Module:
+    """Returns a structural copy with its own batch-norm scales, of which preparing may replace zeros."""
+    copy = structural_copy(network)
+    for module in copy.modules():
+        scale = parameters_of(module).get("weight") if isinstance(module, BatchNorm) else None
+        if scale is not None:
+            parameters_of(module)["weight"] = nn.Parameter(scale.detach().clone(), scale.requires_grad)
+    return copy
 
 
 def _prepare_a_copy(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
