@@ -185,7 +185,7 @@ def measure_merge(layers: int, rounds: int) -> dict[str, Any]:
 
 @contextmanager
 def collectives() -> Iterator[Counter[str]]:
-    """Counts the all-gathers and the bytes that this rank sends with them; the only collective of a merge."""
+    """Counts the all-gathers, a merge's only collective, and the bytes that this rank sends with them."""
     found: Counter[str] = Counter()
     real = distributed.all_gather
 

@@ -1,4 +1,4 @@
-"""How near the int8 network is to the fake-quant network that was trained: ours beside torch's default.
+"""How close the int8 network is to the fake-quant network that was trained: ours beside torch's default.
 
     python -m benchmarks.fidelity                              # the digits CNN, a minute
     python -m benchmarks.fidelity --images FOLDER --epochs 4   # and a ResNet-20, a quarter of an hour
@@ -150,14 +150,14 @@ def agreement(outputs: Tensor, labels: Tensor) -> float:
 
 
 def run_qdq(prepared: nn.Module, images: Tensor, *, optimize: bool) -> Tensor:
-    """The outputs of the QDQ file in ONNX Runtime: by its int8 kernels, or node by node as it is written."""
+    """Returns the outputs of the QDQ file in ONNX Runtime, by its int8 kernels or node by node as written."""
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(prepared, Path(folder) / "qdq.onnx", (images[:8],), min_sqnr=0)
         return batched(RuntimeNetwork(OnnxRuntime(path.read_bytes(), optimize=optimize)), images)
 
 
 def layers(prepared: nn.Module, int8: nn.Module, images: Tensor) -> dict[str, float]:
-    """SQNR of each int8 layer's output against the rounded output of the fake-quant layer."""
+    """Returns the SQNR of each int8 layer's output against the rounded output of the fake-quant layer."""
     outputs: list[dict[str, Tensor]] = [{}, {}]
     names = {n for n, m in prepared.named_modules() if hasattr(m, "weight_fake_quant")}
     for network, seen in zip((prepared, int8), outputs, strict=True):

@@ -40,11 +40,11 @@ from qat_lightning.modes.layers.reference import floating
 BACKEND = "x86" if cpu.overflows() else "onednn"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")
 VARIANTS = {"float": "float", "own": "own quantizer", "ours": "ours"}
-"""What each file is, by its name."""
+"""Describes each file, by its name."""
 
 
 def trained(name: str) -> nn.Module:
-    """A prepared network that has seen two small batches, so that every range is known.
+    """Returns a prepared network that has seen two small batches, so that every range is known.
 
     Batch-norm statistics are those of the last batch: two are no average.
     """
@@ -63,7 +63,7 @@ def trained(name: str) -> nn.Module:
 
 
 def export_ours(name: str, folder: Path, results: Any) -> None:
-    """Writes our files; in a process of its own, whose memory is that of the export."""
+    """Writes our files, in a process of its own to measure the memory of the export."""
     torch.set_num_threads(multiprocessing.cpu_count())
     warnings.simplefilter("ignore")
     prepared, x = trained(name), (torch.randn(2, 3, 224, 224),)
@@ -110,13 +110,13 @@ def quantize_by_nncf(folder: Path, preset: str) -> None:
     model = openvino.convert_model(folder / "float.onnx")
     openvino.save_model(model, folder / "float.xml", compress_to_fp16=False)
     batches = [torch.randn(1, 3, 224, 224).numpy() for _ in range(4)]
-    grids = nncf.QuantizationPreset(preset)
-    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=4, preset=grids)
+    chosen = nncf.QuantizationPreset(preset)
+    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=4, preset=chosen)
     openvino.save_model(quantized, folder / "own.xml", compress_to_fp16=False)
 
 
 def runtimes(folder: Path, threads: int) -> dict[str, list[RuntimeNetwork]]:
-    """For each runtime its files, in the order of `VARIANTS`."""
+    """Returns the files of each runtime, in the order of `VARIANTS`."""
     loaded: dict[str, list[Runtime]] = {OnnxRuntime.name: [], OpenVino.name: []}
     for name in VARIANTS:
         graph, xml, weights = (
@@ -149,7 +149,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_files(networks: list[RuntimeNetwork], batch: int, rounds: int) -> dict[str, Any]:
-    """Medians in milliseconds, and the ratios of the third file to the other two."""
+    """Returns medians in milliseconds, and the ratios of the third file to the other two."""
     x = torch.randn(batch, 3, 224, 224)
     for network in networks:
         network(x)
@@ -199,7 +199,7 @@ def main() -> None:
         "--preset",
         choices=("performance", "mixed"),
         default="performance",
-        help="grids of NNCF: symmetric, or not",
+        help="NNCF's activations: symmetric, or asymmetric (mixed)",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="where to write the figures")

@@ -1,4 +1,4 @@
-"""What a step of quantization-aware training costs, over a step of float training.
+"""What a step of quantization-aware training costs, relative to a step of float training.
 
     python -m benchmarks.train_step                                  # four networks, batch 32x3x64x64, CPU
     python -m benchmarks.train_step --size 224 --rounds 0            # memory at full size, no times
@@ -94,7 +94,7 @@ def brevitas(network: nn.Module, x: Tensor) -> nn.Module:
 
 
 def settled(network: nn.Module, x: Tensor) -> nn.Module:
-    """The network with the batch-norm statistics of `x`: peers calibrate in evaluation mode."""
+    """Returns the network with the batch-norm statistics of `x`: peers calibrate in evaluation mode."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -124,7 +124,7 @@ def variants(name: str, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
 
 
 class Stepper:
-    """One network with its optimizer, which does a training step when called."""
+    """A network with its optimizer; a call does one training step."""
 
     def __init__(self, network: nn.Module, args: argparse.Namespace) -> None:
         self.network = network.to(args.device)
@@ -143,7 +143,7 @@ class Stepper:
             torch.cuda.synchronize()
 
     def memory(self, x: Tensor, labels: Tensor) -> int:
-        """Bytes that a step holds at most."""
+        """Returns the most bytes that a step holds."""
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -153,7 +153,7 @@ class Stepper:
 
 
 def saved_bytes(network: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """What autograd keeps for the backward of `loss()`, the parameters of `network` aside."""
+    """Returns what autograd keeps for the backward of `loss()`, without the parameters of `network`."""
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
 

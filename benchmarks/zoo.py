@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _bounded(context: Any, name: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures in a process of its own, which may crash or be too slow."""
+    """Measures a network in a process of its own, which may crash or be too slow."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, name, way, args.memory))
     process.start()

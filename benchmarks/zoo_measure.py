@@ -104,7 +104,7 @@ def _torch(entry: Entry) -> Row:
 
 
 def _built(entry: Entry) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The network and its inputs. Batch-norm statistics are those of the last batch: two are no average.
+    """Returns the network and its inputs. Batch-norm keeps the statistics of the last batch alone.
 
     A last layer that starts at zero gets weights, or all outputs would be equal whatever int8 does.
     """
@@ -131,7 +131,7 @@ def _inputs_of_part(network: Any, entry: Entry, inputs: tuple[Any, ...]) -> tupl
 
 
 def _train(network: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """One step, and a forward with what it left."""
+    """Trains one step, and runs a forward with the weights that it left."""
     network.train()
     torch.manual_seed(1)
     outputs = _outputs(network, inputs)
@@ -149,7 +149,7 @@ def _outputs(network: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _jittered(network: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs with all that is rounded a millionth off, as another order of additions leaves it."""
+    """Returns the outputs with each value a millionth off before rounding, as after sums in another order."""
 
     def jitter(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         return args[0] * (1 + 2**-20 * torch.randn_like(args[0]))

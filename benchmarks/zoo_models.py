@@ -76,13 +76,13 @@ class Entry:
     part: str = ""
 
     def inputs(self) -> tuple[Any, ...]:
-        """A batch of two random images, and targets for a network that computes its own losses."""
+        """Returns a batch of two random images, and targets for a network that computes its own losses."""
         images = torch.randn(2, 3, self.size, self.size)
         return ([*images], [_target(self.size)] * 2) if self.part else (images,)
 
 
 def entries() -> list[Entry]:
-    """All networks of the zoo."""
+    """Returns all networks of the zoo."""
     return [*_torchvision(), *_quantizable(), *_dense(), *_timm()]
 
 
@@ -114,7 +114,7 @@ def _builder(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _options(name: str) -> dict[str, Any]:
-    """What a constructor wants said, lest it warns or takes a minute to draw truncated normals."""
+    """Returns the arguments with which a constructor neither warns nor initializes for a minute."""
     return {"init_weights": False} if name.removeprefix("quantized_") in ("googlenet", "inception_v3") else {}
 
 

@@ -1,4 +1,4 @@
-"""The zoo's figures as a page."""
+"""Writes the zoo's figures as a page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMNS = """
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The page for what has figures."""
+    """Returns the page, of the networks that have figures."""
     known = [entry for entry in entries() if "ours" in figures.get(entry.name, {})]
     failed = [entry for entry in known if not figures[entry.name]["ours"]["ok"]]
     summary = "\n".join(_summary(known, figures)) + "\n"

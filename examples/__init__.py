@@ -1,1 +1,1 @@
-"""Scripts to start one's own from; each says in its docstring how to run it."""
+"""Scripts to start from; the docstring of each says how to run it."""

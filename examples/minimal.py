@@ -1,4 +1,4 @@
-"""Int8 training with one's own LightningModule and Trainer: add the callback, nothing else changes."""
+"""Int8 training with your own LightningModule and Trainer: add the callback, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat_lightning import QuantizationAwareTraining
 
 
 class Module(LightningModule):
-    """A small convolutional classifier; nothing in it knows of quantization."""
+    """A small convolutional classifier, without any code for quantization."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,9 +5,9 @@
 
 FOLDER holds train/<class>/ and test/<class>/ with images of 32x32. Each network is trained in float, and
 every method then goes on from the same weights for the same epochs, on the same batches with the same
-augmentation; float too. `--methods` takes other choices of the recipe, too. Every result is kept in the
-cache by task, method, seed and learning rate, so that an interrupted run goes on where it was. Differences
-to float are paired by seed; the interval is Student's t at 95 %.
+augmentation; float too. `--methods` also takes variants of the recipe. Every result is kept in the
+cache by task, method, seed and learning rate, so that an interrupted run continues where it was. Differences
+from float are paired by seed; the interval is Student's t at 95 %.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qat_lightning.base.atomic import replacing
 from qat_lightning.base.quiet import quiet_torch_ao
 
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t at 95 % for as many seeds."""
+"""Student's t at 95 %, by the number of seeds."""
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
-    """What a method reaches, from the cache or by running it."""
+    """Returns a method's accuracies, from the cache or by running it."""
     path = args.cache / f"{task.key}-{seed}-{name.replace(' ', '_')}-{args.lr:g}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
@@ -75,7 +75,7 @@ def score(task: Task, name: str, seed: int, args: argparse.Namespace) -> Scores:
 
 
 def float_weights(task: Task, seed: int, cache: Path, tuned: float | None = None) -> dict[str, Any]:
-    """The weights of the float training, with `tuned` those after the further epochs at that rate."""
+    """Returns the weights of the float training; with `tuned`, after further epochs at that learning rate."""
     path = cache / f"{task.key}-{seed}-float{'' if tuned is None else f'-tuned-{tuned:g}'}.pt"
     if not path.is_file():
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def table(task: Task, rows: dict[str, list[Scores]]) -> Table:
         f"of {len(task.train[1]):,} images"
     )
     result = Table(title=title, box=box.MARKDOWN)
-    for column in ("method", "form", "mean", "spread", "to float", "95 % interval"):
+    for column in ("method", "form", "mean", "spread", "vs float", "95 % interval"):
         result.add_column(column, justify="left" if column in ("method", "form") else "right")
     start = [scores["float"] for scores in rows.get("float", [])]
     for name, scores in rows.items():
@@ -114,7 +114,7 @@ def table(task: Task, rows: dict[str, list[Scores]]) -> Table:
 
 
 def interval(differences: list[float]) -> list[str]:
-    """Mean of paired differences, and its 95 % interval."""
+    """Returns the mean of paired differences and its 95 % interval."""
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return [f"{mean:+.2f}", ""]

@@ -26,19 +26,19 @@ from qat_lightning.base import cpu
 from qat_lightning.fake_quant.phases import freeze_bn_statistics
 
 BACKEND = "x86" if cpu.overflows() else "onednn"
-"""That of this machine: activations have 8 bits where there is VNNI, else 7, whose sums do not overflow."""
+"""This machine's backend: activations of 8 bits with VNNI, else of 7 bits, whose sums do not overflow."""
 CALIBRATION = 8
-"""Training batches that post-training quantization sees."""
+"""How many training batches calibrate post-training quantization."""
 Scores = dict[str, float]
 
 
 def tuned_float(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """The float network, trained for as many epochs as every other method has."""
+    """Trains the float network for as many epochs as every other method."""
     return {"float": _score(task, network.eval())}
 
 
 def post_training(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """Post-training quantization by torch's FX flow, of the float network that was trained as long."""
+    """Quantizes the float network, trained for as long, with torch's FX flow after training."""
     mapping = get_default_qconfig_mapping(BACKEND)
     prepared = prepare_fx(network.eval(), mapping, (task.test[0][:1],)).to(DEVICE)
     for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False):
@@ -47,13 +47,13 @@ def post_training(task: Task, network: nn.Module, seed: int, lr: float) -> Score
 
 
 def ours(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """This package, as it is by default."""
+    """Trains with this package and its defaults."""
     callback = QuantizationAwareTraining(backend=BACKEND, convert=None, preflight=False)
     return forms(task, train(task, network, seed, epochs(task), lr, callback=callback))
 
 
 def torch_fx(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """Torch's FX flow with its default qconfig."""
+    """Trains with torch's FX flow and its default qconfig."""
     mapping = get_default_qat_qconfig_mapping(BACKEND)
     prepared = prepare_qat_fx(network.train(), mapping, (task.test[0][:1],))
     train(task, prepared, seed, epochs(task), lr)
@@ -61,7 +61,7 @@ def torch_fx(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
 
 
 def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """Torch's FX flow with the points of torchvision's reference script, and its learning rate of 1e-4.
+    """Trains with torch's FX flow, by the schedule and learning rate (1e-4) of torchvision's reference.
 
     There batch-norm statistics are frozen after three epochs, observers after four; here after three and four
     fifths of the training.
@@ -79,7 +79,7 @@ def torchvision_loop(task: Task, network: nn.Module, seed: int, lr: float) -> Sc
 
 
 def nncf(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """NNCF's post-training quantization of the PyTorch network, then training; scored in simulated int8."""
+    """Quantizes the PyTorch network with NNCF after training, then trains it; scored in simulated int8."""
     import nncf as package
 
     batches = [images for _, (images, _) in zip(range(CALIBRATION), task.batches(seed, 0), strict=False)]
@@ -104,12 +104,12 @@ def _score(task: Task, network: nn.Module) -> float:
 
 
 def epochs(task: Task) -> range:
-    """The numbers of the epochs after those of the float training."""
+    """Returns the numbers of the epochs that follow the float training."""
     return range(task.epochs, task.epochs + task.tuning)
 
 
 def forms(task: Task, prepared: nn.Module) -> Scores:
-    """The accuracy of a trained network of this package as it is trained, and as it runs."""
+    """Returns the accuracies of this package's network: with fake-quantization, and in int8."""
     return {
         "fake-quant": _score(task, prepared),
         "int8": _score(task, convert(prepared)),
@@ -118,7 +118,7 @@ def forms(task: Task, prepared: nn.Module) -> Scores:
 
 
 def torch_forms(task: Task, prepared: GraphModule) -> Scores:
-    """The accuracy of a trained network of torch's FX flow."""
+    """Returns the accuracy of a network trained with torch's FX flow."""
     return {"fake-quant": _score(task, prepared), "int8": _score(task, convert_fx(prepared.cpu()))}
 
 

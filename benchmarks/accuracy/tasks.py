@@ -1,4 +1,4 @@
-"""The tasks that accuracies are compared on: a network, images, and how its float form is trained."""
+"""The tasks that accuracies are compared on: a network, images, and the float training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.tasks.data.digits import load_digits
 from qat_lightning.tasks.models import DigitsCNN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where networks train, and where their training images lie. Int8 runs on the CPU everywhere."""
+"""The device that networks train on and training images lie on. Int8 always runs on the CPU."""
 
 
 class Task(NamedTuple):
@@ -47,16 +47,16 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What names it in the cache: with fewer images or epochs it is another task."""
+        """Returns the task's name in the cache: fewer images or epochs make another task."""
         return f"{self.name}-{len(self.train[1])}-{self.epochs}-{self.tuning}"
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """Returns the number of steps in an epoch."""
         return len(self.train[1]) // self.batch
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, the same for every method."""
+        """Returns the batches of an epoch, the same for every method."""
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         images, labels = self.train
         order = torch.randperm(len(labels), generator=generator)
@@ -79,7 +79,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def tasks(images: Path | None, names: list[str], every: int = 1) -> Iterator[Task]:
-    """The tasks of these names.
+    """Returns the tasks of these names.
 
     Args:
         images: Folder with train/<class>/ and test/<class>/ of images of 32x32, for those on photographs.
@@ -104,7 +104,7 @@ def tasks(images: Path | None, names: list[str], every: int = 1) -> Iterator[Tas
 
 
 def read(folder: Path) -> tuple[Tensor, Tensor]:
-    """All images of a folder, normalized, and their labels."""
+    """Returns all images of a folder, normalized, and their labels."""
     data = ImageFolder(str(folder), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
     pairs = [data[i] for i in track(range(len(data)), f"reading {folder.name}", transient=True)]
     images = torch.stack([image for image, _ in pairs])

@@ -1,4 +1,4 @@
-"""The training that every method has, and the accuracy that every one is judged by."""
+"""The training that all methods share, and the accuracy that they are compared by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.accuracy.tasks import DEVICE, Task
 
 
 class Epoch(IterableDataset[tuple[Tensor, Tensor]]):
-    """The batches of one epoch, of known number."""
+    """The batches of one epoch, whose number is known."""
 
     def __init__(self, task: Task, seed: int, epoch: int) -> None:
         self.task, self.seed, self.epoch = task, seed, epoch
@@ -29,7 +29,7 @@ class Epoch(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class Classifier(LightningModule):
-    """A network trained by SGD with a cosine schedule that ends at 0 after the last step.
+    """Trains a network by SGD with a cosine schedule that ends at 0 after the last step.
 
     Args:
         task: The data.
@@ -123,11 +123,11 @@ class At(Callback):
 
 @torch.no_grad()
 def outputs(network: nn.Module, images: Tensor) -> Tensor:
-    """The logits for all images, computed where the network is: on the CPU without parameters, as int8 is."""
+    """Returns the logits of all images, on the network's device; int8 has no parameters: the CPU."""
     device = next(network.parameters(), images).device
     return torch.cat([network(batch.to(device)).cpu() for batch in images.split(250)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percent of right predictions."""
+    """Returns the percentage of right predictions."""
     return 100 * (logits.argmax(1) == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""Other choices of the recipe than the defaults, one at a time, on the budget that every method has."""
+"""Variants of the default recipe, one change at a time, on the same budget of epochs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qat_lightning import Distillation, QuantizationAwareTraining
 from qat_lightning.modes.qconfig import default_qconfig
 
 RE_ESTIMATED_ON = 50
-"""Training batches that batch-norm statistics are computed anew on."""
+"""How many training batches batch-norm statistics are recomputed on."""
 
 
 class Learned(QuantizationAwareTraining):
-    """The steps of the activations' grids are parameters (LSQ, Esser et al. 2020) after the calibration."""
+    """Learns the scales of activations (LSQ, Esser et al. 2020) after the calibration."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         calibrating = self.phase_at(trainer).observe
@@ -35,7 +35,7 @@ class Learned(QuantizationAwareTraining):
 
 
 def choice(kind: type[QuantizationAwareTraining] = QuantizationAwareTraining, **arguments: Any) -> Any:
-    """A method with other arguments of the callback."""
+    """Returns a method that gives the callback other arguments."""
 
     def method(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
         callback = kind(backend=BACKEND, convert=None, preflight=False, **arguments)
@@ -45,7 +45,7 @@ def choice(kind: type[QuantizationAwareTraining] = QuantizationAwareTraining, **
 
 
 def re_estimated(task: Task, network: nn.Module, seed: int, lr: float) -> Scores:
-    """The defaults, with the batch-norm statistics of the last weights (Wu & Johnson 2021, section 3)."""
+    """Recomputes batch-norm statistics with the final weights (Wu & Johnson 2021, section 3)."""
     callback = QuantizationAwareTraining(backend=BACKEND, convert=None, preflight=False)
     prepared = train(task, network, seed, epochs(task), lr, callback=callback).train()
     norms = [m for m in prepared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -59,7 +59,7 @@ def re_estimated(task: Task, network: nn.Module, seed: int, lr: float) -> Scores
 
 
 def learned() -> QConfig:
-    """Activations with PyTorch's learnable fake-quantize, weights as by default."""
+    """Quantizes activations with PyTorch's learnable fake-quantize, and weights as by default."""
     activation = _LearnableFakeQuantize.with_args(
         observer=MovingAverageMinMaxObserver,
         quant_min=0,

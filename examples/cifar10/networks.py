@@ -10,7 +10,7 @@ from torchvision import models
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut, which halves the image where the width grows."""
+    """Two convolutions and a shortcut; it halves the image where the width grows."""
 
     def __init__(self, before: int, width: int) -> None:
         super().__init__()

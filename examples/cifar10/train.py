@@ -31,7 +31,7 @@ NETWORKS = {"resnet20": ResNet20, "mobilenet_v2": mobilenet_v2}
 
 
 class Classifier(LightningModule):
-    """A network that learns classes by SGD with a cosine schedule; nothing in it knows of quantization.
+    """A classifier trained by SGD with a cosine schedule, without any code for quantization.
 
     Args:
         network: Takes images, (N, 3, 32, 32), gives logits.
@@ -85,7 +85,7 @@ def main() -> None:
     float_module = Classifier(network, len(data.classes), args.lr)
     fit(float_module, data, args.epochs)
 
-    # The weights are good already, and have to settle on the int8 grid: hence the low learning rate.
+    # The weights are good already and only have to adapt to rounding: hence the low learning rate.
     float_module.lr = args.qat_lr
     trained = copy.deepcopy(float_module)
     qat = QuantizationAwareTraining(

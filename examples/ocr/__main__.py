@@ -21,7 +21,7 @@ from examples.ocr.comparison import TASKS, Budget, Scores, compare
 from qat_lightning.cli.console import ignore_advice
 
 LARGEST_LOSS = 1.0
-"""Points of any metric, from float to what was trained for int8, in the mean over the seeds."""
+"""The points of any metric that int8 training may lose against float, averaged over the seeds."""
 
 
 def main() -> None:
@@ -60,13 +60,13 @@ def main() -> None:
         console.print(table(name, runs))
     lost = 100 * max(loss(runs) for runs in results.values())
     worst = 100 * max(loss([run]) for runs in results.values() for run in runs)
-    said = f"int8 lost {lost:.2f} points of a metric in the mean, and {worst:.2f} in one run."
-    console.print(said, highlight=False)
+    result = f"int8 lost {lost:.2f} points of a metric in the mean, and {worst:.2f} in one run."
+    console.print(result, highlight=False)
     sys.exit("This is too much." if lost > args.largest_loss else None)
 
 
 def table(name: str, runs: list[Scores]) -> Table:
-    """The mean of each metric for each form, and in brackets how much more than float it is, in points."""
+    """Returns the mean of each metric for each form, and in brackets the difference from float in points."""
     rows = Table(title=f"{name}, percent of {len(runs)} runs")
     metrics = list(runs[0]["float"])
     for column in ("form", *metrics):
@@ -79,12 +79,12 @@ def table(name: str, runs: list[Scores]) -> Table:
 
 
 def mean_of(runs: list[Scores], form: str, metric: str) -> float:
-    """The mean of a metric over the seeds."""
+    """Returns the mean of a metric over the seeds."""
     return statistics.mean(scores[form][metric] for scores in runs)
 
 
 def loss(runs: list[Scores]) -> float:
-    """The largest that any metric lost in any form that was trained for int8."""
+    """Returns the largest loss of any metric in any form that was trained for int8."""
     forms = [form for form in runs[0] if form not in ("float", "int8, not trained")]
     metrics = runs[0]["float"]
     return max(mean_of(runs, "float", m) - mean_of(runs, form, m) for form in forms for m in metrics)

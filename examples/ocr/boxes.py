@@ -1,4 +1,4 @@
-"""Boxes of strings: as what a network is to predict, as what it has predicted, and how good that is."""
+"""Boxes of strings: the targets of a network, its predictions, and their score."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torchmetrics import Metric
 from torchvision.ops import box_iou, nms
 
 STRIDE = 4
-"""Pixels from one cell of a score map to the next."""
+"""The distance in pixels between cells of a score map."""
 CENTRE = 0.5
-"""Share of a box, in width and in height, in which cells are to say that there is a string."""
+"""The share of a box's width and height in which cells are positive."""
 
 
 def centres(scores: Tensor) -> Tensor:
-    """The pixel (x, y) that each cell of a score map stands for, as HxWx2."""
+    """Returns the pixel (x, y) at the centre of each cell of a score map, as HxWx2."""
     height, width = scores.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (torch.stack([x, y], -1) + 0.5) * STRIDE
@@ -33,7 +33,7 @@ def to_boxes(scores: Tensor, distances: Tensor) -> Tensor:
 
 
 def targets(scores: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """For each cell whether it lies in the centre of a box, as NxHxW, and that box, as NxHxWx4."""
+    """Returns whether each cell lies in the centre of a box, as NxHxW, and that box, as NxHxWx4."""
     positive, wanted = torch.zeros(scores.shape), torch.zeros(*scores.shape, 4)
     points = centres(scores)
     for index, of_image in enumerate(boxes):
@@ -45,7 +45,7 @@ def targets(scores: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def decode(scores: Tensor, distances: Tensor) -> list[Tensor]:
-    """The boxes in each image.
+    """Returns the boxes in each image.
 
     Args:
         scores: Logits, as NxHxW.
@@ -59,7 +59,7 @@ def decode(scores: Tensor, distances: Tensor) -> list[Tensor]:
 
 
 def matches(found: Tensor, true: Tensor, least: float = 0.5) -> int:
-    """How many pairs of a found and a true box overlap by an IoU of `least`; the best pairs first."""
+    """Counts pairs of a found and a true box with an IoU of `least` or more; the best pairs match first."""
     overlap, count = box_iou(found, true), 0
     while overlap.numel() and overlap.max() >= least:
         row, column = divmod(int(overlap.argmax()), overlap.shape[1])
@@ -69,7 +69,7 @@ def matches(found: Tensor, true: Tensor, least: float = 0.5) -> int:
 
 
 class HMean(Metric):
-    """The harmonic mean of precision and recall at an IoU of 0.5, over all boxes."""
+    """The F1 score at an IoU of 0.5, over all boxes."""
 
     matched: Tensor
     boxes: Tensor
@@ -80,11 +80,11 @@ class HMean(Metric):
         self.add_state("boxes", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, found: list[Tensor], true: list[Tensor]) -> None:
-        """Takes the boxes of some images in."""
+        """Adds the boxes of some images."""
         for one, other in zip(found, true, strict=True):
             self.matched += matches(one, other)
             self.boxes += len(one) + len(other)
 
     def compute(self) -> Tensor:
-        """Twice the pairs among all boxes, which is that mean."""
+        """Returns the F1 score: twice the pairs, divided by the number of boxes."""
         return 2 * self.matched / self.boxes.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Trains a task in float, then for int8 and in float for as many epochs, and tests every form of it."""
+"""Trains a task in float, then on for int8 and, for as many epochs, in float; tests every form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = {".pt": "int8", ".onnx": "int8 in ONNX Runtime"}
 
 
 class Task(NamedTuple):
-    """What to train, on what, what of it stays float, and how many new images each epoch has."""
+    """What to train, on which data, which layers stay float, and how many new images an epoch has."""
 
     module: type[Recognition] | type[Detection]
     data: type[Drawn]
@@ -84,13 +84,13 @@ def compare(task: Task, budget: Budget, seed: int, folder: Path) -> Scores:
 
 
 def tested(module: LightningModule | None, data: DataLoader[Any]) -> dict[str, float]:
-    """The metrics that the module's own `test_step` logs."""
+    """Returns the metrics that the module's own `test_step` logs."""
     (metrics,) = trainer().test(module, data, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
 
 
 def trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
-    """A Trainer on the CPU that keeps no checkpoints and prints no progress."""
+    """Returns a Trainer on the CPU that keeps no checkpoints and prints no progress."""
     return Trainer(
         accelerator="cpu",
         callbacks=[*callbacks],

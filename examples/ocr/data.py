@@ -17,7 +17,7 @@ BATCH = 32
 
 
 class Drawn(Dataset[tuple[Tensor, Any]]):
-    """A million images, each drawn when it is asked for and always the same.
+    """A million images; each is drawn when it is read, and is always the same.
 
     Args:
         split: `"train"`, `"val"` or `"test"`, which share no digit.
@@ -33,7 +33,7 @@ class Drawn(Dataset[tuple[Tensor, Any]]):
         return self.draw(Dice(f"{self.split} {index}"))
 
     def draw(self, dice: Dice) -> tuple[Tensor, Any]:
-        """An image, and what is to be found out about it."""
+        """Returns an image and its target."""
         raise NotImplementedError
 
 
@@ -66,19 +66,19 @@ class Pages(Drawn):
 
 
 def batch_of(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
-    """The images as one tensor; what belongs to each as a list."""
+    """Collates images into one tensor and targets into a list."""
     images, targets = zip(*samples, strict=True)
     return default_collate(list(images)), list(targets)
 
 
 def training_data(data: Drawn, count: int, seed: int) -> DataLoader[Any]:
-    """`count` new images in every epoch, the same ones for the same seed."""
+    """Samples `count` new images in every epoch, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(data, replacement=True, num_samples=count, generator=generator)
     return DataLoader(data, BATCH, sampler=sampler, collate_fn=batch_of)
 
 
 def fixed_data(data: Drawn, count: int) -> DataLoader[Any]:
-    """The first `count` images, drawn once."""
+    """Returns the first `count` images, drawn once."""
     images: Any = [data[index] for index in range(count)]
     return DataLoader(images, 4 * BATCH, collate_fn=batch_of)

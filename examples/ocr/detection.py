@@ -15,7 +15,7 @@ from examples.ocr.layers import conv, falling_rate
 
 
 class Finder(nn.Module):
-    """Takes Nx1xHxW, and gives score logits and the logarithms of four distances for cells of 4x4 pixels."""
+    """Maps Nx1xHxW to score logits and the logarithms of four distances, for cells of 4x4 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Finder(nn.Module):
 
 
 def twice(features: Tensor) -> Tensor:
-    """A map of features in twice the size."""
+    """Doubles the size of a feature map."""
     return F.interpolate(features, scale_factor=2.0, mode="nearest")
 
 

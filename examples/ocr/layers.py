@@ -1,4 +1,4 @@
-"""What both networks are made of, and how both are optimized."""
+"""The blocks of both networks, and their optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def conv(inputs: int, outputs: int, stride: int | tuple[int, int] = 1) -> nn.Seq
 
 
 def falling_rate(module: LightningModule) -> dict[str, Any]:
-    """AdamW from the learning rate `module.lr` down to zero at the end of the run."""
+    """Returns AdamW, with a schedule from `module.lr` down to zero at the end of the run."""
     optimizer = AdamW(module.parameters(), lr=float(module.lr))  # type: ignore[arg-type]
     falling = CosineAnnealingLR(optimizer, int(module.trainer.estimated_stepping_batches))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}

@@ -33,7 +33,7 @@ class Head(nn.Module):
 
 
 class Reader(nn.Module):
-    """Takes Nx1x32x128, and gives for each of 32 columns the logits of the blank and of ten digits."""
+    """Maps Nx1x32x128 to the logits of the blank and of ten digits, for each of 32 columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Reader(nn.Module):
 
 
 class Recognition(LightningModule):
-    """Trains a reader with CTC, and tests how many strings and characters it reads right.
+    """Trains a reader with CTC, and tests how many strings and characters it reads correctly.
 
     Args:
         lr: Learning rate that the training begins with.
@@ -87,11 +87,11 @@ class Recognition(LightningModule):
 
 
 def encode(texts: list[str]) -> Tensor:
-    """The classes of all characters, one string after the other."""
+    """Returns the classes of all characters, one string after the other."""
     return torch.tensor([int(character) + 1 for text in texts for character in text])
 
 
 def decode(logits: Tensor) -> list[str]:
-    """The likeliest class of each column, without repetitions and then without blanks."""
+    """Returns the likeliest class of each column, without repetitions and then without blanks."""
     paths = logits.argmax(2).tolist()
     return ["".join(str(each - 1) for each, _ in groupby(path) if each != BLANK) for path in paths]

@@ -1,4 +1,4 @@
-"""Strings of real handwritten digits, and what they are written on: all from a seed."""
+"""Strings of real handwritten digits and their backgrounds, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat_lightning.tasks.data.digits import load_digits
 from qat_lightning.tasks.data.split import stratified_split
 
 SPLITS = {"train": 0.75, "val": 0.05, "test": 0.2}
-"""The share of scikit-learn's 1,797 digits that the strings of each split are written with."""
+"""The share of scikit-learn's 1,797 digits that each split writes its strings with."""
 LENGTHS = (3, 6)
 
 
@@ -22,7 +22,7 @@ class Dice(random.Random):
     """Random numbers, and tensors of them, from one seed."""
 
     def normal(self, *shape: int) -> Tensor:
-        """Normally distributed numbers."""
+        """Returns normally distributed numbers."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.getrandbits(63)))
 
 
@@ -59,7 +59,7 @@ class Pen:
 
 
 def resized(digit: Tensor, height: float, width: float) -> Tensor:
-    """A digit of 1x8x8 as an image of another size."""
+    """Resizes a digit of 1x8x8."""
     size = (round(height), round(width))
     return F.interpolate(digit[None], size, mode="bicubic", align_corners=False)[0, 0].clamp(0, 1)
 
@@ -71,13 +71,13 @@ def put(ink: Tensor, paper: Tensor, top: int, left: int) -> None:
 
 
 def cropped(ink: Tensor) -> Tensor:
-    """What of `ink` is not empty."""
+    """Crops `ink` to what is not empty."""
     left, top, right, bottom = masks_to_boxes(ink[None] > 0.2)[0].int().tolist()
     return ink[top : bottom + 1, left : right + 1]
 
 
 def paper(dice: Dice, height: int, width: int) -> Tensor:
-    """A grey background: plain, a gradient, stripes or blobs, always with noise."""
+    """Returns a grey background: plain, a gradient, stripes or blobs, always with noise."""
     angle = dice.uniform(0, 2 * math.pi)
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -92,5 +92,5 @@ def paper(dice: Dice, height: int, width: int) -> Tensor:
 
 
 def tone(dice: Dice) -> float:
-    """How much brighter than its background a string is; negative if it is darker."""
+    """Returns how much brighter than its background a string is; negative if it is darker."""
     return dice.choice([-1, 1]) * dice.uniform(0.4, 0.7)

@@ -42,8 +42,8 @@ def main() -> int:
     try:
         run(options)
     except _EXPECTED as error:
-        said = " ".join(str(error).split()).replace("pass verify=False", "pass --no-verify")
-        print(f"qat-bench: error: {said}", file=sys.stderr)
+        message = " ".join(str(error).split()).replace("pass verify=False", "pass --no-verify")
+        print(f"qat-bench: error: {message}", file=sys.stderr)
         return 1
     return 0
 
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
         prog="qat-bench",
         description="Measures how fast files run on this CPU, one after the other in each round, against the "
         "first of them. A .pt file is built from the config.yaml of its run beside it, which names what "
-        "Python is to call: measure only such of your own.",
+        "Python calls: measure only .pt files that you trust.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".onnx, .xml (OpenVINO) or .pt")
     parser.add_argument(

@@ -106,15 +106,15 @@ def common_signatures(
 
     Args:
         files: The files.
-        shape: Dimensions of an input without the batch, for files that leave them open or do not say.
+        shape: Dimensions of an input without the batch, for files that leave them open or have no signature.
         verify: As in :func:`load`, for a graph that lies beside a `.pt` file and is asked in its place.
 
     Raises:
         ValueError: The files take different inputs, or dimensions are missing or wrong.
     """
-    said = [(each.path, each.signatures) for each in files if each.signatures is not None]
-    said = said or [_said_beside(files, shape, verify=verify)]
-    (first, common), *others = said
+    known = [(each.path, each.signatures) for each in files if each.signatures is not None]
+    known = known or [_signatures_beside(files, shape, verify=verify)]
+    (first, common), *others = known
     for path, signatures in others:
         if not _agree(common, signatures):
             raise ValueError(
@@ -168,7 +168,7 @@ def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> I
     return Inputs(tuple(values.values()), {})
 
 
-def _said_beside(
+def _signatures_beside(
     files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> tuple[Path, list[Signature]]:
     """Returns `shape`, or else the shape in a graph beside a `.pt` file."""
