@@ -1,4 +1,4 @@
-"""The Lightning callback: one object that owns the life of a quantization-aware training run."""
+"""`QuantizationAwareTraining`: the Lightning callback that prepares, trains and converts networks."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class QuantizationAwareTraining(ForwardingCallback):
     """Trains a network for int8 and converts it at the end of fit.
 
     The networks are prepared in `setup(stage="fit")`: before Lightning restores a checkpoint and before
-    DistributedDataParallel wraps them. At each epoch and step the phase follows from the schedule, so that a
-    resumed run is in the right one. Observers see training batches only. At the end of fit a copy is
-    converted on the CPU. The LightningModule stays as it was trained, so that
-    `trainer.test(ckpt_path="best")` and a second `trainer.fit` work.
+    DistributedDataParallel wraps them. The schedule decides the phase of each epoch and step, so a resumed
+    run continues in the right phase. Observers see training batches only. At the end of fit a copy is
+    converted on the CPU. The LightningModule itself stays prepared, so `trainer.test(ckpt_path="best")` and
+    a second `trainer.fit` work.
 
-    Customise by argument, or override :meth:`phase_at`, which decides the phase. Callbacks that average
-    weights come after this one; docs/compatibility.md lists what else works with it.
+    Customise it by argument, or override :meth:`phase_at`. Pass callbacks that average weights after this
+    one; docs/compatibility.md lists what else works with it.
 
-    One caveat: in fx mode a network becomes a graph, which has the `forward` and the attributes of the
-    original and no other methods. A LightningModule with layers of its own stays what it is: its `forward`
-    runs the graph, and everything else is untouched.
+    One caveat: in fx mode a network becomes a graph module. It keeps the `forward` and the attributes of the
+    original, but no other methods. A LightningModule that has layers itself keeps everything else: only its
+    `forward` runs the graph.
 
     Example::
 
@@ -59,29 +59,29 @@ class QuantizationAwareTraining(ForwardingCallback):
 
     Args:
         freeze_bn_at: When batch-norm statistics freeze: an epoch (int), a fraction of the run (float below
-            1), or None for never. Never by default: with statistics frozen, a learning rate that is still
-            high costs points of accuracy, in float training too; torchvision's recipe freezes at a rate of
-            1e-4.
-        freeze_observers_at: When the ranges of the activations freeze, in the same units. Half of the run by
-            default: the weights then settle in ranges that no longer move. Ranges of weights never freeze.
-        fake_quant_from: Epoch at which fake-quantization starts; before it observers only watch.
+            1), or None (default) for never. Frozen statistics cost points of accuracy while the learning
+            rate is high, in float training too. torchvision's recipe freezes them at a rate of 1e-4.
+        freeze_observers_at: When the ranges of the activations freeze, in the same form. Half of the run by
+            default: the weights then adapt to ranges that no longer move. Ranges of weights never freeze.
+        fake_quant_from: Epoch at which fake-quantization starts. Before it, observers only watch.
         calibration_steps: Steps at the start of the run that train in float while observers watch.
             Fake-quantization starts with the mean of their ranges. At most a twentieth of the run.
         distillation: The teacher whose logits the network learns too. None by default.
-        accuracy_target: How much of a metric int8 may lose before training; the few layers that this takes
-            stay float. No target by default.
-        convert: Weights to convert at the end: `"best"`, the best-ranked checkpoint of the ModelCheckpoint
-            among those with fake-quantization on, else the last; `"last"`; or None for no conversion.
-        export: Files to end with: `"torch"` (`int8.pt`), `"onnx"` (`int8.onnx`), `"openvino"` (`int8.xml`),
-            each checked against the fake-quant outputs. Several networks have a file each:
-            `int8.generator.onnx`.
+        accuracy_target: How much of a metric int8 may lose before training. A few layers stay float to
+            reach it. No target by default.
+        convert: Weights to convert at the end: `"best"`, those of ModelCheckpoint's best-ranked checkpoint
+            with fake-quantization on, or the last if there is none; `"last"`; or None for no conversion.
+        export: Formats to write: `"torch"` (`int8.pt`), `"onnx"` (`int8.onnx`), `"openvino"` (`int8.xml`).
+            ONNX and OpenVINO files are checked against the fake-quant outputs, and each network has its own,
+            such as `int8.generator.onnx`.
         output_dir: Folder for these files; by default the checkpoints' folder.
-        preflight: Whether to try a training step, the conversion and an int8 forward on copies of the
-            networks after the first batch, in seconds. What cannot be converted is an error then, with its
-            line.
-        int8_val_every_n_epochs: How often a converted copy is validated on the CPU, by the module's own
-            `validation_step`. Its metrics are logged as `val_int8/<metric>`, and what int8 costs as
-            `quantization_gap/<metric>`. A ModelCheckpoint that monitors them needs the same `every_n_epochs`.
+        preflight: Whether to do a dry run after the first batch, in seconds: a training step, the
+            conversion and an int8 forward, on copies of the networks. If one fails, the run stops with an
+            error that names the line.
+        int8_val_every_n_epochs: Every how many epochs a converted copy is validated on the CPU, by the
+            module's own `validation_step`. Its metrics are logged as `val_int8/<metric>`, and fake-quant
+            minus int8 as `quantization_gap/<metric>`. A ModelCheckpoint that monitors them needs the same
+            `every_n_epochs`.
         report: Whether to write `report.html` and `report.json` and print them: metrics of float, fake-quant
             and each int8 file, sizes, speeds, curves, every layer. Takes about a minute, and memory for one
             more copy of the float module.
@@ -90,13 +90,13 @@ class QuantizationAwareTraining(ForwardingCallback):
 
     Attributes:
         int8_module: After fit, the LightningModule with int8 networks, on the CPU in eval mode.
-        int8_path: Where it was written; None on a rank that cannot see that file.
-        converted_from: The checkpoint whose weights it has, or `"last"`.
-        exported: The files that were written and that this rank can see.
+        int8_path: Its `int8.pt`; None if there is none or this rank cannot see the file.
+        converted_from: The checkpoint whose weights were converted, or `"last"`.
+        exported: All files that were written, as far as this rank can see them.
 
     Raises:
         ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
-        TypeError: A value is of the wrong type, or there is no argument of that name.
+        TypeError: A value is of the wrong type, or an argument is unknown.
     """
 
     def __init__(
@@ -186,23 +186,23 @@ class QuantizationAwareTraining(ForwardingCallback):
 
     @property
     def curves(self) -> Curves:
-        """What was logged epoch by epoch, and what began when."""
+        """The metrics of each epoch, and the epochs at which phases began."""
         return self._report.curves
 
     @property
     def preflight_reports(self) -> list[NetworkReport]:
-        """What the preflight found, network by network; on rank 0."""
+        """The preflight's report on each network, on rank 0."""
         return self._first_batch.reports
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:
-        """Returns the phase of the step that `trainer` is about to do."""
+        """Returns the phase of the next step of `trainer`."""
         return averaging.adapt(trainer, self._phases.planned(trainer))
 
     def shipped(self, module: pl.LightningModule, path: Path) -> pl.LightningModule:
-        """Replaces the networks of a fresh `module` by an exported file, to score the file.
+        """Makes `module` run an exported file instead of its own networks, to score the file.
 
         Args:
-            module: A freshly built float module; it is used up.
+            module: A freshly built float module. It is changed in place.
             path: One of :attr:`exported`.
         """
         if path.suffix == ".pt":

@@ -1,4 +1,4 @@
-"""Post-training quantization as a Lightning callback: the baseline of quantization-aware training."""
+"""`PostTrainingQuantization`: the Lightning callback that converts a module to int8 without training it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from qat_lightning.run.distributed.merge_ranges import merge_ranges
 
 
 class PostTrainingQuantization(pl.Callback):
-    """Quantizes a trained module without training it: ranges are calibrated on what it is validated with.
+    """Quantizes a trained module without training it, with ranges calibrated on the validation data.
 
-    Fusion, modes and grids are those of :class:`qat_lightning.QuantizationAwareTraining`, so that the two
-    differ in the training alone. The module stays as it is, and its own metrics are those of float::
+    It fuses and prepares networks like :class:`qat_lightning.QuantizationAwareTraining`, so the two differ in
+    the training alone. The module itself does not change, and `validate` reports its float metrics::
 
         ptq = PostTrainingQuantization(backend="x86")
         Trainer(callbacks=[ptq], limit_val_batches=16).validate(module, calibration_loader)
         Trainer(accelerator="cpu").test(ptq.int8_module, datamodule)
 
     Args:
-        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. Without a `qconfig`,
-            it is the backend's with histogram observers, which weigh clipping against resolution: after a
-            single pass no training adapts the weights to a range.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. The default `qconfig`
+            is the backend's with histogram observers. They weigh clipping against resolution, which matters
+            here because no training adapts the weights to the ranges.
 
     Attributes:
         int8_module: After `validate`, the LightningModule with int8 networks, on the CPU in eval mode.
@@ -55,7 +55,7 @@ class PostTrainingQuantization(pl.Callback):
         self._handles: list[Any] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepares a copy of the module."""
+        """Prepares a copy of the module that runs on the same inputs."""
         checks.check_package(trainer, pl_module)
         if stage != "validate":
             raise MisconfigurationException(
@@ -75,7 +75,7 @@ class PostTrainingQuantization(pl.Callback):
         ]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the copy to where the module is."""
+        """Moves the copy to the module's device."""
         assert self._twin is not None
         with torch.inference_mode(False):  # its buffers must be no inference tensors, as in `_Follower`
             self._twin.to(pl_module.device)
@@ -94,7 +94,7 @@ class PostTrainingQuantization(pl.Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leaves the module alone."""
+        """Removes the hooks from the module."""
         self._stop()
 
     def _stop(self) -> None:

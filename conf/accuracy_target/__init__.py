@@ -1,1 +1,1 @@
-"""How much int8 may lose before training, or `none`."""
+"""How many percentage points int8 may lose before training, or `none`."""

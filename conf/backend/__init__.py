@@ -1,1 +1,1 @@
-"""Where the int8 network will run, or `float` for none."""
+"""The engine that runs the int8 network, or `float` for no quantization."""

@@ -1,1 +1,1 @@
-"""Data modules."""
+"""The data to train on: LightningDataModules."""

@@ -1,1 +1,1 @@
-"""Whose logits the network learns beside its labels, or `none`."""
+"""The teacher whose logits the network learns in addition to its labels, or `none`."""

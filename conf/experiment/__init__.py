@@ -1,1 +1,1 @@
-"""Whole runs: what to change together."""
+"""Complete runs: values for several groups and fields at once."""

@@ -1,1 +1,1 @@
-"""The files that a run ends with."""
+"""The formats in which a run writes the int8 network."""

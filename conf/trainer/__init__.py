@@ -1,1 +1,1 @@
-"""Devices and processes."""
+"""The Lightning Trainer: devices, processes, precision and logging."""

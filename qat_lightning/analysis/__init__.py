@@ -1,1 +1,1 @@
-"""Questions about a network before it is trained: what int8 costs it, and what it needs to stay accurate."""
+"""Analyses before training: the preflight, the cost of int8 in each layer, and the layers to keep float."""

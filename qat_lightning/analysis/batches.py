@@ -1,4 +1,4 @@
-"""Runs and scores batches of the user's data outside a Trainer's loop, and collects network inputs."""
+"""Runs a module on the user's batches to compute a metric, or to collect the inputs of its networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metric = str | Callable[[Any, Any], float]
 
 
 class Batches:
-    """The first batches of a loader, the same at every pass; all of them if `count` is None."""
+    """The first `count` batches of a loader, the same at every pass. All batches if `count` is None."""
 
     def __init__(self, loader: Iterable[Any], count: int | None) -> None:
         self._batches = loader if count is None else list(islice(loader, count))
@@ -37,10 +37,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def inputs_of(network: nn.Module, batch: Any) -> Inputs:
-    """Returns the part of a batch that the forward of `network` takes.
+    """Returns the part of a batch that the forward of `network` takes, so that labels are left out.
 
-    Of a mapping it is the entries that are named as its arguments, of a sequence as many of the first as it
-    has required positional arguments, so that labels are left out.
+    From a mapping it takes the entries with the names of arguments. From a sequence it takes the first
+    elements, one for each required positional argument.
     """
     parameters = list(inspect.signature(network.forward).parameters.values())
     if isinstance(batch, Mapping):
@@ -59,10 +59,10 @@ def inputs_of(network: nn.Module, batch: Any) -> Inputs:
 def collect_inputs(
     module: nn.Module, networks: Mapping[str, nn.Module], batches: Batches
 ) -> dict[str, list[Inputs]]:
-    """Copies the inputs of each network in `module`, by running `validation_step` or else the forward.
+    """Collects copies of each network's inputs while `module` runs its `validation_step` or its forward.
 
     Raises:
-        ValueError: None of them is called.
+        ValueError: No network was called.
     """
     found: dict[str, list[Inputs]] = {name: [] for name in networks}
 
@@ -98,7 +98,7 @@ def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
     """Returns a metric of a module in eval mode: one that it logs in validation, or the mean of a function.
 
     Raises:
-        ValueError: There is no metric of that name, or there are no batches.
+        ValueError: The module logs no metric of that name, or there are no batches.
     """
     if isinstance(metric, str):
         logged = _validate(module, batches)
@@ -137,7 +137,7 @@ def _validates(module: nn.Module) -> bool:
 
 
 def _outputs(module: nn.Module, batches: Batches) -> Iterator[tuple[Any, Any]]:
-    """Yields the outputs of `module` for each batch, and the batch."""
+    """Yields the outputs of `module` on each batch, and the batch."""
     device = device_of(module)
     for batch in batches:
         moved = move_data_to_device(batch, device)
@@ -159,5 +159,5 @@ def _copied(value: Any) -> Any:
 
 
 def count_samples(batch: Any) -> int:
-    """Returns the first dimension of the first tensor in nested values, or 1 without a tensor."""
+    """Returns the batch size: the first dimension of the first tensor in nested values, or 1 without one."""
     return next((v.shape[0] for v in tree_leaves(batch) if isinstance(v, torch.Tensor) and v.ndim), 1)

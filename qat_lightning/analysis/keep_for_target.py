@@ -42,33 +42,34 @@ def keep_for_target(
 ) -> tuple[str, ...]:
     """Finds a small set of layers to keep float, so that int8 loses at most `max_drop` of a metric.
 
-    Int8 is simulated with calibrated ranges, without training. The layers are ranked by the decibels that
-    keeping each float gains for its multiply-adds. Each choice is prepared anew with `keep_float`,
-    calibrated, and scored: as many of the ranking as it takes, without those that turn out not to be needed.
+    Int8 is simulated with calibrated ranges, without training. Layers are ranked by how many decibels it
+    gains to keep each float, per multiply-add. The search takes layers from the top of the ranking until the
+    target is reached, and then drops the ones that are not needed. Each choice is prepared again with
+    `keep_float`, calibrated and scored.
 
     Args:
-        module: A float LightningModule or network; it is not changed.
+        module: A float LightningModule or network. It does not change.
         dataloader: As in :func:`qat_lightning.sensitivity`.
         metric: A function of (outputs, batch), or the name of a metric that the module's `validation_step`
             logs.
-        max_drop: By how many percentage points the metric may fall. Of a metric between 0 and 1, 0.5 allows
-            0.900 to become 0.895. A metric above 1, of which more is better, is taken as a percentage between
-            0 and 100: 0.5 allows 90.0 to become 89.5.
+        max_drop: By how many percentage points the metric may fall. For a metric between 0 and 1, 0.5 allows
+            a fall from 0.900 to 0.895. If more is better, a metric above 1 counts as a percentage: 0.5 allows
+            a fall from 90.0 to 89.5.
         higher_is_better: Whether more of the metric is better; False for a loss.
         max_layers: How many layers may stay float; by default all but one.
-        samples: How many samples the outputs are compared on, for the ranking.
-        batches: How many batches the metric is computed on; all by default.
-        calibration_batches: How many batches ranges are calibrated on.
-        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. What `keep_float`
-            names stays float in any case; it is not among the names that are returned.
+        samples: On how many samples outputs are compared, for the ranking.
+        batches: On how many batches the metric is computed; all by default.
+        calibration_batches: On how many batches ranges are calibrated.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. Layers in `keep_float`
+            always stay float. They are not among the returned names.
 
     Returns:
-        Names for `keep_float`; none where int8 is good enough without.
+        Names for `keep_float`. Empty if int8 reaches the target without float layers.
 
     Raises:
-        TargetError: Not even all layers that may stay float are enough.
+        TargetError: The target is missed even with all layers float that may stay float.
         ValueError: The module is quantized already or cannot be prepared; the metric is not logged, or its
-            scale is not known; a number is out of range.
+            scale is unknown; a number is out of range.
         TypeError: An argument is of the wrong type.
 
     Example::
@@ -100,7 +101,7 @@ def _check(module: nn.Module, max_drop: float, max_layers: int | None) -> None:
 
 
 class _Search:
-    """Simulates one module with different layers kept float, and scores each choice once."""
+    """Simulates one module with different choices of float layers, and scores each choice once."""
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class _Search:
         """Searches, and logs the result.
 
         Args:
-            samples: How many samples the ranking is made from.
+            samples: On how many samples outputs are compared, for the ranking.
             target: How many percentage points may be lost.
             most: How many layers may stay float.
         """
@@ -166,15 +167,15 @@ class _Search:
 
 
 def points_per_unit(value: float, metric: Metric, sign: int) -> int:
-    """Returns how many percentage points one unit of a metric is, judging by its float value.
+    """Returns how many percentage points one unit of a metric is, judged by the float network's value.
 
     Args:
         value: The metric of the float network.
-        metric: The metric, for the message.
+        metric: The metric itself, for the message.
         sign: 1 if more of it is better, -1 if less is.
 
     Raises:
-        ValueError: It is neither a share between 0 and 1 nor a percentage.
+        ValueError: The value is neither a share between 0 and 1 nor a percentage.
     """
     if -1 <= value <= 1:  # below 0 are correlations and the like
         return 100
@@ -189,16 +190,16 @@ def points_per_unit(value: float, metric: Metric, sign: int) -> int:
 
 
 def ranking(found: Sensitivity) -> list[str]:
-    """Ranks the layers by what keeping them float gains per multiply-add, the best first.
+    """Ranks the layers by how many decibels it gains to keep each float, per multiply-add, best first.
 
-    Those that gain nothing alone may do so together with others: the cheapest of them first.
+    Layers that gain nothing alone come last, the cheapest first: they may still gain together with others.
     """
     worth = sorted(found.layers, key=lambda each: (-max(each.gain, 0) / max(each.macs, 1), each.macs))
     return list(dict.fromkeys(each.name for each in worth))
 
 
 def fewest(ranked: Sequence[str], reaches: Callable[[Iterable[str]], bool]) -> int | None:
-    """Returns how many of the first names suffice, by doubling and bisection; None if all do not."""
+    """Finds the least number of first names that suffices, by doubling and bisection; None if all do not."""
     low, high = -1, 0
     while not reaches(ranked[:high]):
         if high == len(ranked):

@@ -1,4 +1,4 @@
-"""Scores a module by its own steps and metrics, in this process alone."""
+"""Scores a module by the metrics of its own steps, with a silent Trainer in this process alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Tra
 
     Args:
         device: Where to compute; the CPU by default.
-        **arguments: Further ones of the Trainer, such as `limit_val_batches`.
+        **arguments: Further arguments of the Trainer, such as `limit_val_batches`.
     """
     device = device or torch.device("cpu")
     with _silent():
@@ -54,7 +54,7 @@ def score_on_test(
         module: Logs `test/accuracy` in its `test_step`.
         data: Has a test split.
         device: Where to compute; the CPU by default.
-        precision: Lightning's name of it.
+        precision: The Trainer's `precision`.
         limit_test_batches: Share (float) or number (int) of the batches to use.
     """
     trainer = lone_trainer(device, precision=precision, limit_test_batches=limit_test_batches)
@@ -64,7 +64,7 @@ def score_on_test(
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Silences Lightning's lines about the devices of another Trainer."""
+    """Silences what Lightning logs about devices when it creates another Trainer."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.ERROR)

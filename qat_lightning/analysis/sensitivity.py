@@ -37,27 +37,29 @@ def sensitivity(
 ) -> Sensitivity:
     """Measures what int8 costs in each layer: once with only this layer in int8, once with only it in float.
 
-    What belongs to a layer is its weight's fake-quantize and that of what it returns. `keep_float` leaves the
-    latter where an int8 layer reads it, so that both have to be kept; :func:`keep_for_target` knows that.
+    A layer is measured with two fake-quantizes, of its weight and of its output. `keep_float` keeps the
+    second one if an int8 layer reads the output, so both layers may have to stay float for the measured gain.
+    :func:`keep_for_target` takes this into account.
 
-    A prepared module has the ranges that it has observed; those of a float one are calibrated. The module is
-    not changed, nor are its modes and the random generators.
+    A prepared module uses the ranges that it has observed; those of a float module are calibrated. The
+    module, its modes and the random generators do not change.
 
     Args:
-        module: A LightningModule, whose `validation_step` is run, or a network; float, or prepared already.
-        dataloader: Batches: of a LightningModule as its `validation_step` takes them; of a network, tensors,
-            sequences that begin with what its forward requires, or mappings of its arguments.
+        module: A LightningModule, whose `validation_step` runs, or a network; float, or prepared already.
+        dataloader: Batches. A LightningModule gets them in its `validation_step`. For a network they are
+            tensors, sequences that begin with the required arguments of its forward, or mappings of
+            arguments.
         metric: What to measure beside the outputs: a function of (outputs, batch), or the name of a metric
             that the module's `validation_step` logs.
         higher_is_better: Whether more of the metric is better; False for a loss.
-        samples: How many samples the outputs are compared on.
-        batches: How many batches the metric is computed on; None for all.
-        calibration_batches: How many batches ranges are calibrated on.
-        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`; without effect on a
-            module that is prepared.
+        samples: On how many samples outputs are compared.
+        batches: On how many batches the metric is computed; None for all.
+        calibration_batches: On how many batches ranges are calibrated.
+        **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`. They have no effect on
+            a prepared module.
 
     Returns:
-        The layers, the most sensitive first.
+        The layers, most sensitive first.
 
     Raises:
         ValueError: The module cannot be prepared, is int8 or calls none of its networks; the metric is not
@@ -92,10 +94,10 @@ def measure(
     """Measures every layer of a simulated module.
 
     Args:
-        simulation: The module; it is left with everything quantized.
-        samples: How many samples the outputs are compared on.
-        score_now: Gives the metric with the fake-quantizes that are on.
-        higher_is_better: Whether more of it is better.
+        simulation: The simulated module. All its fake-quantizes are on afterwards.
+        samples: On how many samples outputs are compared.
+        score_now: Returns the metric with the fake-quantizes that are on at the call.
+        higher_is_better: Whether more of the metric is better.
     """
     layers: list[LayerSensitivity] = []
     int8_sqnr, others_sqnr = {}, {}
@@ -117,14 +119,14 @@ def measure(
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raises a `ValueError` unless each is at least 1, or None."""
+    """Raises a `ValueError` unless each count is at least 1, or None."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, but received {count}.")
 
 
 class _Probe:
-    """Runs one network of a simulated module on a few samples, again and again."""
+    """Compares one network of a simulated module with its float outputs, on a few samples."""
 
     def __init__(self, simulation: Simulation, name: str, samples: int) -> None:
         self.simulation, self.name = simulation, name
@@ -149,7 +151,7 @@ class _Probe:
         return frozenset(mine.difference(*layer_fake_quantizes(self.network).values()))
 
     def layers(self, int8_sqnr: float, score_now: _Score) -> Iterator[LayerSensitivity]:
-        """Measures each layer that the inputs reach."""
+        """Measures each layer that runs on the inputs."""
         self.simulation.round_with(())
         modules = dict(self.network.named_modules())
         with torch.enable_grad():
@@ -178,7 +180,7 @@ class _Probe:
 
 
 def _limited(calls: Sequence[Inputs], samples: int) -> Iterator[Inputs]:
-    """Returns the first calls, cut so that they hold at most this many samples."""
+    """Yields the first calls, cut so that together they hold at most this many samples."""
     for call in calls:
         if samples <= 0:
             return

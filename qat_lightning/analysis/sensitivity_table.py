@@ -1,4 +1,4 @@
-"""The result of `sensitivity`: what int8 costs each layer, as values, a table, a plot and JSON."""
+"""The result of `sensitivity`: the cost of int8 in each layer, as values, a table, a plot and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from qat_lightning.base import formats
 
 _MOST = 120.0
-"""Decibels beyond which outputs count as equal, when two ratios are compared."""
+"""Decibels from which outputs count as equal when two ratios are compared."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,15 @@ class LayerSensitivity:
     """What int8 costs in one layer: the rounding of its weight and of its output.
 
     Attributes:
-        name: Its name in the network.
+        name: The layer's name in the network.
         network: The network's name in the LightningModule, `""` for the module itself.
-        kind: The layers that it consists of, such as `Conv2d+BatchNorm2d+ReLU`.
+        kind: The modules that are fused in the layer, such as `Conv2d+BatchNorm2d+ReLU`.
         macs: Multiply-adds for one sample.
-        alone_sqnr: Decibels between the float outputs of the network and those with this layer alone
-            quantized.
-        kept_sqnr: The same with this layer alone float.
-        gain: Decibels by which that is more than with everything quantized.
-        alone_metric: The metric with this layer alone quantized; None where no metric was given.
-        kept_metric: The metric with this layer alone float.
+        alone_sqnr: SQNR of the network's outputs against float, in dB, with only this layer quantized.
+        kept_sqnr: SQNR of the outputs with everything but this layer quantized.
+        gain: By how many dB `kept_sqnr` exceeds the SQNR with everything quantized.
+        alone_metric: The metric with only this layer quantized; None if no metric was given.
+        kept_metric: The metric with everything but this layer quantized; None if no metric was given.
     """
 
     name: str
@@ -50,13 +49,13 @@ class Sensitivity:
     """What int8 costs, layer by layer.
 
     Attributes:
-        layers: The layers, the most sensitive first: by the metric with the layer alone quantized, where
-            there is one, and by the decibels.
-        int8_sqnr: For each network, by name, the decibels between its float outputs and those with everything
+        layers: The layers, most sensitive first: by `alone_metric` if there is one, then by `alone_sqnr`.
+        int8_sqnr: For each network, by name, the SQNR of its outputs against float, in dB, with everything
             quantized.
-        others_sqnr: The same with only those fake-quantizes on that belong to no layer: inputs, sums.
-        float_metric: The metric with nothing quantized; None where no metric was given.
-        int8_metric: The metric with everything quantized.
+        others_sqnr: The SQNR with only the fake-quantizes on that belong to no layer, such as those of inputs
+            and sums.
+        float_metric: The metric with nothing quantized; None if no metric was given.
+        int8_metric: The metric with everything quantized; None if no metric was given.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -82,9 +81,9 @@ class Sensitivity:
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Writes a plot of the layers, the most sensitive on top. The path's suffix decides the format.
+        """Writes a plot of the layers, most sensitive on top. The path's suffix decides the format.
 
-        Beside the decibels stands the metric, where there is one.
+        A second panel shows the metric, if there is one.
         """
         from matplotlib.figure import Figure
 
@@ -125,7 +124,7 @@ def gained(ratio: float, base: float) -> float:
 
 
 def _draw(axes: Any, pairs: Sequence[Sequence[float | None]], everything: Collection[float | None]) -> None:
-    """Draws a row for each layer: its value alone in int8 and alone in float, and lines for the network."""
+    """Draws a row for each layer, with its two values, and a vertical line for each value of `everything`."""
     rows = range(len(pairs))
     axes.plot([alone for alone, _ in pairs], rows, "o", markersize=4, label="int8 alone")
     axes.plot([kept for _, kept in pairs], rows, "s", markersize=4, label="float alone")

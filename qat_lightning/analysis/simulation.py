@@ -27,9 +27,9 @@ class Simulation:
     """A module in eval mode that simulates int8 with any subset of its fake-quantizes on.
 
     Attributes:
-        module: The copy.
-        networks: Its prepared networks that were called, by name.
-        inputs: What each was called with.
+        module: The prepared copy.
+        networks: The prepared networks in it that were called, by name.
+        inputs: The inputs of each call, by the network's name.
     """
 
     module: nn.Module
@@ -53,13 +53,13 @@ def simulate(
     batches: Batches,
     inputs: Mapping[str, Sequence[Inputs]] | None = None,
 ) -> Simulation:
-    """Prepares a copy of a float `module`, and calibrates ranges that saw no data yet.
+    """Prepares a copy of `module` if it is float, and calibrates it if its ranges saw no data.
 
     Args:
-        module: A float or prepared LightningModule or network; it is not changed.
-        settings: How to prepare what is float.
-        batches: What to calibrate on.
-        inputs: What an earlier simulation collected of them.
+        module: A float or prepared LightningModule or network. It does not change.
+        settings: How to prepare a float module.
+        batches: The batches to calibrate on.
+        inputs: The inputs that an earlier simulation collected from these batches, to reuse.
 
     Raises:
         ValueError: The module is int8, cannot be prepared, or calls none of its networks.
@@ -81,8 +81,8 @@ def simulate(
 def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
     """Calibrates the fake-quantizes of a prepared network in eval mode, in place, unless all saw data.
 
-    A range that training would average over many steps is the mean over the calls. Batch-norm statistics
-    do not move.
+    Ranges that are moving averages in training become the mean over all calls. Batch-norm statistics do not
+    change.
     """
     grids = [grid for _, grid in fake_quantizes(network)]
     if all(has_seen_data(grid) for grid in grids if has_range(grid)):

@@ -1,1 +1,1 @@
-"""`prepare` and `convert`, and everything that describes, selects, stores and checks what they make."""
+"""Prepares networks, converts them to int8, and saves and loads the results."""

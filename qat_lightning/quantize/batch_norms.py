@@ -1,8 +1,8 @@
 """Restores the classes of batch-norms that Lightning or torch has replaced.
 
-`Trainer(sync_batchnorm=True)` replaces every batch-norm after `setup` by a `SyncBatchNorm`, and after fit
-by one of Lightning's own class. Neither remembers whether it was a BatchNorm1d, 2d or 3d, of which
-conversion makes different int8 modules. So `prepare` notes it.
+With `Trainer(sync_batchnorm=True)` every batch-norm becomes a `SyncBatchNorm` after `setup`, and an instance
+of a Lightning class after fit. Neither tells whether it was a BatchNorm1d, 2d or 3d, but each of these
+converts to a different int8 module. So `prepare` stores the original class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ATTRIBUTE = "_batch_norms"
 
 
 class LocalBatchNorm(BatchNorm):
-    """A batch-norm over this process alone, of any number of dimensions."""
+    """A batch-norm for any number of dimensions that uses the statistics of this process alone."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         """Accepts any number of dimensions."""
@@ -43,7 +43,7 @@ def restore_batch_norms(network: nn.Module) -> None:
 
 
 def make_local(module: nn.Module) -> None:
-    """Makes the synchronized batch-norms inside `module` local, in place."""
+    """Makes every SyncBatchNorm inside `module` work on this process alone, in place."""
     for child in module.modules():
         if isinstance(child, nn.SyncBatchNorm):
             child.__class__ = LocalBatchNorm  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""`convert`: a prepared network becomes an int8 one."""
+"""`convert`: turns a prepared network into an int8 network."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def convert(module: ModuleT) -> ModuleT:
-    """Converts the prepared network, or every prepared network inside a module, to int8.
+    """Converts a prepared network, or every prepared network inside a module, to int8.
 
-    Step 6 of PyTorch's workflow. The given module is not changed: a copy is converted, on the CPU
-    and in eval mode, and each int8 network in it runs on the engine of its recipe.
+    This is step 6 of PyTorch's workflow. The given module does not change: a copy is converted, on the CPU
+    and in eval mode. Each int8 network in it runs on the engine of its recipe.
 
     Args:
-        module: A network that :func:`prepare` made, or a module (a LightningModule) that holds
-            some.
+        module: A network that :func:`prepare` returned, or a module that holds such networks, such as a
+            LightningModule.
 
     Returns:
-        The copy with int8 networks.
+        The copy, with int8 networks.
 
     Raises:
-        ConversionError: There is nothing prepared in it, or no data has passed through it in
-            training.
+        ConversionError: The module holds no prepared network, a network has seen no data in training mode, or
+            a weight holds a NaN or an infinity.
     """
     prepared = [net for _, net, recipe in quantized_networks(module) if not recipe.int8]
     if not prepared:
@@ -55,7 +55,7 @@ def convert(module: ModuleT) -> ModuleT:
 
 
 def convert_in_place(module: ModuleT) -> ModuleT:
-    """Converts like :func:`convert`, but in place and without the checks."""
+    """Converts like :func:`convert`, but in place and without checks."""
     module = module.cpu().eval()
     make_local(module)
     use_torch_ao_classes(module)

@@ -1,4 +1,4 @@
-"""Copies modules, and replaces networks inside them."""
+"""Copies modules and replaces submodules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:
     """Replaces the submodule `name` by `new`, wherever it is registered.
 
     Returns:
-        `module`, or `new` where the name is empty.
+        `module`, or `new` if the name is empty.
     """
     if not name:
         return new  # type: ignore[return-value]

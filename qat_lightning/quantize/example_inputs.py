@@ -1,4 +1,4 @@
-"""Finds the inputs of a network inside a LightningModule from the module's `example_input_array`."""
+"""Finds example inputs for a network by running its LightningModule on `example_input_array`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qat_lightning.quantize.copies import copy_of
 
 
 def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
-    """Returns the positional inputs of the submodule `name` in a forward of `module` on its example inputs.
+    """Runs `module` on its `example_input_array`, and returns what it passes to the submodule `name`.
 
     Returns:
-        None where `module` has no `example_input_array`, does not call the submodule, or does so with
-        keyword-only inputs.
+        The positional arguments of the first call. None if `module` has no `example_input_array`, does not
+        call the submodule, or passes keyword-only arguments.
 
     Raises:
         ValueError: `module` does not run on its `example_input_array`.
@@ -53,7 +53,7 @@ def example_inputs_of(module: nn.Module, name: str) -> tuple[Any, ...] | None:
 
 
 def _call(module: nn.Module, example: Any) -> None:
-    """Calls `module` like Lightning: a tuple holds positional inputs, a dict keyword inputs."""
+    """Calls `module` like Lightning: a tuple holds positional arguments, a dict keyword arguments."""
     if isinstance(example, dict):
         module(**example)
     elif isinstance(example, tuple):

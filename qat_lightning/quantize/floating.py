@@ -11,7 +11,7 @@ from qat_lightning.quantize.recipe import recipe_of
 
 
 def check_float(network: nn.Module) -> None:
-    """Raises a `ValueError` if `network` is quantized already or holds nothing to quantize."""
+    """Raises a `ValueError` if `network` is quantized already, is compiled, or holds nothing to quantize."""
     check_not_quantized(network)
     if is_compiled(network):
         raise ValueError(
@@ -25,7 +25,7 @@ def check_float(network: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module`, or a part of it, is compiled: by `torch.compile` or by its own `compile`."""
+    """Returns whether `module` or a submodule is compiled, by `torch.compile` or by `module.compile()`."""
     return any(torch_internals.is_compiled(child) for child in module.modules())
 
 
@@ -49,7 +49,7 @@ def check_not_quantized(network: nn.Module) -> None:
 
 
 def is_int8(module: nn.Module) -> bool:
-    """Whether `module` is an int8 layer of torch.ao."""
+    """Returns whether `module` is an int8 layer of torch.ao."""
     package = type(module).__module__
     return package.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and not type(
         module

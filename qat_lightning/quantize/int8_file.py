@@ -33,12 +33,12 @@ _FORMAT = "qat-lightning int8"
 def save_int8(module: nn.Module, path: str | Path) -> Path:
     """Writes an int8 module to a file that :func:`load_int8` reads.
 
-    The file holds tensors and the recipe, no code. It is written beside its place and then moved
-    there, so that an interrupted write leaves no half a file.
+    The file holds tensors and the recipe, but no code. It is written to a temporary file and then renamed,
+    so an interrupted write leaves no partial file.
 
     Args:
         module: What :func:`qat_lightning.convert` returned, or `qat.int8_module`.
-        path: Where to write; the folder is made.
+        path: Where to write. The folder is created if needed.
 
     Returns:
         The path.
@@ -67,24 +67,25 @@ def load_int8(
     overrides: Overrides | None = None,
     verify: bool = True,
 ) -> ModuleT:
-    """Reads an int8 file into a fresh float module of the class that was trained.
+    """Loads an int8 file into a freshly built float module of the class that was trained.
 
     Args:
-        path: A file of :func:`save_int8`.
-        module: A freshly built float module: the LightningModule, or the bare network inside it. It
-            is used up.
+        path: A file that :func:`save_int8` wrote.
+        module: A freshly built float module: the LightningModule, or the bare network inside it. Use only
+            the returned module afterwards.
         qconfig: Your own QConfig, if the network was prepared with one.
-        overrides: The same, if layers were prepared with QConfigs of their own.
-        verify: Whether the file must be the one that the `manifest.json` beside it describes, which is
-            checked before anything is parsed.
+        overrides: The overrides, if any of them was your own QConfig.
+        verify: Whether to compare the file's checksum with the `manifest.json` beside it, before anything is
+            parsed.
 
     Returns:
-        The int8 module, on the CPU in eval mode. Its outputs equal the saved one's, bit for bit.
+        The int8 module, on the CPU in eval mode. Its outputs equal those of the saved module bit for bit.
 
     Raises:
         FileNotFoundError: There is no such file.
-        Int8FileError: The file is no int8 file, is damaged, has no manifest, or belongs to another network.
-        RecipeMismatchError: The network was prepared with a user-defined QConfig other than `qconfig`.
+        Int8FileError: The file is not an int8 file, is damaged, is not in the manifest, or belongs to another
+            network.
+        RecipeMismatchError: The network was prepared with a user-defined QConfig that differs from `qconfig`.
     """
     content = _read(Path(path), verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -123,23 +124,23 @@ def load_qat_checkpoint(
     qconfig: QConfigLike | None = None,
     overrides: Overrides | None = None,
 ) -> ModuleT:
-    """Reads a Lightning checkpoint of a QAT run back into a prepared module, in a new process.
+    """Loads a Lightning checkpoint of a QAT run into a prepared module, outside the run.
 
     Args:
         path: A checkpoint that ModelCheckpoint or `trainer.save_checkpoint` wrote during a QAT run.
-        module: A freshly built float module: the LightningModule, or the bare network inside it. It
-            is used up.
+        module: A freshly built float module: the LightningModule, or the bare network inside it. Use only
+            the returned module afterwards.
         qconfig: Your own QConfig, if the run had one.
-        overrides: The same, if layers had QConfigs of their own.
+        overrides: The overrides, if any of them was your own QConfig.
 
     Returns:
-        The prepared module in eval mode, with its observers and fake-quantization as they were:
-        evaluate it, or pass it to :func:`qat_lightning.convert`.
+        The prepared module in eval mode, with observers and fake-quantization on or off as they were.
+        Evaluate it, or pass it to :func:`qat_lightning.convert`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of a QAT run.
-        RecipeMismatchError: `module` does not give the network that was trained.
+        ValueError: The file is not a checkpoint of a QAT run.
+        RecipeMismatchError: `module` is not of the class that was trained, or needs another `qconfig`.
     """
     content = _read(Path(path))
     if isinstance(content, dict) and content.get("format") == _FORMAT:
@@ -175,9 +176,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Recipe]]:
-    """Renames the state dict and its recipes to fit `module`.
+    """Returns the state dict and its recipes under the names that `module` has.
 
-    A file of a LightningModule also fits the bare network inside it, if it holds just one.
+    A file of a LightningModule with a single network also loads into that bare network.
     """
     recipes = recipes_in(state_dict)
     if not recipes:
@@ -207,7 +208,7 @@ def _inside(state_dict: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raises a `ValueError` if shapes differ between two int8 state dicts; torch.ao accepts any shape."""
+    """Raises a `ValueError` if shapes differ between two int8 state dicts. torch.ao would load any shape."""
     for name, value in expected.items():
         if not name.endswith(STATE_KEY) and name in found and _shapes(found[name]) != _shapes(value):
             raise ValueError(

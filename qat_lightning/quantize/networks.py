@@ -38,7 +38,7 @@ class Prepared:
         name: Its name in the module, `""` for the module itself.
         network: The network.
         recipe: How it was prepared.
-        reason: Why in that mode.
+        reason: Why it was prepared in that mode.
     """
 
     name: str
@@ -59,11 +59,10 @@ class Prepared:
 
 
 def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
-    """Prepares the networks that `settings` select, in place; those already prepared are kept.
+    """Prepares the networks that `settings` select, in place. Networks that are prepared already stay.
 
     Raises:
-        ValueError: Nothing is found, a network cannot be prepared, or one was prepared differently
-            before.
+        ValueError: There is no network, a network cannot be prepared, or was prepared differently before.
     """
     names = network_names(module, settings)
     if len(names) > 1:  # or a failure of the second would leave the first one prepared
@@ -86,12 +85,12 @@ def _prepare_all(module: nn.Module, names: Sequence[str], settings: Settings) ->
 
 
 def prepare_when_loaded(module: nn.Module, settings: Settings, *, keep_as_loaded: bool = False) -> None:
-    """Prepares a float `module` as soon as the weights of a QAT run are loaded into it, and not before.
+    """Prepares a float `module` when the weights of a QAT run are loaded into it, and not before.
 
     Args:
         module: The module.
         settings: How to prepare it.
-        keep_as_loaded: Whether what that run kept float stays float, too.
+        keep_as_loaded: Whether the layers that the run kept float stay float here too.
     """
     if not any(getattr(hook, "func", None) is _prepare_for for hook in load_hooks(module)):
         module.register_load_state_dict_pre_hook(partial(_prepare_for, settings, keep_as_loaded))
@@ -120,7 +119,7 @@ def _prepare_for(
 
 
 def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
-    """Returns settings for each network, with only the names that it has."""
+    """Returns settings for each network, with only the names that match in it."""
 
     def functions(network: nn.Module) -> frozenset[str] | None:
         return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
@@ -131,7 +130,7 @@ def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
 
 
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """Returns the names of the networks to prepare; `""` stands for the module itself and is first.
+    """Returns the names of the networks to prepare. `""` stands for the module itself, and comes first.
 
     Raises:
         ValueError: There is nothing to quantize.
@@ -158,7 +157,7 @@ def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
 
 
 def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
-    """Describes a network that an earlier fit or the user has prepared."""
+    """Describes a network that was prepared before, by an earlier fit or by the user."""
     recipe = recipe_of(network)
     assert recipe is not None
     with quiet_torch_ao():

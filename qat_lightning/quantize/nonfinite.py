@@ -1,7 +1,7 @@
 """Detects NaN and infinity in a prepared network, and names the first tensor that held one.
 
-Raising inside `forward` would break `torch.compile` and make a GPU wait at every layer, so that each
-fake-quantize only sets a flag; here all flags are read in one transfer.
+Raising an error inside `forward` would break `torch.compile`, and would make a GPU wait at every layer. So
+each fake-quantize only sets a flag, and this module reads all flags in one transfer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NonFiniteWatch:
 
 
 def first_nonfinite(network: nn.Module) -> str | None:
-    """Names the first tensor in execution order that was observed with a NaN or an infinity."""
+    """Names the first tensor, in execution order, in which an observer saw a NaN or an infinity."""
     named = list(_in_execution_order(network))
     if not named:
         return None
@@ -67,14 +67,14 @@ def first_nonfinite(network: nn.Module) -> str | None:
 
 
 def first_nonfinite_weight(network: nn.Module) -> str | None:
-    """Names the first parameter with a NaN or an infinity in it. Frozen observers set no flag."""
+    """Names the first parameter that holds a NaN or an infinity. Frozen observers set no flag for it."""
     names, parameters = zip(*network.named_parameters(), strict=True)
     finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).tolist()
     return next((name for name, each in zip(names, finite, strict=True) if not each), None)
 
 
 def _in_execution_order(network: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
-    """Yields fake-quantizes in the order of the graph, or in eager mode in the order of registration."""
+    """Yields each fake-quantize and its tensor's name, in graph order, or in eager mode as registered."""
     graph = next((graph for module, graph in graphs(network) if module is network), None)
     if graph is None:
         for name, module in network.named_modules():

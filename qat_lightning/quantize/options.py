@@ -1,4 +1,4 @@
-"""The options that say how a network is prepared, shared by all functions and callbacks."""
+"""The options for preparing a network, shared by all functions and callbacks."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from qat_lightning.quantize.selection import FloatPattern
 
 
 class PrepareOptions(TypedDict, total=False):
-    """The keyword arguments that say how a network is prepared; all are optional.
+    """The keyword arguments that decide how a network is prepared. All are optional.
 
     Attributes:
         backend: Engine of the int8 network: `"x86"` (default), `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
-            fbgemm use 7 bits for activations, so that sums fit on CPUs without VNNI; onednn and qnnpack use
-            8, which is more accurate where the CPU has VNNI.
+            fbgemm use 7 bits for activations, so sums do not overflow on CPUs without VNNI. onednn and
+            qnnpack use 8 bits, which is more accurate on CPUs with VNNI.
         qconfig: Your own `QConfig` or `QConfigMapping` instead of the backend's default.
-        mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself; `"eager"`
-            runs its own code, with the QuantStubs that its author wrote. `"auto"` (default): eager where
-            there are QuantStubs, else fx.
+        mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself. `"eager"`
+            runs the network's own code, with the QuantStubs that its author wrote. `"auto"` (default) is
+            eager if the network holds QuantStubs, else fx.
         keep_float: Names, globs or types of submodules that stay float. Names are relative to the network. In
             fx mode also functions, such as `torch.matmul` or, by name, `"torch.matmul()"`: every call stays
             float.
         fuse: `"auto"` (default), or in eager mode groups of module names, as `fuse_modules_qat` takes them.
             `"auto"` finds fusions in the graph of the network. In eager mode the network's own `fuse_model`
-            goes first; where a network cannot be traced, one forward pass on example inputs finds them.
+            runs first. If a network cannot be traced, one forward pass on example inputs finds the fusions.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it. Default: True.
-        overrides: QConfigs of single convolutions and linear layers, by name or glob: a `QConfig`, the name
-            of a backend for that backend's default, or None to keep them float.
-        untraceable: What happens in fx mode to a part whose forward cannot be traced. `"error"` (default)
-            raises with its file and line; `"float"` keeps the smallest such parts float and says so.
+        overrides: QConfigs of individual convolutions and linear layers, by name or glob. A value is a
+            `QConfig`, the name of a backend for that backend's default, or None to keep the layers float.
+        untraceable: What happens in fx mode to a submodule whose forward cannot be traced. `"error"`
+            (default) raises an error with its file and line. `"float"` keeps the smallest such submodules
+            float and logs their names.
     """
 
     backend: str
@@ -48,7 +49,7 @@ class PrepareOptions(TypedDict, total=False):
 
 
 class ModuleOptions(PrepareOptions, total=False):
-    """:class:`PrepareOptions`, and the networks of a module that they apply to.
+    """:class:`PrepareOptions`, and the networks in a module to which they apply.
 
     Attributes:
         modules: Dotted names of the submodules to quantize. By default every child that is a network (a
@@ -60,7 +61,7 @@ class ModuleOptions(PrepareOptions, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """:class:`ModuleOptions`, complete and checked.
+    """:class:`ModuleOptions` with defaults filled in and values checked.
 
     Raises:
         ValueError: A value is out of range, or an engine is missing from this build of PyTorch.
@@ -98,11 +99,11 @@ class Settings:
 
         Args:
             options: What `caller` received as `**options`.
-            caller: Its name, for the message.
-            one_network: Whether it takes a single network, so that there is no `modules`.
+            caller: The caller's name, for the message.
+            one_network: Whether the caller takes a single network, and so no `modules`.
 
         Raises:
-            TypeError: There is no option of that name, or a value is of the wrong type.
+            TypeError: An option is unknown, or a value is of the wrong type.
             ValueError: A value is out of range.
         """
         known = (PrepareOptions if one_network else ModuleOptions).__annotations__
@@ -113,7 +114,7 @@ class Settings:
 
     @property
     def options(self) -> PrepareOptions:
-        """What :func:`qat_lightning.prepare` takes of them."""
+        """The options that :func:`qat_lightning.prepare` takes: all but `modules`."""
         return PrepareOptions(
             backend=self.backend,
             qconfig=self.qconfig,

@@ -1,4 +1,4 @@
-"""`prepare`: a float network becomes one that trains for int8."""
+"""`prepare`: fuses a float network and inserts fake-quantization, so that it trains for int8."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The recipe of a prepared network: everything that decides its graph and its qparams, as JSON.
 
-It travels with the network's state dict under the key `_qat_recipe` (its JSON as a uint8 tensor, so
-that tools which expect tensors in a state dict find one), and is compared whenever a state dict is
-loaded.
+The network's state dict holds the recipe under the key `_qat_recipe`. The JSON is stored as a uint8 tensor,
+because many tools expect only tensors in a state dict. Loading a state dict compares its recipe with the
+network's.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Recipe:
     """How a network was prepared.
 
     Attributes:
-        backend: The engine it is converted for.
+        backend: The engine that the int8 network runs on.
         mode: `"eager"` or `"fx"`.
-        qconfig: `"default"`, or the fingerprint of a user-defined QConfig, which has to be passed again.
+        qconfig: `"default"`, or the fingerprint of a user-defined QConfig, which must be passed again.
         keep_float: Resolved names of the submodules and functions that stayed float.
         fuse: `"auto"`, or the groups that were passed or found.
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.
-        overrides: What single layers were prepared with: a backend, or the fingerprint of a QConfig.
+        overrides: For each overridden layer, a backend or the fingerprint of a QConfig.
         relu6: How many ReLU6 became ReLU; not compared.
-        untraceable: Name and line of each part that could not be traced, and so stayed float.
+        untraceable: Name and line of each submodule that stayed float because it could not be traced.
         int8: Whether the network has been converted.
-        versions: Of the packages that made it; not compared.
+        versions: Versions of the packages that prepared the network; not compared.
     """
 
     backend: str
@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def fills_bytes(self) -> bool:
-        """Whether activations use 8 bits, with which int8 kernels overflow on CPUs without VNNI."""
+        """Whether activations use 8 bits. On CPUs without VNNI, int8 kernels then overflow."""
         return any(FULL_BYTES in grid for grid in self.grid.values())
 
     def to_json(self) -> str:
@@ -70,7 +70,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Reads the recipe that `to_json` wrote, and ignores fields of later versions."""
+        """Reads a recipe that `to_json` wrote, and ignores fields that later versions have added."""
         values: dict[str, Any] = json.loads(text)
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         for name in ("keep_float", "layers", "untraceable"):
@@ -85,11 +85,15 @@ class Recipe:
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> Recipe:
-        """Reads the recipe that `to_tensor` wrote."""
+        """Reads a recipe that `to_tensor` wrote."""
         return cls.from_json(bytes(tensor.tolist()).decode())
 
     def differences(self, other: Recipe) -> list[str]:
-        """Lists in words what makes the graphs or qparams of two recipes differ. Empty if they fit."""
+        """Describes what differs between this network's recipe and `other`, that of a state dict.
+
+        Returns:
+            One text for each difference in graphs or qparams. Empty if the recipes are compatible.
+        """
         found = [
             f"{name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
             for name in ("mode", "int8")
@@ -116,7 +120,7 @@ def _compare_names(what: str, here: set[str], there: set[str]) -> list[str]:
 
 
 def attach(network: nn.Module, recipe: Recipe) -> None:
-    """Attaches `recipe` to `network`, its state dict and its copies, and checks what is loaded into it."""
+    """Attaches `recipe` to `network` and its copies. State dicts then hold it, and loading compares it."""
     if isinstance(network, fx.GraphModule):
         behaviour.attach(network, {_ATTRIBUTE: recipe})
     else:
@@ -132,7 +136,7 @@ def recipe_of(network: nn.Module) -> Recipe | None:
 
 
 def quantized_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe]]:
-    """Yields name, network and recipe of every prepared or int8 network in `module`, or of itself."""
+    """Yields name, network and recipe of every prepared or int8 network in `module`, itself included."""
     for name, child in module.named_modules():
         recipe = recipe_of(child)
         if recipe is not None:
@@ -140,7 +144,7 @@ def quantized_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Reci
 
 
 def recipes_in(state_dict: dict[str, Any]) -> dict[str, Recipe]:
-    """Returns the recipes in a state dict, by the name of the network (`""` for the whole)."""
+    """Returns the recipes in a state dict, by the name of the network (`""` for the module itself)."""
     return {
         key.removesuffix(STATE_KEY).rstrip("."): Recipe.from_tensor(value)
         for key, value in state_dict.items()

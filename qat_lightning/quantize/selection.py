@@ -1,4 +1,4 @@
-"""Selects what is quantized: the networks of a LightningModule, and the layers that stay float."""
+"""Selects what to quantize: the networks in a LightningModule, and the layers in them that stay float."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Functions = Callable[[nn.Module], frozenset[str] | None]
 
 @dataclass(frozen=True)
 class FoundNetworks:
-    """The networks and loose layers of a LightningModule.
+    """The networks and the loose layers of a LightningModule.
 
     Attributes:
         networks: Names of the children that are networks (containers with quantizable layers).
-        loose: Names of the quantizable layers written directly on the module.
+        loose: Names of the quantizable layers that are direct children of the module.
     """
 
     networks: tuple[str, ...]
@@ -35,7 +35,7 @@ class FoundNetworks:
 
 
 def find_networks(module: nn.Module) -> FoundNetworks:
-    """Finds the networks and the loose layers of `module`; metrics are neither."""
+    """Finds the networks and the loose layers of `module`. Metrics count as neither."""
     networks, loose = [], []
     for name, child in _children(module):
         if isinstance(child, QUANTIZABLE):
@@ -46,7 +46,7 @@ def find_networks(module: nn.Module) -> FoundNetworks:
 
 
 def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yields the children, and for a ModuleList or ModuleDict its own children instead."""
+    """Yields the children by name. A ModuleList or ModuleDict is replaced by its own children."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and not isinstance(child, MetricCollection):
             yield from _children(child, f"{prefix}{name}.")
@@ -58,7 +58,8 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """Returns `names` if each is a submodule of `module` that holds quantizable layers.
 
     Raises:
-        ValueError: A name matches nothing, or nothing quantizable, or is inside another one.
+        ValueError: A name matches nothing, or nothing quantizable, or a single layer, or is inside another
+            name.
     """
     known = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     for name in names:
@@ -88,16 +89,18 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 def resolve_keep_float(
     network: nn.Module, patterns: Sequence[FloatPattern], functions: Functions = lambda network: None
 ) -> tuple[str, ...]:
-    """Returns the names of the submodules, outermost first, and functions that `patterns` keep float.
+    """Returns the names of the submodules and functions that `patterns` keep float.
+
+    Of nested submodules that match, only the outermost is named. Names are in the order of registration.
 
     Args:
         network: A float network.
         patterns: Names, globs (`"layer4.*"`) or types of modules, or functions or their names
             (`"torch.matmul()"`).
-        functions: Gives the functions that a network calls; None where no graph tells.
+        functions: Returns the functions that a network calls, or None if the network has no graph.
 
     Raises:
-        TypeError: A pattern is neither a string nor a type of modules nor a function.
+        TypeError: A pattern is not a string, a module type or a function.
         ValueError: A pattern matches nothing.
     """
     functions = functools.cache(functions)
@@ -112,7 +115,7 @@ def resolve_overrides(network: nn.Module, overrides: Overrides) -> dict[str, Ove
     """Returns the override of each convolution and linear layer that a name or glob matches.
 
     Raises:
-        TypeError: A value is no override.
+        TypeError: A value is not an override.
         ValueError: A name or glob matches no such layer.
     """
     (split,) = split_overrides([network], overrides)
@@ -123,8 +126,8 @@ def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list
     """Returns, for each network, the overrides that match a layer in it.
 
     Raises:
-        TypeError: A value is no override.
-        ValueError: A name or glob matches no layer in any of them.
+        TypeError: A value is not an override.
+        ValueError: A name or glob matches no layer in any network.
     """
     for pattern, value in overrides.items():
         check_override(value)
@@ -134,7 +137,7 @@ def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list
 
 
 def _layers(network: nn.Module, pattern: str) -> list[str]:
-    """Returns the convolutions and linear layers that match or are inside a match."""
+    """Returns the names of the convolutions and linear layers that match, or are inside a match."""
     roots = tuple(_matches(network, pattern))
     named = network.named_modules(remove_duplicate=False)
     return [name for name, m in named if isinstance(m, QUANTIZABLE) and is_inside(name, roots)]
@@ -148,8 +151,8 @@ def split_patterns(
     """Returns, for each network, the patterns that match something in it.
 
     Raises:
-        TypeError: A pattern is neither a string nor a type of modules nor a function.
-        ValueError: A pattern matches nothing in any of them.
+        TypeError: A pattern is not a string, a module type or a function.
+        ValueError: A pattern matches nothing in any network.
     """
     functions = functools.cache(functions)
     for pattern in patterns:

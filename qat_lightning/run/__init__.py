@@ -1,1 +1,1 @@
-"""The life of a Lightning run with int8 training in it: what the callbacks ask, say and do."""
+"""Everything that happens during a Lightning run: checks, phases, checkpoints, conversion and messages."""

@@ -1,4 +1,4 @@
-"""Finds the checkpoint to resume from: the newest complete one that resumes exactly."""
+"""`latest_checkpoint`: finds the newest complete checkpoint from which a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from qat_lightning.run.progress import has_begun, is_between_steps
 def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str | None:
     """Finds the checkpoint to pass as `trainer.fit(ckpt_path=…)` after an interruption.
 
-    That is the newest in `folder` and the folders in it, by the time of writing. Files that are damaged,
-    half written or hold weights alone are passed over, with a line that says so. So are those written in the
-    middle of a training step (by OnExceptionCheckpoint), from which a run would not go on exactly, unless
-    there is nothing else.
+    This is the most recently written checkpoint in `folder` and its subfolders. Files that are damaged,
+    incomplete or hold only weights are skipped, and a log line says why. A checkpoint from the middle of a
+    training step (by OnExceptionCheckpoint) does not resume exactly, so it is used only if there is no other.
 
     Args:
-        folder: Where the run writes its checkpoints; it need not exist.
-        weights_only: As for `trainer.fit`: False reads checkpoints with hyperparameters that are objects, and
-            runs the code in them.
+        folder: Where the run writes its checkpoints. It need not exist.
+        weights_only: As for `trainer.fit`. False also reads checkpoints whose hyperparameters are objects,
+            and runs the code in them.
 
     Returns:
-        The path, or None where there is no such checkpoint: then a run starts from the beginning.
+        The path, or None if there is no usable checkpoint. The run then starts from the beginning.
 
     Example::
 
@@ -38,7 +37,7 @@ def latest_checkpoint(folder: str | Path, *, weights_only: bool = True) -> str |
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder and its subfolders, the newest first."""
+    """Returns the checkpoints in a folder and its subfolders, newest first."""
     return sorted((p for p in folder.rglob("*.ckpt") if p.is_file()), key=_written, reverse=True)
 
 
@@ -61,7 +60,7 @@ def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | 
 
 
 class _Unusable(Exception):
-    """Says why a run cannot resume from a file."""
+    """The reason why a run cannot resume from a file."""
 
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:

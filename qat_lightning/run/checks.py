@@ -1,4 +1,4 @@
-"""Refuses, before training, what in a Trainer would break quantization-aware training."""
+"""Checks the Trainer, its callbacks and loggers, and the callback's arguments before training starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat_lightning.run import messages, trainer_facts
 
 
 def check_package(trainer: object, module: object) -> None:
-    """Raises a `MisconfigurationException` for objects of the package `pytorch_lightning`."""
+    """Raises a `MisconfigurationException` if an object is from the package `pytorch_lightning`."""
     for value, kind in ((trainer, pl.Trainer), (module, pl.LightningModule)):
         if not isinstance(value, kind):
             raise MisconfigurationException(
@@ -29,7 +29,7 @@ def check_package(trainer: object, module: object) -> None:
 
 
 def check_arguments(convert: object, output_dir: str | Path | None, **flags: object) -> None:
-    """Checks the callback's arguments that have no class of their own.
+    """Checks the callback's arguments that no other class checks.
 
     Raises:
         ValueError: A value is out of range.
@@ -45,19 +45,19 @@ def check_arguments(convert: object, output_dir: str | Path | None, **flags: obj
 
 
 def check_run(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> None:
-    """Raises a `MisconfigurationException` if the run cannot be quantization-aware training."""
+    """Raises a `MisconfigurationException` if the Trainer, a callback or a logger does not support QAT."""
     trainer_facts.check_strategy(trainer)
     check_callbacks(trainer, callback)
     check_loggers(trainer, module)
 
 
 def check_prepared(module: nn.Module, networks: Mapping[str, nn.Module], names: Iterable[str]) -> None:
-    """Raises a `MisconfigurationException` if the networks to train are not those that were prepared.
+    """Raises a `MisconfigurationException` if a network was replaced or added after the preparation.
 
     Args:
         module: The module that is about to be trained.
         networks: The networks that were prepared in it, by name.
-        names: The networks that are in it now.
+        names: Names of the networks that are in it now.
     """
     present = set(module.modules())
     for name, network in networks.items():
@@ -85,7 +85,7 @@ def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
 
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Raises a `MisconfigurationException` if another callback would use the wrong layers."""
+    """Raises a `MisconfigurationException` if another callback prunes, or averages the float layers."""
     callbacks, own = trainer_facts.callbacks(trainer), type(callback).__name__
     for i, other in enumerate(callbacks):
         name = type(other).__name__
@@ -103,7 +103,7 @@ def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def check_loggers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Raises a `MisconfigurationException` if a logger would trace the prepared module by TorchScript."""
+    """Raises a `MisconfigurationException` if a logger would trace the prepared module with TorchScript."""
     traced = module.example_input_array is not None
     for logger in trainer.loggers:
         if traced and isinstance(logger, TensorBoardLogger) and lightning_internals.writes_graph(logger):

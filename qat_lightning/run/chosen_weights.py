@@ -15,9 +15,9 @@ class Choice(NamedTuple):
 
     Attributes:
         path: A checkpoint, or None for the weights that the run ended with.
-        why: The reason, in words.
-        checkpoint: Its content; None where there is no path.
-        metrics: What is known of these weights, by the names that the module logs.
+        why: The reason for the choice, for the log.
+        checkpoint: Content of the checkpoint; None without a path.
+        metrics: Known metrics of these weights, by the names that the module logs.
     """
 
     path: str | None
@@ -29,8 +29,8 @@ class Choice(NamedTuple):
 def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
     """Chooses weights for `convert="best"` or `"last"`. Call it on rank 0 only: it reads checkpoints.
 
-    A float metric can peak before fake-quantization starts. Such a checkpoint was never quantized,
-    so best means the best-ranked among those whose fake-quantization is on.
+    The metric can peak before fake-quantization starts. Such a checkpoint was never trained for int8, so only
+    checkpoints with fake-quantization on count for `"best"`.
     """
     last = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     if convert == "last":
@@ -49,7 +49,7 @@ def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
 
 
 def fake_quant_is_on(state_dict: dict[str, Any]) -> bool:
-    """Whether a state dict was saved while fake-quantization was on."""
+    """Returns whether a state dict was saved while fake-quantization was on."""
     flags = [value for key, value in state_dict.items() if key.endswith("fake_quant_enabled")]
     return any(bool(flag.any()) for flag in flags)
 

@@ -1,4 +1,4 @@
-"""The end of a run: rank 0 converts and writes, and every rank gets the same result."""
+"""Converts at the end of a run: rank 0 converts and writes files, and every rank gets the same result."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ConversionResult(NamedTuple):
 
     Attributes:
         module: The int8 LightningModule, on the CPU in eval mode.
-        files: What was written, `int8.pt` first; empty where nothing is, or out of this rank's reach.
-        source: The checkpoint whose weights it has, or `"last"`.
-        why: Why those.
-        trained: On rank 0, the LightningModule with the weights that were converted, still prepared.
+        files: The files that were written and that this rank can see, `int8.pt` first.
+        source: The checkpoint whose weights were converted, or `"last"`.
+        why: Why these weights were chosen.
+        trained: On rank 0, the prepared LightningModule with the weights that were converted.
     """
 
     module: pl.LightningModule
@@ -41,7 +41,7 @@ class ConversionResult(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """What rank 0 sends to the others: the failure, or the result with the int8 state as bytes."""
+    """What rank 0 sends to the other ranks: the error, or the result with the int8 state dict as bytes."""
 
     failure: str | None
     state: bytes = b""
@@ -55,19 +55,19 @@ def convert_on_all_ranks(
 ) -> ConversionResult:
     """Converts on rank 0. Every rank gets the same int8 module or the same error.
 
-    The int8 state travels by broadcast, so that the ranks need no common file system.
+    The int8 state dict is broadcast, so the ranks need no shared file system.
 
     Args:
         trainer: The Trainer at the end of fit.
-        module: The trained LightningModule; it is not changed.
+        module: The trained LightningModule. It does not change.
         which: `"best"` or `"last"`.
-        write: Writes the files, given the module with the chosen weights, its int8 copy and what is known of
-            these weights; returns them.
-        folder: Where the trained weights go if this fails and the run has written no checkpoint.
+        write: Writes the files and returns their paths. It receives the module with the chosen weights, its
+            int8 copy, and the metrics of these weights.
+        folder: Where to save the trained weights if the conversion fails and the run has no checkpoint.
 
     Raises:
-        ConversionError: On every rank, if it failed on rank 0.
-        RankError: If another rank could not take over the result.
+        ConversionError: The conversion failed on rank 0. Every rank raises it.
+        RankError: Another rank could not load the result.
     """
     outcome, message, failure = None, None, None
     if trainer.is_global_zero:
@@ -127,13 +127,13 @@ def _is_there(file: tuple[str, int, int]) -> bool:
 
 
 def _identify(file: Path) -> tuple[str, int, int]:
-    """Returns what distinguishes a file from one of the same name on another file system."""
+    """Returns path, size and time, to tell a file from one with the same path on another file system."""
     status = file.stat()
     return str(file), status.st_size, status.st_mtime_ns
 
 
 def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> str:
-    """Makes sure that the trained weights are in a file, and says in which."""
+    """Saves the trained weights if no checkpoint holds them. Returns a sentence that says where they are."""
     written = [getattr(each, "best_model_path", "") for each in trainer.checkpoint_callbacks]
     if any(written):
         return "The trained weights are safe in the run's checkpoints"

@@ -1,4 +1,4 @@
-"""A Lightning callback made of parts: each of its hooks calls the same hook of every part, in order."""
+"""The base of the callback: a Lightning callback that forwards each hook to a list of parts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qat_lightning.run.part import Part
 
 
 class ForwardingCallback(pl.Callback):
-    """Forwards Lightning's hooks to its parts, and gathers their states for the checkpoint.
+    """Forwards Lightning's hooks to its parts, and collects their states for the checkpoint.
 
-    A validation, a test and a prediction are also an evaluation: `on_evaluation_start` comes after
+    Validation, test and prediction also count as evaluation: `on_evaluation_start` runs after
     `on_validation_start`, and `on_evaluation_end` before `on_validation_end`.
 
     Args:
@@ -108,7 +108,7 @@ class ForwardingCallback(pl.Callback):
             part.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all parts, as plain values."""
+        """Returns the states of all parts, as plain values."""
         return {key: value for part in self._parts for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

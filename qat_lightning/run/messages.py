@@ -1,4 +1,4 @@
-"""The log lines and warnings of the callback: one line for each event."""
+"""The texts of the callback's log lines, warnings and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replaced(name: str) -> str:
 
 
 def announce_prepared(networks: Sequence[Prepared]) -> None:
-    """Says which networks were prepared and how, and whether int8 would overflow on this CPU."""
+    """Logs which networks were prepared and how, and whether int8 would overflow on this CPU."""
     for each in networks:
         rank_zero_info(f"Prepared {each}")
     warning = overflow(each.recipe for each in networks)
@@ -39,7 +39,7 @@ def announce_prepared(networks: Sequence[Prepared]) -> None:
 
 
 def overflow(recipes: Iterable[Recipe]) -> str | None:
-    """Returns the message for CPUs on which int8 kernels overflow with 8-bit activations, or None."""
+    """Returns a message if int8 kernels overflow on this CPU because activations use 8 bits, else None."""
     if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
         return None
     return (
@@ -52,7 +52,7 @@ def overflow(recipes: Iterable[Recipe]) -> str | None:
 def warn_of_unreached(
     trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
 ) -> None:
-    """Warns once of each moment beyond the end of the run; `warned` holds the names already warned of."""
+    """Warns once of each moment that lies beyond the end of the run. `warned` holds the names so far."""
     epochs = trainer_facts.epochs(trainer)
     for name in resolved.never_reached(epochs, trainer_facts.steps(trainer)):
         if name not in warned:
@@ -64,7 +64,7 @@ def warn_of_unreached(
 
 
 def announce(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[str]:
-    """Logs a line for each thing that begins with `phase`, and returns short names of them."""
+    """Logs a line for each change between two phases, and returns short names of the changes."""
     began = []
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
     if before is None and trainer.global_step > 0:

@@ -1,4 +1,4 @@
-"""The base class of the callback's parts: one concern of a run, with its hooks."""
+"""`Part`: the base class of the callback's parts, each of which handles one concern of a run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from qat_lightning.run.conversion import ConversionResult
 class Part:
     """One concern of a quantization-aware training run.
 
-    :class:`qat_lightning.QuantizationAwareTraining` holds a list of parts, and each of its hooks calls the
-    hook of the same name on every part, in the order of the list. A part overrides what it needs. The hooks
-    have Lightning's names and times; those without such a name are described below.
+    :class:`qat_lightning.QuantizationAwareTraining` holds a list of parts. Each of its hooks calls the hook
+    of the same name on every part, in the order of the list. A part overrides the hooks that it needs. Hooks
+    with a name from Lightning run when Lightning's do; the others are described below.
     """
 
     # Before the run.
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Forgets an earlier run, and refuses what cannot work, before anything is changed."""
+        """Resets the state of an earlier run, and raises if this one cannot work. Nothing is changed yet."""
 
     def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
         """Runs before the float networks `names` are prepared."""
 
     def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
-        """Receives the prepared networks; called again if a checkpoint requires another preparation."""
+        """Receives the prepared networks. Runs again if a checkpoint makes another preparation necessary."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
@@ -60,10 +60,10 @@ class Part:
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
     def on_evaluation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Runs when a validation, a test or a prediction begins."""
+        """Runs when a validation, a test or a prediction starts."""
 
     def on_evaluation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Runs when it has ended."""
+        """Runs when a validation, a test or a prediction ends."""
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
@@ -72,7 +72,7 @@ class Part:
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None: ...
 
     def after_conversion(self, trainer: pl.Trainer, result: ConversionResult, folder: Path) -> None:
-        """Receives the int8 module and the files, which are in `folder`."""
+        """Receives the int8 module and the files that were written to `folder`."""
 
     # Checkpoints.
 
@@ -81,7 +81,7 @@ class Part:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Reads this part's share of the callback's state. Older checkpoints may lack a key."""
+        """Restores this part's share of the callback's state. Older checkpoints may lack a key."""
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]

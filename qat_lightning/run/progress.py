@@ -1,8 +1,8 @@
-"""Reads and corrects the counters of Lightning's loops in checkpoints: how far a run had come.
+"""Reads and corrects Lightning's loop counters in checkpoints, so that a resumed run validates correctly.
 
-Lightning's own restart leaves out a validation that is due after the batch at whose end a checkpoint is
-written, and does half of one that was interrupted. Other weights would be the best than without the
-interruption.
+A checkpoint can be written after a batch whose validation is still due, or in the middle of a validation.
+When Lightning resumes, it skips the first and finishes only the rest of the second. The best weights could
+then differ from those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _BEGUN = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 def has_begun(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether the run had trained on a batch when a checkpoint was written."""
+    """Returns whether the run had trained on a batch when a checkpoint was written."""
     return bool(_batches(checkpoint)["total"]["processed"])
 
 
 def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written between two training steps, so that it resumes exactly."""
+    """Returns whether a checkpoint was written between two training steps, and so resumes exactly."""
     current = _batches(checkpoint)["current"]
     return bool(current["ready"] == current["processed"])
 
 
 def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Notes in a checkpoint whether a validation comes next.
+    """Marks a validation as next in a checkpoint, if one is due.
 
-    In Lightning's terms: the batch is completed, and a validation has begun, of which nothing is done.
+    The counters then say that the batch is completed, and that a validation has begun but done no batch.
     """
     if not is_between_steps(checkpoint) or not _validation_is_due(trainer):
         return
@@ -48,16 +48,16 @@ def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> No
 
 
 def validation_is_next(trainer: pl.Trainer) -> bool:
-    """Whether a resumed run begins with a validation."""
+    """Returns whether a resumed run begins with a validation."""
     return trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
 
 
 def forget_restart(trainer: pl.Trainer) -> None:
     """Resets the counters of an interrupted run when a validation starts.
 
-    The count of validation batches would else make the next checkpoint look like one of an interrupted
-    validation. And as long as the epoch counts as restarted, Lightning leaves out schedulers on a plateau,
-    for want of the metric that this validation gives.
+    Otherwise the count of validation batches would make the next checkpoint look like one from an interrupted
+    validation. Lightning also skips ReduceLROnPlateau while the epoch counts as restarted, because it expects
+    the metric to be missing.
     """
     if trainer.state.fn == "fit" and not trainer.sanity_checking:
         loop = trainer.fit_loop

@@ -1,4 +1,4 @@
-"""Answers SLURM's requeue signal between two training steps."""
+"""`RequeueBetweenSteps`: the callback that delays SLURM's requeue checkpoint to the end of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qat_lightning.base import lightning_internals
 
 
 class RequeueBetweenSteps(pl.Callback):
-    """Writes SLURM's requeue checkpoint only between steps, so that the run resumes exactly.
+    """Writes SLURM's requeue checkpoint between two steps, so that the run resumes exactly.
 
-    Lightning writes it wherever the signal finds the process, as in the middle of a backward pass, and then
-    requeues the job. This waits for the end of the step, or of the batch that is validated, on every process.
-    Outside of SLURM it does nothing.
+    When SLURM's signal arrives, Lightning writes the checkpoint at once, even in the middle of a backward
+    pass, and then requeues the job. This callback waits for the end of the training step or validation batch,
+    on every process. Outside of SLURM it does nothing.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class RequeueBetweenSteps(pl.Callback):
         self._came = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replaces Lightning's signal handler by one that remembers the signal."""
+        """Replaces Lightning's signal handler with one that only remembers the signal."""
         environment = lightning_internals.cluster_environment(trainer)
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
@@ -34,17 +34,17 @@ class RequeueBetweenSteps(pl.Callback):
         answer = signal.getsignal(self._signal)
         if callable(answer) and answer != self._remember:
             self._answer, self._came = answer, False
-            signal.signal(self._signal, self._remember)  # Lightning puts back what was there before it
+            signal.signal(self._signal, self._remember)  # Lightning restores the original handler at the end
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Answers a signal, unless gradients of the next step have been accumulated."""
+        """Handles a signal, unless gradients for the next step have been accumulated already."""
         if not lightning_internals.accumulates(trainer):
             self._answer_if_it_came(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
-        """Answers a signal during a validation of fit. The requeued run repeats the validation."""
+        """Handles a signal during a validation inside fit. The requeued run repeats the validation."""
         if not trainer.sanity_checking:
             self._answer_if_it_came(trainer)
 
@@ -54,7 +54,7 @@ class RequeueBetweenSteps(pl.Callback):
     def _answer_if_it_came(self, trainer: pl.Trainer) -> None:
         if self._answer is None:
             return
-        # Every process has to write the checkpoint at the same step; the signal reaches them one by one.
+        # The signal reaches the processes at different times, but all must write the checkpoint together.
         if trainer.strategy.reduce_boolean_decision(self._came, all=False):
             self._came = False
             self._answer(self._signal, None)

@@ -1,4 +1,4 @@
-"""Facts about a Trainer: whether it is supported, how long its run is, how far it has come."""
+"""Answers questions about a Trainer: whether it is supported, how long its run is, how far it has come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Raises a `MisconfigurationException` for strategies and precisions that cannot work."""
+    """Raises a `MisconfigurationException` if the strategy or the precision is not supported."""
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
             "Quantization-aware training needs every parameter whole on every rank, but "
@@ -46,18 +46,18 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 
 def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Calls the module's `configure_model`, if it has one, within the contexts that Lightning uses."""
+    """Calls the module's `configure_model`, if it has one, in the same contexts as Lightning."""
     if is_overridden("configure_model", module):
         lightning_internals.configure_model(trainer)
 
 
 def epochs(trainer: pl.Trainer) -> float:
-    """Returns the epochs of the whole run, infinite without a limit."""
+    """Returns the number of epochs of the whole run; infinite without a limit."""
     return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
 
 
 def steps(trainer: pl.Trainer) -> float:
-    """Returns the steps of the whole run in the unit of :func:`steps_done`, infinite without a limit."""
+    """Returns the number of steps of the whole run, counted as in :func:`steps_done`; may be infinite."""
     if _counts_batches(trainer):
         return trainer.num_training_batches * epochs(trainer)
     limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
@@ -65,10 +65,10 @@ def steps(trainer: pl.Trainer) -> float:
 
 
 def steps_done(trainer: pl.Trainer) -> int:
-    """Returns the steps done so far: optimizer steps, or with manual optimization batches.
+    """Returns the number of steps done so far: optimizer steps, or batches under manual optimization.
 
-    With manual optimization a batch may step several optimizers, or none, and Lightning's global step counts
-    each; only in batches is the length of a run of so many epochs known.
+    Under manual optimization, a batch may step several optimizers or none, and Lightning's global step counts
+    each of these steps. So the length of the run is known only in batches.
     """
     if _counts_batches(trainer):
         return max(trainer.fit_loop.total_batch_idx, 0)
@@ -76,7 +76,7 @@ def steps_done(trainer: pl.Trainer) -> int:
 
 
 def _accumulated_steps(trainer: pl.Trainer) -> int | None:
-    """Returns the steps of a run whose gradient accumulation changes by epoch; Lightning cannot tell."""
+    """Returns the number of steps if gradient accumulation changes by epoch, which Lightning cannot count."""
     found = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
     if not found or not math.isfinite(trainer.num_training_batches * epochs(trainer)):
         return None
@@ -94,28 +94,28 @@ def callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which writes nothing."""
+    """Returns whether this is a `fast_dev_run`, which writes no files."""
     return bool(vars(trainer).get("fast_dev_run"))
 
 
 def is_compiled(module: pl.LightningModule) -> bool:
-    """Whether `module` or a network in it is compiled."""
+    """Returns whether `module` or a network in it is compiled."""
     return lightning_internals.is_compiled(module) or holds_compiled(module)
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
-    """Returns the folder of the run's checkpoints, or its root folder without checkpoints."""
+    """Returns the folder of the run's checkpoints, or `default_root_dir` if there is none."""
     beside = getattr(trainer.checkpoint_callback, "dirpath", None)
     return Path(beside or trainer.default_root_dir)
 
 
 def validation_data(trainer: pl.Trainer) -> Any:
-    """Returns the user's validation loaders, whole rather than a rank's share, or None."""
+    """Returns the user's validation loaders over all data, not only this rank's share, or None."""
     source = lightning_internals.validation_source(trainer)
     return source.dataloader() if source.is_defined() else None
 
 
 def highest_learning_rate(trainer: pl.Trainer) -> float:
-    """Returns the current highest learning rate of any parameter group."""
+    """Returns the highest current learning rate among all parameter groups."""
     rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return float(max(rates, default=0.0))

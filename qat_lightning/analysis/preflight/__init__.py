@@ -1,4 +1,4 @@
-"""The preflight: would a network train, convert and run as int8, and how much of it becomes int8?"""
+"""The preflight: checks whether a network trains, converts and runs as int8, and how much becomes int8."""
 
 from qat_lightning.analysis.preflight.network_report import Finding, NetworkReport
 from qat_lightning.analysis.preflight.preflight import preflight

@@ -1,4 +1,4 @@
-"""Locates calls in the user's code: the running module, the file and the line."""
+"""Locates calls in the user's code: which module runs, and in which file and line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import is_user_file, stack_line
 
-_GENERATED = "<eval_with_key>"  # what torch.fx names the files of its graphs
+_GENERATED = "<eval_with_key>"  # torch.fx's file name for the code of its graphs
 
 
 class CallLocation(TorchFunctionMode):
-    """The running modules and operation; after an error, those that raised it.
+    """Tracks the running modules and the last operation. After an error, these are the ones that raised it.
 
     Attributes:
         path: Names of the modules, outermost first.
@@ -38,7 +38,7 @@ class CallLocation(TorchFunctionMode):
 
 @contextmanager
 def follow(module: nn.Module) -> Iterator[CallLocation]:
-    """Follows which submodule of `module` runs and what it calls, inside the block."""
+    """Tracks which submodule of `module` runs, and what it calls, inside the block."""
     here = CallLocation()
     handles = []
     for name, child in module.named_modules():
@@ -58,7 +58,7 @@ def _enter(here: CallLocation, name: str) -> Any:
 
 
 def line_of_error(error: BaseException, module: nn.Module) -> str | None:
-    """The last line of the user's own code that led to `error`, as `file:line: code`."""
+    """Returns the last line of the user's code that led to `error`, as `file:line: code`."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if frame.filename.startswith(_GENERATED):
@@ -70,7 +70,7 @@ def line_of_error(error: BaseException, module: nn.Module) -> str | None:
 
 @contextmanager
 def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
-    """Yields, for each submodule, the user's line that calls it first inside the block."""
+    """Yields a dict that gets, for each submodule, the user's line that first calls it inside the block."""
     lines: dict[str, str] = {}
 
     def note(name: str) -> Any:
@@ -99,7 +99,7 @@ def _users_frame(frame: FrameType | None) -> str:
 
 
 def _line_in_graph(module: nn.Module, code: str) -> str | None:
-    """Returns the user's line behind a line of a graph's code, found by the name of its node."""
+    """Returns the user's line from which a line of a graph's code was traced, found by its node's name."""
     name = code.split("=")[0].split(":")[0].strip()
     for _, graph in graphs(module):
         for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Explains why a network does not run as int8: turns PyTorch's message into the line and the fix."""
+"""Explains why a dry run failed: turns PyTorch's error into one that names the line and the fix."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class _Words(NamedTuple):
 def explain(
     error: Exception, network: nn.Module, name: str, stage: str, here: CallLocation
 ) -> PreflightError:
-    """Turns an `error` of a dry run into one that names its place and its fix.
+    """Turns an error of a dry run into one that names the place and the fix.
 
     Args:
-        error: What PyTorch raised.
+        error: The error that PyTorch raised.
         network: The copy that ran.
-        name: Its name in the LightningModule.
-        stage: What was done: `"conversion"`, `"int8 forward"`, …
-        here: Which submodules were running.
+        name: Name of the network in the LightningModule.
+        stage: The stage that failed: `"conversion"`, `"int8 forward"`, …
+        here: The submodules that were running.
     """
     path = here.path[-1] if here.path else ""
     kind = type(network.get_submodule(path)).__name__

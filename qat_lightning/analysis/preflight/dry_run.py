@@ -27,15 +27,15 @@ from qat_lightning.quantize.recipe import recipe_of
 
 
 def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
-    """Does once what a run will do: a training step, the conversion, and an int8 forward.
+    """Does a training step, the conversion and an int8 forward, and reports on the result.
 
     Args:
         name: Name of the network in the LightningModule.
-        prepared: A copy of the prepared network, on the CPU. It is used up.
-        inputs: What to call it with.
+        prepared: A copy of the prepared network, on the CPU. It is changed.
+        inputs: Inputs of the network.
 
     Raises:
-        PreflightError: One of these fails.
+        PreflightError: One of these steps fails.
     """
     start = time.perf_counter()
     recipe = recipe_of(prepared)
@@ -80,7 +80,7 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
 
 @contextmanager
 def stage(what: str, name: str, network: nn.Module) -> Iterator[None]:
-    """Turns an error in the block into one that names its place."""
+    """Turns an error in the block into a `PreflightError` that names the place and the fix."""
     with follow(network) as here:
         try:
             yield
@@ -91,7 +91,7 @@ def stage(what: str, name: str, network: nn.Module) -> Iterator[None]:
 
 
 def _surrogate_loss(outputs: Any) -> torch.Tensor:
-    """Returns a loss that depends on all outputs. The user's own may need labels."""
+    """Returns a loss that depends on all outputs. The user's own loss may need labels."""
     terms = [v.float().square().mean() for v in tree_leaves(outputs) if _has_gradient(v)]
     if not terms:
         raise RuntimeError("its outputs hold no tensor with a gradient")
@@ -103,7 +103,7 @@ def _has_gradient(value: Any) -> bool:
 
 
 def _check_eval(int8: nn.Module) -> None:
-    """Raises if a module ignores `eval()`: it would convert in training mode."""
+    """Raises a `PreflightError` if a module ignores `eval()`, because it would run in training mode."""
     for name, module in int8.named_modules():
         if module.training:
             kind = type(module)

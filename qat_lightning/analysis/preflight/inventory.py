@@ -1,4 +1,4 @@
-"""Takes inventory of an int8 network: fused layers, float layers, multiply-adds."""
+"""Counts what is in an int8 network: int8, fused and float layers, float operations, multiply-adds."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _BATCH_NORM = "BatchNorm"
 
 
 class Work(NamedTuple):
-    """The multiply-adds of one forward pass: of each layer with weights, and in total."""
+    """The multiply-adds of one forward pass, for each layer with weights and in total."""
 
     layers: dict[str, int]
     total: int
 
 
 def count_work(network: nn.Module, inputs: Inputs) -> Work:
-    """Counts multiply-adds. Those of attention count only in the total."""
+    """Counts multiply-adds in one forward pass. Those of attention are only in the total."""
     macs: Counter[str] = Counter()
 
     def note(name: str) -> Any:
@@ -68,7 +68,7 @@ def fused_layers(prepared: nn.Module) -> dict[str, int]:
 
 
 def parts(module: nn.Module) -> str:
-    """Names the layers in a fused one: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
+    """Names the modules in a fused layer: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
     name = type(module).__name__
     size = name[-2:] if name.endswith("d") else "1d"
     parts = [
@@ -127,7 +127,7 @@ def _why_alone(module: nn.Module) -> str:
 
 
 def float_ops(int8: nn.Module) -> list[Finding]:
-    """Returns the float operations between int8 ones in int8 graphs."""
+    """Returns the float operations between int8 operations in the graphs of an int8 network."""
     return [finding for module, graph in graphs(int8) for finding in _float_ops_of(module, graph)]
 
 

@@ -1,4 +1,4 @@
-"""The result of a preflight, as values and as a table."""
+"""`NetworkReport`: the result of a preflight for one network, as values and as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Finding:
         kind: Its type.
         why: The reason.
         line: The line of the user's code that calls it, as `file:line: code`.
-        macs: Multiply-adds of one call on the inputs that were tried; 0 where it is no layer with weights.
+        macs: Multiply-adds of one call on the preflight's inputs; 0 if it is not a layer with weights.
     """
 
     name: str
@@ -38,16 +38,16 @@ class NetworkReport:
         name: Its name in the LightningModule, `""` for the module itself.
         kind: Its class.
         mode: `"eager"` or `"fx"`.
-        backend: The engine it was tried on.
+        backend: The engine of the int8 network.
         layers: Number of layers with weights that become int8.
         fused: Number of fused layers of each kind, such as `{"Conv2d+BatchNorm2d+ReLU": 17}`.
         relu6: Number of ReLU6 that became ReLU.
         float_layers: Layers with weights that stay float.
         batch_norms: Batch-norms that are not fused into the layer before them.
-        float_ops: Float operations between int8 ones: each costs a dequantization and a quantization.
+        float_ops: Float operations between int8 operations. Each costs a dequantization and a quantization.
         int8_share: Share of the multiply-adds that is int8, 0 to 1.
-        sqnr: Decibels between the fake-quant and the int8 outputs, on the samples that were tried.
-        seconds: What the preflight took.
+        sqnr: SQNR between the fake-quant and the int8 outputs, in dB, on the preflight's inputs.
+        seconds: Duration of the preflight.
     """
 
     name: str
@@ -84,7 +84,7 @@ class NetworkReport:
 
 
 def preflight_table(reports: Iterable[NetworkReport]) -> Table:
-    """Builds a table for the terminal: what was fused, what stays float and why."""
+    """Returns a table for the terminal: what was fused, and what stays float and why."""
     table = Table(title="Preflight", show_lines=False)
     for column in ("network", "what", "which"):
         table.add_column(column, overflow="fold")

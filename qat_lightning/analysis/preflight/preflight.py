@@ -26,19 +26,19 @@ def preflight(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor,
     **options: Unpack[ModuleOptions],
 ) -> list[NetworkReport]:
-    """Tries a whole run on a copy, in seconds: prepare, a training step, convert, an int8 forward.
+    """Does a whole run on a copy, in seconds: prepare, a training step, convert, an int8 forward.
 
-    The module is not changed, nor are its batch-norm statistics, its mode and the random generators. Only the
-    first samples of the inputs are used.
+    The module, its batch-norm statistics, its mode and the random generators do not change. Only the first
+    samples of the inputs are used.
 
     Args:
-        module: A float LightningModule, whose networks are tried, or a float network.
-        example_inputs: What its forward takes: a tensor, a tuple of positional arguments, or a mapping of
-            keyword arguments; a batch of at least two samples, which batch-norm needs.
+        module: A float LightningModule, whose networks are checked, or a float network.
+        example_inputs: Inputs of its forward: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments. The batch needs at least two samples, because of batch-norm.
         **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`.
 
     Returns:
-        A report for each network that the module's forward calls; the others are not tried.
+        A report for each network that the module's forward calls. Other networks are not checked.
 
     Raises:
         PreflightError: A network would not train, convert or run; the message names the module, the line
@@ -92,7 +92,7 @@ def _as_inputs(example_inputs: Any) -> Inputs:
 
 
 def _is_whole(module: nn.Module, settings: Settings) -> bool:
-    """Whether `module` is one network rather than a LightningModule with networks."""
+    """Returns whether `module` is one network rather than a LightningModule with networks."""
     return settings.modules is None and not hasattr(module, "training_step")
 
 

@@ -1,1 +1,1 @@
-"""Several processes, one result: ranges are merged, grids compared, failures shared."""
+"""Keeps the processes of a distributed run consistent: merges ranges, compares qparams, shares errors."""

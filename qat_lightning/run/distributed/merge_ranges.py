@@ -1,9 +1,8 @@
 """Merges the ranges that the processes of a distributed run have observed.
 
-DistributedDataParallel broadcasts rank 0's buffers at every forward, which would throw away what
-the other ranks observed. The buffers of fake-quantizes are kept out of that broadcast, and merged
-in one collective where a common grid is needed: before a validation, a checkpoint, a freeze and the
-conversion.
+DistributedDataParallel broadcasts rank 0's buffers at every forward, and would overwrite the ranges that
+other ranks observed. So the buffers of fake-quantizes are excluded from that broadcast. One collective merges
+them whenever all ranks need the same qparams: before a validation, a checkpoint, a freeze and the conversion.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from qat_lightning.run.distributed.processes import several_processes
 
 
 def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
-    """Keeps the buffers of every fake-quantize in `module` out of DistributedDataParallel's broadcast.
+    """Excludes the buffers of every fake-quantize in `module` from DistributedDataParallel's broadcast.
 
-    Must happen before `module` is wrapped. What the user has listed stays listed. Histograms cannot be
-    merged by their extremes: they stay in the broadcast, so that all ranks go on from rank 0's.
+    Call it before `module` is wrapped. Names that the user has excluded stay excluded. Histogram observers
+    cannot be merged by minimum and maximum, so they stay in the broadcast: all ranks use rank 0's.
     """
     names = {
         f"{name}.{buffer}"
@@ -36,15 +35,15 @@ def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
 
 
 def merge_ranges(module: nn.Module) -> None:
-    """Gives all processes the merged ranges.
+    """Merges the ranges of all processes, and sets the result on each.
 
-    A minimum is the least of the ranks', a maximum the greatest; of moving averages it is the mean, of
-    histograms the first rank's. A rank whose observer saw no data contributes nothing. One all-gather of
-    one flat tensor; every rank then computes the same numbers in the same order, so that the grids are equal
-    bit for bit, which is checked. Without distributed training it does nothing.
+    Minima and maxima become the least and the greatest of all ranks, moving averages become their mean, and a
+    histogram is taken from the first rank that has one. Observers that saw no data do not count. There is one
+    all-gather of one flat tensor. Every rank then computes the same numbers in the same order, so the qparams
+    are equal bit for bit, and this is checked. Without distributed training it does nothing.
 
     Raises:
-        RankMismatchError: On every rank, if a grid is not the same on all.
+        RankMismatchError: The qparams of a fake-quantize differ between ranks. Every rank raises it.
     """
     if not several_processes():
         return
@@ -96,6 +95,6 @@ def _merged(lows: Tensor, highs: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]
 
 
 def _mean(values: Tensor, seen: Tensor, nothing: float) -> Tensor:
-    """Averages in float64, in which the mean of equal numbers is exact, so that a frozen range stays."""
+    """Averages in float64, where the mean of equal numbers is exact, so frozen ranges do not change."""
     mean = torch.where(seen, values, 0).double().sum(0) / seen.sum(0)
     return mean.to(values.dtype).masked_fill(~seen.any(0), nothing)

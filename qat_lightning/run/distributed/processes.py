@@ -1,4 +1,4 @@
-"""Lets the processes of a distributed run succeed or fail together."""
+"""Makes the processes of a distributed run fail together, and gathers values from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat_lightning.base.errors import RankError
 
 
 def several_processes() -> bool:
-    """Whether this process is one of several in a process group."""
+    """Returns whether this process is one of several in a process group."""
     running = distributed.is_available() and distributed.is_initialized()
     return running and distributed.get_world_size() > 1
 
@@ -28,15 +28,15 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def fail_together(doing: str) -> Iterator[None]:
-    """Raises on every rank if the block raises on any rank.
+    """Raises an error on every rank if the block raises one on any rank.
 
-    Every rank must come here, and the block must not wait for other ranks itself.
+    Every rank must enter the block, and the block must not wait for other ranks itself.
 
     Args:
-        doing: What the block does, in words: `"preparing the networks"`.
+        doing: What the block does, for the message: `"preparing the networks"`.
 
     Raises:
-        RankError: Another rank failed, and this one did not.
+        RankError: The block failed on another rank, but not on this one.
     """
     failure: Exception | None = None
     try:

@@ -1,1 +1,1 @@
-"""The parts that the callback is made of, each with a concern and hooks of its own."""
+"""The parts of the callback. Each handles one concern of a run with its own hooks."""

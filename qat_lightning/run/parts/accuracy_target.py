@@ -1,9 +1,9 @@
 """The accuracy target of a run: a search before training finds the layers that stay float.
 
-Networks are prepared in `setup`, before Lightning restores a checkpoint, and before it says whether it will.
-So the layers of a resumed run are not known there. They are in the recipe that its weights bring: as these
-are loaded, networks that were prepared otherwise are prepared anew, and what the search has found is
-forgotten.
+Networks are prepared in `setup`, before Lightning restores a checkpoint. At that time it is not known whether
+there is a checkpoint, nor which layers it keeps float. Its state dict holds a recipe that names them. So when
+the state dict is loaded, networks that do not match the recipe are prepared again, and the result of the
+search is discarded.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from qat_lightning.run.parts.target_search import search, what_to_measure
 
 
 class Found(NamedTuple):
-    """The result of a search: names for `keep_float`, or an error that counts unless weights are loaded."""
+    """The result of a search: names for `keep_float`, or an error to raise unless weights are loaded."""
 
     names: tuple[str, ...] = ()
     failure: Exception | None = None
 
 
 class LayerSearch(Part):
-    """Searches for the layers that stay float. A resumed run keeps the layers it began with.
+    """Searches for the layers that stay float. A resumed run keeps the layers that it started with.
 
     Args:
-        target: What to reach; None for no search.
+        target: The accuracy target; None for no search.
     """
 
     def __init__(self, target: AccuracyTarget | None) -> None:
@@ -54,7 +54,7 @@ class LayerSearch(Part):
 
     @property
     def is_set(self) -> bool:
-        """Whether there is a target."""
+        """Returns whether there is a target."""
         return self._target is not None
 
     # Before the run.
@@ -70,12 +70,13 @@ class LayerSearch(Part):
 
         Args:
             trainer: The Trainer, in `setup`.
-            module: The module, whose networks are about to be prepared.
-            settings: How.
-            earlier: The networks that an earlier fit has prepared, with which this one goes on.
+            module: The module whose networks are about to be prepared.
+            settings: How to prepare them.
+            earlier: The networks that an earlier fit has prepared. If `module` still holds them, there is no
+                search.
 
         Returns:
-            `settings` with the layers that were found in `keep_float`.
+            `settings`, with the layers that were found added to `keep_float`.
         """
         self._leave()
         if self._target is None:
@@ -99,13 +100,13 @@ class LayerSearch(Part):
         return replace(settings, keep_float=(*settings.keep_float, *self._found.names))
 
     def settle(self, module: pl.LightningModule) -> bool:
-        """Ends the period in which loaded weights may decide the layers.
+        """Ends the time in which loading weights can change the layers.
 
         Returns:
-            Whether networks were prepared anew.
+            Whether networks were prepared again.
 
         Raises:
-            TargetError: The search has failed, and no weights were loaded. The networks are float again.
+            TargetError: The search failed, and no weights were loaded. The networks are float again.
         """
         stored = self._stored
         self._leave()
@@ -125,7 +126,7 @@ class LayerSearch(Part):
         return {"target": {"max_drop": self._target.max_drop, "kept": list(self._found.names)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Warns if a resumed run asks for another target than it began with."""
+        """Warns if a resumed run has another target than the one that it started with."""
         began = None if state.get("target") is None else state["target"]["max_drop"]
         if self._target is not None and began != self._target.max_drop:
             rank_zero_warn(
@@ -152,11 +153,11 @@ class LayerSearch(Part):
 
 
 class _Stored:
-    """A load-state-dict pre-hook that prepares networks the way the loaded weights were prepared.
+    """A load-state-dict pre-hook that prepares networks again if the loaded recipes keep other layers float.
 
     Attributes:
-        loaded: What these kept float; None before weights are loaded.
-        anew: Whether networks were prepared anew.
+        loaded: The layers that the loaded recipes keep float; None before weights are loaded.
+        prepared_again: Whether networks were prepared again.
     """
 
     def __init__(self, settings: Settings, networks: dict[str, nn.Module] | None) -> None:
@@ -201,7 +202,7 @@ def _differs(module: nn.Module, name: str, keep_float: Iterable[str]) -> bool:
 
 
 def _sharing_copies(module: nn.Module, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns copies of float networks that share all parameters and buffers."""
+    """Returns copies of float networks that share all parameters and buffers with `module`."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     return copy.deepcopy(networks, shared)  # type: ignore[arg-type]
 

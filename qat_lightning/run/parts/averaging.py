@@ -1,10 +1,10 @@
-"""Supports Lightning's weight averaging: gives averaged weights their qparams.
+"""Supports Lightning's weight averaging: computes the qparams of averaged weights.
 
-`WeightAveraging` averages the buffers as it averages the parameters. An average of activations' ranges is a
-range; one of scales, zero points and flags is nothing. So the grids of activations are made of their averaged
-ranges, and those of weights, which would lag behind, of the averaged weights.
-`StochasticWeightAveraging` ends with an epoch for the batch-norm statistics of its weights, in which the
-grids follow.
+`WeightAveraging` can average buffers like parameters. Averaged ranges are valid ranges, but averaged scales,
+zero points and flags mean nothing. So the qparams of activations are computed from their averaged ranges. The
+qparams of weights are computed from the averaged weights, because averaged ranges would lag behind them.
+`StochasticWeightAveraging` ends with an epoch that estimates the batch-norm statistics of the averaged
+weights. Observers are on in that epoch, so the qparams follow.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Averaging(Part):
 
 
 def adopt(trainer: pl.Trainer) -> None:
-    """Averages floating-point buffers; copies counters, zero points and flags.
+    """Makes `WeightAveraging` average only floating-point buffers, and copy counters, zero points and flags.
 
     Raises:
         MisconfigurationException: The ranges of a network cannot be averaged.
@@ -71,9 +71,10 @@ def adopt(trainer: pl.Trainer) -> None:
 
 
 def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Computes the qparams of the average from its averaged ranges, or from `module`'s if those saw nothing.
+    """Computes the qparams of the average from its averaged ranges.
 
-    Lightning averages after each step, and uses the average in validations, checkpoints and at the end.
+    If an averaged range is empty, that of `module` is used. Lightning averages after each step, and uses the
+    average in validations, in checkpoints and at the end.
     """
     if trainer.state.fn != "fit":
         return
@@ -100,7 +101,7 @@ def finish(trainer: pl.Trainer, module: nn.Module) -> None:
 
 
 def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
-    """Returns `phase`, adapted in the epoch in which SWA estimates batch-norm statistics."""
+    """Returns `phase`; while SWA estimates batch-norm statistics, these and observers are on."""
     estimating = any(
         isinstance(c, StochasticWeightAveraging)
         and averages_batch_norms(c)
@@ -118,7 +119,7 @@ def _averages(trainer: pl.Trainer) -> Iterator[AveragedModel]:
 
 
 def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Returns the observed range, or None."""
+    """Returns the observed range, or None if the observer saw no data."""
     observer = fake_quantize.activation_post_process
     low, high = observer.min_val, observer.max_val
     return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None

@@ -1,4 +1,4 @@
-"""Groups of the callback's arguments: frozen dataclasses that check themselves."""
+"""`AccuracyTarget` and `Distillation`: arguments of the callback that group several values and check them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from qat_lightning.run.parts import teachers
 
 @dataclass(frozen=True)
 class AccuracyTarget:
-    """How much of a metric int8 may lose before training; the few layers that this takes stay float.
+    """How much of a metric int8 may lose before training. A few layers stay float to reach it.
 
-    They are searched for at the start of fit, on the validation data, and stay float beside `keep_float`. See
-    :func:`qat_lightning.keep_for_target`. The module has to hold trained weights. A resumed run keeps the
-    layers that it began with.
+    At the start of fit, :func:`qat_lightning.keep_for_target` finds these layers on the validation data. They
+    stay float in addition to `keep_float`. The module must hold trained weights. A resumed run keeps the
+    layers that it started with.
 
     Args:
-        max_drop: By how many percentage points the metric may fall. Of a metric between 0 and 1, 0.5 allows
-            0.900 to become 0.895; of a percentage between 0 and 100, 90.0 to become 89.5.
-        metric: Its name, as `validation_step` logs it. By default the one that the first ModelCheckpoint
-            monitors.
-        mode: `"max"` if more of it is better, `"min"` if less is. By default that of the callback that
-            monitors it.
+        max_drop: By how many percentage points the metric may fall. For a metric between 0 and 1, 0.5 allows
+            a fall from 0.900 to 0.895; for a percentage between 0 and 100, from 90.0 to 89.5.
+        metric: Name of the metric, as `validation_step` logs it. By default the one that the first
+            ModelCheckpoint monitors.
+        mode: `"max"` if a higher metric is better, `"min"` if a lower one is. By default the mode of the
+            callback that monitors it.
 
     Raises:
         ValueError: A value is out of range.
@@ -51,18 +51,20 @@ class AccuracyTarget:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Whose logits the network learns beside its labels.
+    """The teacher whose logits the network learns in addition to its labels.
 
-    `training_step` stays as it is: the divergence from the teacher is added to the gradient of its loss, and
-    logged as `train/distillation` (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
+    `training_step` need not change: the gradient of the divergence from the teacher is added to that of its
+    loss. The divergence is logged as `train/distillation` (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531).
 
     Args:
-        teacher: `"self"`, the float network with the weights that it has when `fit` is called; another float
-            network; or, where there are several networks, a mapping of their names to these. A network is
-            copied and frozen, and no checkpoint holds it.
-        weight: Factor of the divergence. 1 by default: as much as a cross entropy in the mean over the batch.
-        temperature: What the logits of both networks are divided by before the softmax. 1 by default: the
-            network reproduces the float network's own answer, and no softer one.
+        teacher: `"self"`, the float network with its weights at the call of `fit`; another float network; or
+            a mapping from the names of several networks to their teachers. A teacher is copied and frozen,
+            and checkpoints do not hold it.
+        weight: Factor of the divergence. 1 by default: the divergence then weighs as much as a cross entropy
+            averaged over the batch.
+        temperature: Divides the logits of both networks before the softmax. 1 by default: the network learns
+            the teacher's own probabilities. Higher values soften them.
 
     Raises:
         ValueError: A value is out of range, or the teacher is quantized.

@@ -1,8 +1,8 @@
 """Distillation: adds the divergence from a frozen float teacher's logits to the user's loss.
 
-The user's `training_step` stays what it is. Lightning hands the loss to no hook that could replace it, so the
-term enters where it acts: the backward of the loss reaches the network's logits, and there the gradient of
-the term is added to it, scaled as the loss is. By the chain rule that is the gradient of the sum.
+The user's `training_step` does not change. No hook of Lightning can replace the loss, so the term is added in
+the backward pass: when the gradient of the loss reaches the network's logits, the gradient of the term is
+added to it, scaled like the loss. By the chain rule the result is the gradient of the sum.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ METRIC = "train/distillation"
 
 
 class Term(NamedTuple):
-    """The term that one call of a network adds to the loss.
+    """The term that one call of a network adds to the loss: the weighted divergence.
 
     Attributes:
         value: The term.
-        gradient: Its gradient by the logits.
+        gradient: Its gradient with respect to the logits.
         size: The size of the batch.
     """
 
@@ -44,10 +44,10 @@ class Term(NamedTuple):
 
 
 class Teaching(Part):
-    """Runs the teachers alongside their networks, and adds the divergence to the gradient.
+    """Runs each teacher on its network's inputs, and adds the gradient of the divergence.
 
     Args:
-        distillation: The teacher and its weight, or None.
+        distillation: The teacher, its weight and the temperature, or None.
     """
 
     def __init__(self, distillation: Distillation | None) -> None:
@@ -79,11 +79,11 @@ class Teaching(Part):
         self._fingerprint = teachers.fingerprint(self._taken) if self._taken else None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Moves the teachers to the run's device, and checks that a resumed run has the same ones.
+        """Moves the teachers to the run's device, and checks that a resumed run has the same teachers.
 
         Raises:
             MisconfigurationException: The module is compiled.
-            ValueError: The run that is resumed had another teacher.
+            ValueError: The resumed run had another teacher.
         """
         if self._teachers:
             if trainer_facts.is_compiled(module):
@@ -99,11 +99,11 @@ class Teaching(Part):
         self._check_resumed()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run must share with this one: plain values, no weights."""
+        """Returns what must be the same in a resumed run, as plain values: no weights, only their hash."""
         return {"teacher": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keeps the stored values until the teachers can be compared."""
+        """Keeps the loaded values until the teachers can be compared."""
         self._resumed = [state.get("teacher")]
 
     def _identity(self) -> dict[str, Any] | None:
@@ -130,26 +130,26 @@ class Teaching(Part):
     # At every training batch. The hooks exist in it alone, or copies of the networks would have them.
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Starts listening to the networks."""
+        """Adds the hooks to the networks."""
         self._stop()
         for network in self._teachers:
             self._hooks.append(network.register_forward_pre_hook(self._ask, with_kwargs=True))
             self._hooks.append(network.register_forward_hook(self._listen))
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Notes the scale of the loss before its backward."""
+        """Stores the scale of the loss before its backward pass."""
         self._loss_scale = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stops adding, so that other backwards, such as a gradient penalty's, stay as they are."""
+        """Stops adding, so that other backward passes, such as a gradient penalty's, do not change."""
         self._loss_scale = self._scaler = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Logs the term, and stops listening.
+        """Logs the term, and removes the hooks.
 
         Raises:
-            MisconfigurationException: Weights have changed, and no term has had a part in it.
+            MisconfigurationException: The optimizer has made a step, but no term was added to a gradient.
         """
         added = self._added
         self._stop()
@@ -187,7 +187,7 @@ class Teaching(Part):
         self._end()
 
     def _end(self) -> None:
-        """Stops listening, and frees the device."""
+        """Removes the hooks, and moves the teachers off the device."""
         self._stop()
         for teacher in self._teachers.values():
             teacher.cpu()
@@ -242,17 +242,18 @@ class Teaching(Part):
 
 @torch.no_grad()
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`temperature`² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature)), in float32.
+    """Computes `temperature`² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature)).
 
-    Hinton et al., https://arxiv.org/abs/1503.02531; squared, since the gradient shrinks by it.
+    All in float32. The factor `temperature`² is from Hinton et al., https://arxiv.org/abs/1503.02531: it
+    compensates for gradients that shrink with the square of the temperature.
 
     Args:
         logits: Batch x classes, or batch x classes x height x width.
-        teacher: The same of the teacher.
-        temperature: Above 1 the less likely classes count more.
+        teacher: The teacher's logits, of the same shape.
+        temperature: Above 1, less likely classes count more.
 
     Returns:
-        Its mean over batch (and pixels), and the gradient of that by `logits`.
+        The mean over the batch (and pixels), and its gradient with respect to `logits`.
     """
     ours, theirs = (F.log_softmax(each.float() / temperature, dim=1) for each in (logits, teacher))
     count = logits.numel() / logits.shape[1]

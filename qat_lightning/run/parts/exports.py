@@ -1,4 +1,4 @@
-"""Writes the files that a run ends with, one for each requested runtime."""
+"""Writes the int8 files at the end of a run, in each requested format."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ METRICS_KEY = "qat_lightning.metrics"
 
 
 class Exports(Part):
-    """The formats that a run ends with.
+    """Writes the int8 networks in the requested formats.
 
     Args:
         formats: Some of :data:`FORMATS`.
 
     Raises:
-        TypeError: `formats` is no sequence.
+        TypeError: `formats` is not a sequence.
         ValueError: A format is unknown.
     """
 
@@ -51,7 +51,7 @@ class Exports(Part):
 
     @property
     def need_inputs(self) -> bool:
-        """Whether a graph has to be traced."""
+        """Returns whether a format needs example inputs, to trace a graph."""
         return any(each != "torch" for each in self.formats)
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -74,11 +74,12 @@ class Exports(Part):
 
         Args:
             module: The module with the trained networks.
-            int8: The same, converted.
-            names: Names of the networks in it. Where there are several, a graph's file has its network's.
+            int8: Its int8 copy.
+            names: Names of the networks in it. If there are several, each ONNX or OpenVINO file is named
+                after its network.
             folder: Where to write.
-            metrics: What graphs are to say of themselves, beside the recipe.
-            inputs: What the first batch gave each network; graphs are traced and checked with it.
+            metrics: Metrics that ONNX and OpenVINO files hold as metadata, beside the recipe.
+            inputs: The inputs of each network in the first batch, to trace and check the graphs with.
 
         Returns:
             The files, `int8.pt` first.
@@ -98,7 +99,7 @@ class Exports(Part):
         return written
 
     def shipped(self, module: ModuleT, path: Path, names: Sequence[str]) -> ModuleT:
-        """Replaces the network that a graph's file was made from by the file's runtime, in place."""
+        """Replaces a network by the ONNX or OpenVINO file that was exported from it, in place."""
         parts = path.stem.split(".", 1)
         name = parts[1] if len(parts) > 1 else names[0]
         runtime = load_runtime(path)
@@ -106,7 +107,7 @@ class Exports(Part):
 
 
 def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> Any:
-    """The arguments of a network, by name where its `forward` names them all."""
+    """Returns the arguments of a network, by name if its `forward` names them all."""
     if name in inputs:
         return arguments_of(module.get_submodule(name), inputs[name])
     found = example_inputs_of(module, name)
@@ -119,6 +120,6 @@ def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> An
 
 
 def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:
-    """Makes `module`, which is a network itself, run a runtime's `forward`, in place."""
+    """Makes a `module` that is a network itself run the runtime's `forward`, in place."""
     module.__class__ = with_forward(type(module), staticmethod(runtime.forward))  # type: ignore[assignment]
     return module

@@ -1,4 +1,4 @@
-"""The preflight of a run: a dry run on copies of the networks with the first batch's inputs."""
+"""Captures the networks' inputs in the first batch, and dry-runs copies of the networks on them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from qat_lightning.run.part import Part
 
 
 class FirstBatch(Part):
-    """Catches the inputs of the networks in the first batch, and dry-runs copies with them.
+    """Captures the inputs of the networks in the first batch, and dry-runs copies of the networks on them.
 
     Args:
-        dry_run: Whether to try them.
-        catch: Whether something else needs the inputs.
+        dry_run: Whether to do the dry run.
+        catch: Whether another part needs the inputs.
         store: Whether checkpoints hold the inputs, for a run that is resumed after its last step.
 
     Attributes:
-        reports: The result for each network that the first batch reached, on rank 0.
-        inputs: What the first batch gave each network.
+        reports: The report on each network that the first batch reached, on rank 0.
+        inputs: The inputs of each network in the first batch.
     """
 
     def __init__(self, *, dry_run: bool, catch: bool, store: bool) -> None:
@@ -46,7 +46,7 @@ class FirstBatch(Part):
         self._networks = networks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Starts catching inputs, unless that was done before or the module is compiled."""
+        """Starts to capture inputs, unless they were captured before or the module is compiled."""
         if self._done or not (self._dry_run or self._catch):
             return
         self._done = True
@@ -56,10 +56,10 @@ class FirstBatch(Part):
         self._catcher = Catcher(self._networks.values())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keeps the inputs and dry-runs once on rank 0. All ranks get the verdict.
+        """Keeps the inputs, and does the dry run on rank 0. All ranks get its result.
 
         Raises:
-            PreflightError: On every rank, if a network would not convert or run.
+            PreflightError: A network would not convert or run. Every rank raises it.
         """
         if self._catcher is None:
             return
@@ -84,7 +84,7 @@ class FirstBatch(Part):
             self._catcher = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the inputs, if a checkpoint can hold them."""
+        """Returns the inputs if they are plain values, which a checkpoint can hold."""
         if not self._store or not all(map(_is_plain, tree_leaves(list(self.inputs.values())))):
             return {"inputs": {}}
         return {"inputs": {name: inputs._asdict() for name, inputs in self.inputs.items()}}

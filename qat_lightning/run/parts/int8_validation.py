@@ -1,4 +1,4 @@
-"""Validates an int8 copy during training: the network that would be shipped if the run ended now."""
+"""Validates an int8 copy of the module during training, and logs its metrics."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _PREFIXES = ("val/", "val_", "valid/", "valid_", "validation/", "validation_")
 
 
 class Int8Validation(Part):
-    """Logs the metrics of int8, which ModelCheckpoint and EarlyStopping can monitor.
+    """Logs the metrics of an int8 copy. ModelCheckpoint and EarlyStopping can monitor them.
 
     Args:
         every_n_epochs: How often; None for never.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: `every_n_epochs` is below 1.
     """
 
     def __init__(self, every_n_epochs: int | None) -> None:
@@ -40,16 +40,16 @@ class Int8Validation(Part):
 def validate_int8(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
     """Scores a converted copy of `module` with its own `validation_step` and metrics, on the CPU.
 
-    Neither the module nor its loaders' workers nor any random generator is disturbed. Under distributed
-    training every rank scores its share of the data.
+    The module, the workers of its loaders and all random generators stay as they are. In distributed training
+    every rank scores its share of the data.
 
     Args:
         trainer: The Trainer, at the end of a validation epoch.
-        module: The LightningModule that is trained, with its prepared networks.
+        module: The LightningModule in training, with its prepared networks.
 
     Returns:
-        For each metric that the module logs, by its name without a leading `val`: `val_int8/<name>`, what
-        int8 reaches, and `quantization_gap/<name>`, what fake-quantization reaches minus that.
+        Two values for each metric that the module logs, under its name without a leading `val`:
+        `val_int8/<name>` is the metric of int8, and `quantization_gap/<name>` is fake-quant minus int8.
     """
     expected = trainer.callback_metrics
     with random_state.preserved(), torch.inference_mode(False), torch.no_grad():

@@ -23,8 +23,8 @@ class Phases(Part):
 
     Args:
         schedule: The requested schedule.
-        phase_at: Decides the phase of the step that a Trainer is about to do.
-        mark: Notes, with the epoch, what begins.
+        phase_at: Returns the phase of a Trainer's next step.
+        mark: Records an epoch and what begins in it.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Phases(Part):
         self._warned: set[str] = set()
 
     def planned(self, trainer: pl.Trainer) -> Phase:
-        """The phase that the schedule has for the step that `trainer` is about to do."""
+        """Returns the phase that the schedule has for the next step of `trainer`."""
         assert self._resolved is not None
         return self._resolved.phase(trainer.current_epoch, trainer_facts.steps_done(trainer))
 
@@ -75,7 +75,7 @@ class Phases(Part):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the stored schedule, whatever the length of the new run."""
+        """Restores the schedule of the checkpoint, whatever the length of the new run."""
         if state["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state["schedule"])
         now = asdict(self._schedule)

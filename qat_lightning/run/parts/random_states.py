@@ -1,7 +1,8 @@
-"""Exact resume: stores the random state of every process in the checkpoint.
+"""Stores the random state of every process in checkpoints, so that a run resumes exactly.
 
-Lightning restores none. The state is put back at the first epoch start after a resume; in mid-epoch, where
-there is no epoch start, before the first batch's step, or before the validation that is due.
+Lightning does not restore it. The state is restored at the first epoch start after a resume. A resume in the
+middle of an epoch has no epoch start, so the state is restored before the first batch, or before a validation
+that is due.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _KEY = "qat_random_state"
 
 
 class RandomStates(Part):
-    """Holds the random states of all ranks between the load of a checkpoint and the first step after it."""
+    """Keeps the random states of all ranks from the load of a checkpoint until the first step after it."""
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []
@@ -71,10 +72,11 @@ class RandomStates(Part):
 
 
 def _renew_iterator(trainer: pl.Trainer) -> None:
-    """Makes a resumed run draw the order of its epoch from the restored random state.
+    """Makes a resumed run draw the batch order of its epoch from the restored random state.
 
-    Lightning makes the first iterator of a run before any hook, and at a resume keeps it for the epoch; the
-    uninterrupted run made a new one after `on_train_epoch_start`, as Lightning does in every other epoch.
+    Lightning creates the first iterator of a run before any hook, and after a resume uses that iterator for
+    the whole epoch. An uninterrupted run creates a new iterator after `on_train_epoch_start`, as in every
+    other epoch.
     """
     loop = trainer.fit_loop
     renews = trainer.current_epoch > 0 and not loop.is_resuming and not loop.epoch_loop.restarting

@@ -14,10 +14,9 @@ from qat_lightning.run.part import Part
 
 
 class MergedRanges(Part):
-    """Merges the ranges of all processes before each use that needs common ones.
+    """Merges the ranges of all processes before validations and checkpoints, and at the end of training.
 
-    These are a validation, a checkpoint, and the end of the training, the last moment at which the processes
-    can still communicate.
+    At the end of training the processes can communicate for the last time.
     """
 
     def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""The report of a Trainer's run: gathers curves during the run, and measures at its end."""
+"""Makes the report of a run: records curves during the run, and measures the results at its end."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from qat_lightning.run.parts.scores import Shipped, score_all
 
 
 class RunReport(Part):
-    """Gathers a report's data during a run, and writes the report at the end.
+    """Records a report's data during a run, and writes the report at the end.
 
     Args:
-        write: Whether to write one. The curves are gathered in any case.
-        first_batch: Has what the first batch gave each network; used where there is no validation.
-        shipped: Replaces the networks of a fresh module by an exported file.
+        write: Whether to write a report. Curves are recorded in any case.
+        first_batch: Holds the networks' inputs in the first batch, which are used if there is no validation.
+        shipped: Makes a fresh module run an exported file.
 
     Attributes:
-        curves: The course of the training.
+        curves: The metrics of each epoch, and the epochs at which phases began.
     """
 
     def __init__(self, *, write: bool, first_batch: FirstBatch, shipped: Shipped) -> None:
@@ -41,7 +41,7 @@ class RunReport(Part):
         self._networks: Mapping[str, nn.Module] = {}
 
     def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
-        """Keeps a copy of a module that is still float, to score it at the end."""
+        """Keeps a copy of a module that is not yet prepared, to score the float network at the end."""
         self.curves.clear()
         if self._write and trainer.is_global_zero and next(quantized_networks(module), None) is None:
             self._start = copy_of(module).cpu()
@@ -57,7 +57,7 @@ class RunReport(Part):
             self._record(trainer)
 
     def after_conversion(self, trainer: pl.Trainer, result: ConversionResult, folder: Path) -> None:
-        """Measures everything, writes it to `folder` and prints it. A failure is a warning and no more."""
+        """Measures everything, writes the report to `folder` and prints it. A failure is only a warning."""
         if not self._write or result.trained is None or trainer_facts.is_fast_dev_run(trainer):
             return
         try:
@@ -87,7 +87,7 @@ class RunReport(Part):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues the curves of a checkpoint, if it has any.
 
-        The copy is forgotten: the run began elsewhere, and its module need not have held those weights.
+        The float copy is dropped: the resumed run may have started from other float weights.
         """
         self._start = None
         if state.get("curves") is not None:

@@ -19,7 +19,7 @@ from qat_lightning.run import trainer_facts
 from qat_lightning.run.conversion import ConversionResult
 
 SAMPLES = 8
-"""Inputs that layers are compared on: enough for a histogram, few enough to keep every layer's output."""
+"""Number of inputs to compare layers on: enough for histograms, and few enough to keep all outputs."""
 RUNTIMES: Mapping[str, str] = {".pt": "PyTorch", ".onnx": "ONNX Runtime", ".xml": "OpenVINO"}
 
 Shipped = Callable[[pl.LightningModule, Path], pl.LightningModule]
@@ -32,17 +32,18 @@ def score_all(
     names: Sequence[str],
     shipped: Shipped,
 ) -> tuple[list[Score], dict[str, Inputs]]:
-    """Validates each form that a run ends with, each int8 file in its own runtime.
+    """Validates the float, the fake-quant and the int8 networks, each int8 file in its own runtime.
 
     Args:
         trainer: The Trainer, at the end of fit.
-        outcome: What the conversion gave.
+        outcome: The result of the conversion.
         start: The float module that the run started from, if it is known.
         names: Names of the prepared networks.
-        shipped: Replaces the networks of a module by an exported file.
+        shipped: Makes a module run an exported file.
 
     Returns:
-        The scores, and for each network inputs of the validation. Empty where there is no validation.
+        The scores, and for each network some of its inputs in the validation. Both are empty if the run has
+        no validation data.
     """
     data = trainer_facts.validation_data(trainer)
     if data is None:

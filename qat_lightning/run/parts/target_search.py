@@ -1,4 +1,4 @@
-"""Runs the search for an accuracy target inside a Trainer's run: metric, data and device."""
+"""Runs `keep_for_target` inside a Trainer's run: finds the metric, the validation data and the device."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from qat_lightning.run.parts.config import AccuracyTarget
 
 
 def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, str]:
-    """Returns the metric and its mode: those of the target, else those that a callback monitors.
+    """Returns the metric and its mode, from the target or else from the callback that monitors it.
 
     Raises:
-        MisconfigurationException: Neither tells.
+        MisconfigurationException: Neither the target nor a callback names them.
     """
     callbacks = trainer_facts.callbacks(trainer)
     monitored = [
@@ -61,19 +61,19 @@ def search(
 ) -> tuple[str, ...]:
     """Searches on the run's device and validation data, in this process alone.
 
-    The data that ranges are calibrated on is the validation's too: batches of the training data would come
-    with their augmentation, and drawing them would move the state of what counts them for a resume.
+    Ranges are calibrated on validation data, too. Training batches would be augmented, and drawing them would
+    change the state of loaders that count batches for an exact resume.
 
     Args:
         trainer: The Trainer, in `setup`.
-        module: The float module; it is not changed.
-        settings: How it is to be prepared.
+        module: The float module. It does not change.
+        settings: How to prepare it.
         max_drop: As in :func:`qat_lightning.keep_for_target`.
-        metric: What the module's `validation_step` logs.
+        metric: Name of a metric that the module's `validation_step` logs.
         mode: `"max"` or `"min"`.
 
     Raises:
-        TargetError: The layers that may stay float are not enough, or the module is not trained.
+        TargetError: No choice of float layers reaches the target, or the module is not trained.
         MisconfigurationException: There is no validation data, or more than one loader.
     """
     with random_state.preserved():

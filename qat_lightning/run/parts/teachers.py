@@ -1,4 +1,4 @@
-"""The teachers: frozen float networks that the trained networks can learn from."""
+"""Creates, checks and shares the teachers: frozen float networks that the trained networks learn from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TeacherLike = Teacher | Mapping[str, Teacher] | None
 
 
 def copied(teacher: TeacherLike) -> TeacherLike:
-    """Returns `teacher` with copies of its modules, so that later changes to them have no effect.
+    """Returns `teacher` with frozen copies of its modules, so that later changes to them have no effect.
 
     Raises:
-        ValueError: It is another word than `"self"`, an empty mapping, or a quantized network.
-        TypeError: It is of the wrong type.
+        ValueError: `teacher` is a string other than `"self"`, an empty mapping, or a quantized network.
+        TypeError: `teacher` is of the wrong type.
     """
     if isinstance(teacher, Mapping):
         if not teacher:
@@ -59,7 +59,7 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
     """Returns the teacher of each network in `names` that has one.
 
     Raises:
-        ValueError: One module is to teach several networks, or a mapping names none of them.
+        ValueError: One module is the teacher of several networks, or a mapping names an unknown network.
     """
     known = list(names)
     if teacher is None:
@@ -86,12 +86,12 @@ def take(
 
     Args:
         teacher: As :func:`copied` returns it.
-        module: Holds the networks.
-        names: Their names.
+        module: The module that holds the networks.
+        names: Names of the networks.
         earlier: The teachers of networks that an earlier fit has prepared.
 
     Raises:
-        ValueError: A network is to learn from itself, and is prepared already.
+        ValueError: The teacher of a network is `"self"`, but the network is prepared already.
     """
     taken = {}
     for name, each in by_name(teacher, names).items():
@@ -111,7 +111,7 @@ def take(
 
 
 def share(teachers: Iterable[nn.Module]) -> bool:
-    """Broadcasts the first process's teachers to all, as DistributedDataParallel does with weights.
+    """Broadcasts the teachers of rank 0 to all ranks, as DistributedDataParallel does with weights.
 
     Returns:
         Whether there are several processes.
@@ -128,7 +128,7 @@ def share(teachers: Iterable[nn.Module]) -> bool:
 
 
 def fingerprint(teachers: Mapping[str, nn.Module]) -> str:
-    """Returns a hash of all weights and statistics."""
+    """Returns a hash of the teachers' weights and statistics."""
     digest = hashlib.sha256()
     for name, teacher in sorted(teachers.items()):
         for key, tensor in teacher.state_dict().items():
