@@ -133,7 +133,8 @@ def check_make(arguments: tuple[str, ...], folder: Path) -> None:
 
 def recipe(target: str) -> list[str]:
     """The commands that make would run."""
-    line = ["make", "--dry-run", target]
+    # Under another make, this one would also name the directory.
+    line = ["make", "--no-print-directory", "--dry-run", target]
     return subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
