@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import QConfig
 from torch.nn import functional as F
+from torchvision.models import quantization as quantizable
 
 from qat_lightning import QuantizationAwareTraining, keep_for_target, preflight, prepare, sensitivity
 from qat_lightning.base import random_state
@@ -171,7 +172,7 @@ def test_a_qconfig_that_is_refused_changes_nothing() -> None:
 
 
 def test_threads_do_not_see_each_other() -> None:
-    """One prepares again and again; the others infer, normalize, and prepare as well."""
+    """One prepares in fx and in eager mode; the others infer, normalize, and prepare as well."""
     function, call, read = F.batch_norm, nn.Module.__call__, nn.Module.__getattr__
     stop, errors = threading.Event(), []
     reference = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
@@ -201,6 +202,7 @@ def test_threads_do_not_see_each_other() -> None:
         prepare(others.pop())
 
     networks = [timm.create_model("mobilenetv3_small_050", num_classes=4) for _ in range(2)]
+    networks += [quantizable.mobilenet_v2(weights=None, quantize=False) for _ in range(2)]
     others = [Residual() for _ in range(1000)]  # made before: a trace refuses random numbers, whoever draws
     threads = [threading.Thread(target=repeat(work)) for work in (infer, normalize, prepare_another)]
     for thread in threads:

@@ -16,7 +16,7 @@ from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
 from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.qconfig import describe, qconfig_name
-from qat_lightning.modes.trace.tracing import ONE_AT_A_TIME
+from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 from qat_lightning.quantize.batch_norms import note_batch_norms
 from qat_lightning.quantize.floating import check_float
 from qat_lightning.quantize.options import PrepareOptions, Settings

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qat_lightning.base import random_state
 from qat_lightning.modes.graph.flow import TRANSPARENT, Flow, attributes, is_leaf
+from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.tracing import defaults
 
 
@@ -55,7 +56,7 @@ def _check_called_whole(parent: nn.Module, key: str, child: nn.Module) -> None:
             raise ValueError(f"{kind.__name__} does more with {key!r} than call it")
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(OneThreadTracer):
     def __init__(self, keep_float: tuple[str, ...], prefix: str) -> None:
         super().__init__()
         self.keep_float, self.prefix = keep_float, prefix

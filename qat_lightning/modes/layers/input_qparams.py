@@ -17,6 +17,7 @@ from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
+from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.tracing import defaults
 
 # Operations that return values of their first argument, or 0: the same qparams represent them.
@@ -81,6 +82,6 @@ def _source(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
     return None
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(OneThreadTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, IntegerArithmetic | FakeQuantizeBase) or is_leaf(m, module_qualified_name, ())

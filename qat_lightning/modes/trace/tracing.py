@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dis
 import inspect
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +39,11 @@ from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
 from qat_lightning.modes.trace.join_modes import join_modes
 from qat_lightning.modes.trace.norm_acts import split_norms
+from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.own_layers import call_plain_layers
 from qat_lightning.modes.trace.purity import Impure, refuse_side_effects, same_state
 from qat_lightning.modes.trace.transformers import traceable_transformers
 
-ONE_AT_A_TIME = threading.RLock()
-"""Held while a network is traced or prepared: torch.fx patches `nn.Module` meanwhile."""
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -68,7 +66,7 @@ def holds_quantizable(module: nn.Module) -> bool:
     return any(isinstance(child, QUANTIZABLE) for child in module.modules())
 
 
-class _Tracer(QuantizationTracer):  # type: ignore[misc]
+class _Tracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
     """torch.ao's tracer, with more leaves.
 
     A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path) becomes a
@@ -80,19 +78,6 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
         self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
-        self.thread = threading.get_ident()
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Traces; torch.fx patches `nn.Module` meanwhile, so one thread traces at a time."""
-        with ONE_AT_A_TIME:
-            self.thread = threading.get_ident()
-            return super().trace(root, concrete_args)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Reads an attribute of a module; other threads, which see torch.fx's patches, read the value."""
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
         """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
@@ -102,13 +87,11 @@ class _Tracer(QuantizationTracer):  # type: ignore[misc]
                     self.tensor_attrs[a] = name
         return super().create_arg(a)
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    def record_call(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
-        if threading.get_ident() != self.thread:
-            return forward(*args, **kwargs)
         before = random_state.capture()
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            result = super().record_call(m, forward, args, kwargs)
         except Exception as error:
             if error is not self.failed[0]:
                 self.failed = error, self.path_of_module(m)
