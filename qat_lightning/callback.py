@@ -159,8 +159,9 @@ class QuantizationAwareTraining(ForwardingCallback):
         trainer_facts.configure_model(trainer, pl_module)
         with fail_together("preparing the networks"):
             checks.check_output(trainer, self.output_dir)
+            names = network_names(pl_module, self.settings)
             for part in self._parts:
-                part.before_prepare(trainer, pl_module, network_names(pl_module, self.settings))
+                part.before_prepare(trainer, pl_module, names)
         settings = self._search.choose(trainer, pl_module, self.settings, self._networks.values())
         with fail_together("preparing the networks"):
             self._adopt(pl_module, settings)

@@ -64,6 +64,7 @@ def _nested(network: Classifier) -> Any:
 
 
 WAYS = [_closure, _partial, _tuple, _namespace, _weak_proxy, _queue, _nested, Slotted, weakref.ref]
+each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", str(way)))
 
 
 class Classifier(nn.Module):
@@ -88,7 +89,7 @@ class Classifier(nn.Module):
         return self.head(call(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", str(way)))
+@each_way
 def test_a_copy_calls_its_own_modules(way: Callable[[Classifier], Any]) -> None:
     network = Classifier(way)
     copied: Any = structural_copy(network)
@@ -102,7 +103,7 @@ def test_a_copy_calls_its_own_modules(way: Callable[[Classifier], Any]) -> None:
     assert copied.conv.weight is network.conv.weight
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: getattr(way, "__name__", str(way)))
+@each_way
 def test_such_a_network_is_prepared_and_keeps_its_modes(way: Callable[[Classifier], Any]) -> None:
     network = Classifier(way)
     prepared = prepare(network, backend="x86", mode="fx")

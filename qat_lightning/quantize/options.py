@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from qat_lightning.base.backends import check_backend
 from qat_lightning.base.errors import nearest
@@ -84,8 +84,8 @@ class Settings:
         check_mode(self.mode)
         check_untraceable(self.untraceable)
         for name in ("modules", "keep_float"):
-            if isinstance(getattr(self, name), str):
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if isinstance(value, str):
                 raise TypeError(f"{name} must be a list, but received {value!r}. Pass [{value!r}].")
         if self.modules is not None and (not self.modules or len(set(self.modules)) < len(self.modules)):
             raise ValueError(
@@ -115,13 +115,4 @@ class Settings:
     @property
     def options(self) -> PrepareOptions:
         """The options that :func:`qat_lightning.prepare` takes: all but `modules`."""
-        return PrepareOptions(
-            backend=self.backend,
-            qconfig=self.qconfig,
-            mode=self.mode,
-            keep_float=self.keep_float,
-            fuse=self.fuse,
-            replace_relu6=self.replace_relu6,
-            overrides=self.overrides,
-            untraceable=self.untraceable,
-        )
+        return cast(PrepareOptions, {name: getattr(self, name) for name in PrepareOptions.__annotations__})

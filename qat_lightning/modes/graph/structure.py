@@ -72,33 +72,27 @@ class _Copier:
         self.fill(value)
         return self.twins[id(value)]
 
-    def _refill(self, value: Any, fill: Callable[[Any], None]) -> Any:
-        """Copies a container, which may hold itself, and replaces its content."""
+    def _emptied(self, value: Any) -> Any:
+        """Returns an empty twin of a container, known before it is filled: it may hold itself."""
         twin = self.twins[id(value)] = copy.copy(value)
-        fill(twin)
+        twin.clear()
         return twin
 
     def of_mapping(self, value: dict[Any, Any]) -> Any:
-        def fill(twin: dict[Any, Any]) -> None:
-            twin.clear()
-            for key, each in value.items():
-                twin[self(key)] = self(each)
-
-        return self._refill(value, fill)
+        twin = self._emptied(value)
+        for key, each in value.items():
+            twin[self(key)] = self(each)
+        return twin
 
     def of_sequence(self, value: list[Any] | deque[Any]) -> Any:
-        def fill(twin: list[Any] | deque[Any]) -> None:
-            twin.clear()
-            twin.extend(map(self, value))
-
-        return self._refill(value, fill)
+        twin = self._emptied(value)
+        twin.extend(map(self, value))
+        return twin
 
     def of_set(self, value: set[Any]) -> Any:
-        def fill(twin: set[Any]) -> None:
-            twin.clear()
-            twin.update(map(self, value))
-
-        return self._refill(value, fill)
+        twin = self._emptied(value)
+        twin.update(map(self, value))
+        return twin
 
     def of_frozenset(self, value: frozenset[Any]) -> Any:
         return frozenset(map(self, value))

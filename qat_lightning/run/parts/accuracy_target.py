@@ -117,7 +117,7 @@ class LayerSearch(Part):
         elif self._found.failure is not None:
             stored.put_back(module)
             self._raise_failure()
-        return stored.anew
+        return stored.prepared_again
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the target and the layers that were found, as plain values."""
@@ -162,7 +162,7 @@ class _Stored:
 
     def __init__(self, settings: Settings, networks: dict[str, nn.Module] | None) -> None:
         self.loaded: tuple[str, ...] | None = None
-        self.anew = False
+        self.prepared_again = False
         self._settings, self._networks = settings, networks
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -184,7 +184,7 @@ class _Stored:
         self.put_back(module)
         prepare_module(module, keeping_as(self._settings, stored))
         keep_out_of_ddp_broadcast(module)
-        self.anew = True
+        self.prepared_again = True
         rank_zero_info(f"Kept float by the run that is resumed: {', '.join(self.loaded) or 'nothing'}")
 
     def put_back(self, module: nn.Module) -> None:
