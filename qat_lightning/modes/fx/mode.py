@@ -14,11 +14,11 @@ from typing import Any
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
-from torch.ao.quantization.fx import fuse, prepare
+from torch.ao.quantization.fx import prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.modes.base import ModeResult, Options
-from qat_lightning.modes.fx.reused_modules import copy_reused_modules
+from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import share_qparams
 from qat_lightning.modes.fx.unlowered import keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
@@ -93,7 +93,7 @@ class FxMode:
         for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
             mapping.set_module_name(name, None)
         known = _backend_config()
-        fused = fuse(graph_module, is_qat=True, backend_config=known)
+        fused = fuse_evenly(graph_module, known)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_qparams_through_dropout(prepared)
         share_qparams(prepared)

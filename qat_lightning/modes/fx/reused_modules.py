@@ -1,12 +1,53 @@
-"""Copies modules that a graph calls several times, so that each call has its own output qparams in int8."""
+"""Fuses and converts modules that a graph calls several times, each call with its own int8 qparams."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
+from torch.ao.quantization.backend_config import BackendConfig
+from torch.ao.quantization.fx import fuse
+from torch.nn import functional as F
 
-from qat_lightning.modes.graph.nodes import fake_quantize_of
+from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
+
+
+def fuse_evenly(graph_module: fx.GraphModule, backend_config: BackendConfig) -> fx.GraphModule:
+    """Fuses the modules of a graph, each only if the same follows all its calls.
+
+    torch.ao replaces a module by the fused one for all its calls, so that a ReLU after one call would also
+    apply to the others. It fuses nothing whose result has two readers. So the calls of such a module get
+    another reader meanwhile.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    for nodes in calls.values():
+        if len({_reader(graph_module, node) for node in nodes}) > 1:
+            for node in nodes:
+                with graph_module.graph.inserting_after(node):
+                    graph_module.graph.call_function(_read, (node,))
+    fused = fuse(graph_module, is_qat=True, backend_config=backend_config)
+    for node in list(fused.graph.nodes):
+        if node.target is _read:
+            fused.graph.erase_node(node)
+    fused.recompile()
+    return fused
+
+
+def _reader(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    """Returns what alone reads the result of `node`: a module's name, or a function; None for several."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    target = call_target(graph_module, user)
+    return F.relu if target in (nn.ReLU, F.relu) else user.target
+
+
+def _read(result: Any) -> None:
+    """Stands for another reader of a result; never runs."""
 
 
 def copy_reused_modules(prepared: fx.GraphModule) -> None:
