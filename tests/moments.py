@@ -32,6 +32,14 @@ class Call:
     count: int = 1
     after: bool = False
 
+    def __post_init__(self) -> None:
+        """Fails on import where the function was renamed.
+
+        Raises:
+            AttributeError: If `owner` has no function of that name.
+        """
+        getattr(self.owner, self.name)
+
     def arm(self, act: Callable[[], None]) -> None:
         """Puts a function in place that calls `act` at the moment."""
         original = getattr(self.owner, self.name)
@@ -98,7 +106,7 @@ MOMENTS: dict[str, Moment] = {
     "writing the int8 file": Call(qat_lightning.run.parts.exports, "save_int8"),
     "before the int8 file is in place": Call(Path, "replace", 2),
     "after the int8 file is in place": Call(Path, "replace", 2, after=True),
-    "scoring the int8 network": Call(qat_lightning.cli.train, "evaluate", 2),
+    "scoring the int8 network": Call(qat_lightning.cli.train, "score_on_test", 2),
     "writing metrics.json": Call(Path, "replace", 3),
     "after metrics.json is in place": Call(Path, "replace", 3, after=True),
 }
