@@ -6,6 +6,7 @@ from qat_lightning.analysis.sensitivity import sensitivity
 from qat_lightning.analysis.sensitivity_table import LayerSensitivity, Sensitivity
 from qat_lightning.base.errors import (
     ConversionError,
+    GuardError,
     Int8FileError,
     MissingExtraError,
     PreflightError,
@@ -33,6 +34,7 @@ __all__ = [
     "ConversionError",
     "Distillation",
     "FakeQuantize",
+    "GuardError",
     "Int8FileError",
     "LayerSensitivity",
     "MissingExtraError",

@@ -10,10 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from qat_lightning.analysis.example_batch import prepare_on_batch
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base.schedule import Phase, Schedule
 from qat_lightning.quantize.int8_file import load_int8
-from qat_lightning.quantize.networks import Prepared, network_names, prepare_module, prepare_when_loaded
+from qat_lightning.quantize.networks import Prepared, network_names, prepare_when_loaded
 from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.report.curves import Curves
 from qat_lightning.run import checks, messages, trainer_facts
@@ -32,6 +33,7 @@ from qat_lightning.run.parts.phases import Phases
 from qat_lightning.run.parts.random_states import RandomStates
 from qat_lightning.run.parts.ranges import MergedRanges, PausedObservers
 from qat_lightning.run.parts.report import RunReport
+from qat_lightning.run.step_batches import fit_batches
 
 
 class QuantizationAwareTraining(ForwardingCallback):
@@ -164,10 +166,10 @@ class QuantizationAwareTraining(ForwardingCallback):
                 part.before_prepare(trainer, pl_module, names)
         settings = self._search.choose(trainer, pl_module, self.settings, self._networks.values())
         with fail_together("preparing the networks"):
-            self._adopt(pl_module, settings)
+            self._adopt(trainer, pl_module, settings)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle(pl_module)
+        self._settle(trainer, pl_module)
         checks.check_prepared(pl_module, self._networks, network_names(pl_module, self.settings))
         super().on_fit_start(trainer, pl_module)
 
@@ -179,7 +181,7 @@ class QuantizationAwareTraining(ForwardingCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._settle(pl_module)  # a finder of learning rates may save before `on_fit_start`
+        self._settle(trainer, pl_module)  # a finder of learning rates may save before `on_fit_start`
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,15 +216,15 @@ class QuantizationAwareTraining(ForwardingCallback):
     def _networks(self) -> dict[str, nn.Module]:
         return {prepared.name: prepared.network for prepared in self._prepared}
 
-    def _adopt(self, pl_module: pl.LightningModule, settings: Settings) -> None:
-        self._prepared = prepare_module(pl_module, settings)
+    def _adopt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Settings) -> None:
+        self._prepared = prepare_on_batch(pl_module, settings, fit_batches(trainer))
         for part in self._parts:
             part.after_prepare(pl_module, self._networks)
         messages.announce_prepared(self._prepared)
 
-    def _settle(self, pl_module: pl.LightningModule) -> None:
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._search.settle(pl_module):
-            self._adopt(pl_module, self.settings)
+            self._adopt(trainer, pl_module, self.settings)
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, which: str) -> None:
         folder = self.output_dir or trainer_facts.checkpoint_folder(trainer)

@@ -11,15 +11,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from qat_lightning.analysis.example_batch import prepare_on_batch
 from qat_lightning.base import random_state
 from qat_lightning.fake_quant.phases import only_observe, set_enabled
 from qat_lightning.modes.qconfig import default_qconfig
 from qat_lightning.quantize.convert import convert
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import prepare_module
 from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.run import checks
 from qat_lightning.run.distributed.merge_ranges import merge_ranges
+from qat_lightning.run.step_batches import calibration_batches
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -65,7 +66,8 @@ class PostTrainingQuantization(pl.Callback):
             )
         self.int8_module, self._twin = None, copy_of(pl_module)
         with random_state.preserved():
-            names = [prepared.name for prepared in prepare_module(self._twin, self.settings)]
+            batches = calibration_batches(trainer)
+            names = [each.name for each in prepare_on_batch(self._twin, self.settings, batches)]
         only_observe(self._twin.eval())
         self._handles = [
             pl_module.get_submodule(name).register_forward_pre_hook(

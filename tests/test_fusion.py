@@ -16,6 +16,7 @@ from torchvision import models
 
 from qat_lightning import UntraceableError, convert, prepare
 from qat_lightning.base import random_state
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.modes import Options
 from qat_lightning.modes.eager.fusion import find_groups
@@ -158,7 +159,7 @@ def test_looking_leaves_the_network_as_it_was(build: type[Counting]) -> None:
     before, given = copy.deepcopy(network.state_dict()), example.clone()
     modes = [module.training for module in network.modules()]
     state = random_state.capture()
-    groups = find_groups(network, Options("x86", example_inputs=(example,)))
+    groups = find_groups(network, Options("x86", example_inputs=Inputs((example,), {})))
     assert len(groups) == 3
     assert str(random_state.capture()) == str(state)
     assert same_state(network, before) == []

@@ -15,7 +15,7 @@ from torch import nn
 
 from qat_lightning.analysis.scoring import lone_trainer, validate
 from qat_lightning.base.errors import nearest
-from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.inputs import Inputs, device_of
 from qat_lightning.base.torch_internals import tree_leaves, tree_map
 
 Metric = str | Callable[[Any, Any], float]
@@ -29,11 +29,6 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Returns the device of the parameters of `module`."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def inputs_of(network: nn.Module, batch: Any) -> Inputs:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from qat_lightning.analysis.batches import Batches, collect_inputs, inputs_of
+from qat_lightning.analysis.example_batch import prepare_on_batch
 from qat_lightning.base.inputs import Inputs
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
 from qat_lightning.fake_quant.phases import average_over, only_observe, set_enabled, set_eval
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average
 from qat_lightning.quantize.copies import copy_of
-from qat_lightning.quantize.networks import prepare_module
 from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import quantized_networks
@@ -117,7 +117,8 @@ def _prepared(module: nn.Module, settings: Settings, batches: Batches) -> nn.Mod
     if recipes:
         return module
     if hasattr(module, "training_step") or settings.modules is not None:
-        prepare_module(module, settings)
+        first = {"validation_step": lambda: next(iter(batches), None)}
+        prepare_on_batch(module, settings, first)
         return module
-    example = next((inputs_of(module, batch).args for batch in batches), None)
-    return prepare(module, example_inputs=example or None, **settings.options)
+    example = next((inputs_of(module, batch) for batch in batches), None)
+    return prepare(module, example_inputs=example, **settings.options)

@@ -19,6 +19,10 @@ class UntraceableError(ValueError):
         self.part, self.line = part, line
 
 
+class GuardError(ValueError):
+    """An input would take another path through a captured network than the one that was captured."""
+
+
 class RecipeMismatchError(RuntimeError):
     """A state dict comes from a network with another quantization recipe, or from a float network."""
 

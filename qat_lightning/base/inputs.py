@@ -54,6 +54,11 @@ class Catcher:
             self.caught[network] = Inputs(*first_samples((args, kwargs), self.samples))
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Returns the device of the parameters of `module`."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
 def is_redirected(network: nn.Module) -> bool:
     """Returns whether a call currently runs something other than `forward`.
 

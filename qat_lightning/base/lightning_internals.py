@@ -96,9 +96,19 @@ def forget_restart(trainer: pl.Trainer) -> None:
     trainer.fit_loop._restarting = False
 
 
+def training_source(trainer: pl.Trainer) -> Any:
+    """Returns the source of the training data."""
+    return trainer.fit_loop._data_source
+
+
 def validation_source(trainer: pl.Trainer) -> Any:
     """Returns the source of the fit loop's validation data."""
     return trainer.fit_loop.epoch_loop.val_loop._data_source
+
+
+def calibration_source(trainer: pl.Trainer) -> Any:
+    """Returns the source of the data of `trainer.validate`."""
+    return trainer.validate_loop._data_source
 
 
 # Callbacks.

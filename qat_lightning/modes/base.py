@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import nn
 
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.modes.qconfig import Override, QConfigLike
 
 
@@ -24,7 +25,7 @@ class Options:
         overrides: QConfigs of single layers, by name.
         replace_relu6: Whether ReLU6 becomes ReLU.
         untraceable: `"error"` or `"float"`: how to treat parts that cannot be traced (fx mode only).
-        example_inputs: Example arguments of `forward`, or None (eager mode only).
+        example_inputs: An example of a call of `forward`, or None.
     """
 
     backend: str
@@ -34,7 +35,7 @@ class Options:
     replace_relu6: bool = True
     overrides: Mapping[str, Override] = field(default_factory=dict)
     untraceable: str = "error"
-    example_inputs: tuple[Any, ...] | None = None
+    example_inputs: Inputs | None = None
 
 
 class ModeResult(NamedTuple):
@@ -44,11 +45,13 @@ class ModeResult(NamedTuple):
         network: The prepared network.
         untraceable: Name and line of each part that could not be traced and stays float.
         relu6: Number of ReLU6 that became ReLU.
+        captured: The example that the graph was captured from; None for any other way.
     """
 
     network: nn.Module
     untraceable: tuple[str, ...] = ()
     relu6: int = 0
+    captured: Inputs | None = None
 
 
 class Mode(Protocol):
@@ -64,7 +67,9 @@ class Mode(Protocol):
             stores them prepares the same network again.
         """
 
-    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str] | None:
+    def functions(
+        self, network: nn.Module, untraceable: str, example: Inputs | None
+    ) -> frozenset[str] | None:
         """Returns the names of the functions that `network` calls; None if the mode has no graph."""
 
     def prepares_in_place(self, network: nn.Module) -> bool:

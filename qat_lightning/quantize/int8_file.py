@@ -24,6 +24,7 @@ from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import STATE_KEY, Recipe, quantized_networks, recipes_in
 from qat_lightning.quantize.selection import resolve_overrides, split_overrides
+from qat_lightning.quantize.stored_example import restore
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -253,6 +254,7 @@ def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], own: dict[str, dic
             fuse=recipe.fuse,
             replace_relu6=recipe.replace_relu6,
             untraceable="float" if recipe.untraceable else "error",
+            example_inputs=None if recipe.example is None else restore(recipe.example),
             **own[name],
         )
         module = replace_submodule(module, name, prepared)

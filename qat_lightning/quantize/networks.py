@@ -11,13 +11,14 @@ from torch import nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import load_hooks
 from qat_lightning.modes import MODES, choose_mode
 from qat_lightning.modes.graph.graft import calls
 from qat_lightning.modes.qconfig import qconfig_name
 from qat_lightning.quantize.copies import replace_submodule
-from qat_lightning.quantize.example_inputs import example_inputs_of
+from qat_lightning.quantize.example_inputs import Examples
 from qat_lightning.quantize.floating import check_not_quantized
 from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.prepare import prepare, trial_copy
@@ -28,6 +29,7 @@ from qat_lightning.quantize.selection import (
     split_overrides,
     split_patterns,
 )
+from qat_lightning.quantize.stored_example import restore
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,44 @@ class Prepared:
             kept += f", not traceable and float: {', '.join(self.recipe.untraceable)}"
         if self.recipe.relu6:
             kept += f", {self.recipe.relu6} ReLU6 became ReLU"
+        captured = ", captured from an example" if self.recipe.example else ""
         return (
             f"{self.name or type(self.network).__name__}: {len(self.recipe.layers)} layers for "
-            f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}){kept}"
+            f"{self.recipe.backend} in {self.recipe.mode} mode ({self.reason}{captured}){kept}"
         )
 
 
-def prepare_module(module: nn.Module, settings: Settings) -> list[Prepared]:
+def prepare_module(
+    module: nn.Module, settings: Settings, known: Mapping[str, Inputs | None] | None = None
+) -> list[Prepared]:
     """Prepares the networks that `settings` select, in place. Networks that are prepared already stay.
+
+    Args:
+        module: The module.
+        settings: How to prepare them.
+        known: Examples of their calls, by name, see :class:`Examples`.
 
     Raises:
         ValueError: There is no network, a network cannot be prepared, or was prepared differently before.
     """
     names = network_names(module, settings)
+    examples = Examples(module, known, names)
     if len(names) > 1:  # or a failure of the second would leave the first one prepared
         with random_state.preserved():
-            _prepare_all(trial_copy(module), names, settings)
-    return _prepare_all(module, names, settings)
+            _prepare_all(trial_copy(module), names, settings, examples)
+    return _prepare_all(module, names, settings, examples)
 
 
-def _prepare_all(module: nn.Module, names: Sequence[str], settings: Settings) -> list[Prepared]:
+def _prepare_all(
+    module: nn.Module, names: Sequence[str], settings: Settings, examples: Examples
+) -> list[Prepared]:
     networks = [module.get_submodule(name) for name in names]
-    floating = [n for n in networks if recipe_of(n) is None]
-    own = dict(zip(floating, _split(floating, settings), strict=True)) if floating else {}
+    floating = {name: n for name, n in zip(names, networks, strict=True) if recipe_of(n) is None}
+    own = _split(floating, settings, examples) if floating else {}
     return [
         _again(name, network, settings)
-        if network not in own
-        else _prepare(module, name, network, own[network])
+        if name not in own
+        else _prepare(module, name, network, own[name], examples)
         for name, network in zip(names, networks, strict=True)
         if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
     ]
@@ -102,6 +115,11 @@ def keeping_as(settings: Settings, recipes: Mapping[str, Recipe]) -> Settings:
     return replace(settings, keep_float=(*settings.keep_float, *names))
 
 
+def stored_examples(recipes: Mapping[str, Recipe]) -> dict[str, Inputs | None]:
+    """Returns the example that each network was captured from; None for one that was not captured."""
+    return {name: None if r.example is None else restore(r.example) for name, r in recipes.items()}
+
+
 def _prepare_for(
     settings: Settings, keep_as_loaded: bool, module: nn.Module, state_dict: dict[str, Any], *_: Any
 ) -> None:
@@ -115,18 +133,24 @@ def _prepare_for(
             f"them with qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to "
             "the Trainer, without ckpt_path."
         )
-    prepare_module(module, keeping_as(settings, recipes) if keep_as_loaded else settings)
+    settings = keeping_as(settings, recipes) if keep_as_loaded else settings
+    prepare_module(module, settings, stored_examples(recipes))
 
 
-def _split(networks: Sequence[nn.Module], settings: Settings) -> list[Settings]:
+def _split(networks: Mapping[str, nn.Module], settings: Settings, examples: Examples) -> dict[str, Settings]:
     """Returns settings for each network, with only the names that match in it."""
+    names = {network: name for name, network in networks.items()}
 
     def functions(network: nn.Module) -> frozenset[str] | None:
-        return MODES[choose_mode(network, settings.mode)[0]].functions(network, settings.untraceable)
+        mode = MODES[choose_mode(network, settings.mode)[0]]
+        return mode.functions(network, settings.untraceable, examples.of(names[network]))
 
-    kept = split_patterns(networks, settings.keep_float, functions)
-    overrides = split_overrides(networks, settings.overrides or {})
-    return [replace(settings, keep_float=k, overrides=o) for k, o in zip(kept, overrides, strict=True)]
+    kept = split_patterns([*networks.values()], settings.keep_float, functions)
+    overrides = split_overrides([*networks.values()], settings.overrides or {})
+    return {
+        name: replace(settings, keep_float=k, overrides=o)
+        for name, k, o in zip(networks, kept, overrides, strict=True)
+    }
 
 
 def network_names(module: nn.Module, settings: Settings) -> tuple[str, ...]:
@@ -180,20 +204,18 @@ def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
 
 
 def _prepare(
-    module: nn.Module,
-    name: str,
-    network: nn.Module,
-    settings: Settings,
+    module: nn.Module, name: str, network: nn.Module, settings: Settings, examples: Examples
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
     options = settings.options | {"mode": mode}
+    example = examples.of(name) if mode == "fx" else None
     try:
-        prepared = prepare(network, **options)
+        prepared = prepare(network, **options, example_inputs=example)
     except UntraceableError:
-        inputs = example_inputs_of(module, name) if mode == "eager" else None
-        if inputs is None:
+        example = examples.of(name) if mode == "eager" else None
+        if example is None:
             raise
-        prepared = prepare(network, **options, example_inputs=inputs)
+        prepared = prepare(network, **options, example_inputs=example)
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)
     assert recipe is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.backends import engine
+from qat_lightning.base.inputs import Inputs, first_samples
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
@@ -18,10 +21,12 @@ from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.qconfig import describe, qconfig_name
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 from qat_lightning.quantize.batch_norms import note_batch_norms
+from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.floating import check_float
 from qat_lightning.quantize.options import PrepareOptions, Settings
 from qat_lightning.quantize.recipe import Recipe, attach
 from qat_lightning.quantize.selection import resolve_keep_float, resolve_overrides
+from qat_lightning.quantize.stored_example import store
 
 _VERSIONS = {name: version(name) for name in ("qat-lightning", "torch")}
 
@@ -29,7 +34,7 @@ _VERSIONS = {name: version(name) for name in ("qat-lightning", "torch")}
 def prepare(
     network: nn.Module,
     *,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor | None = None,
     **options: Unpack[PrepareOptions],
 ) -> nn.Module:
     """Fuses a float network and inserts fake-quantization, ready for training.
@@ -40,8 +45,12 @@ def prepare(
     Args:
         network: A float network. It is used up: the result shares its parameters, and in eager mode
             is the same object.
-        example_inputs: What `forward` takes, as a tuple. Eager mode needs it where the network cannot be
-            traced: to find the fusions, a copy of the network runs on it.
+        example_inputs: An example of a call: a tuple of positional arguments, a mapping of keyword
+            arguments, or a tensor. In fx mode the graph is captured while a copy runs on it. The forward may
+            then decide by sizes, optional arguments and values: the graph takes the example's path, and an
+            input that would take another raises :class:`qat_lightning.GuardError`. Without an example the
+            forward is traced symbolically, and its path may depend on nothing but the mode. Eager mode needs
+            an example only where the network cannot be traced. Two samples are enough.
         **options: How the network is prepared: backend, qconfig, mode, keep_float, fuse, replace_relu6,
             overrides and untraceable, see :class:`qat_lightning.PrepareOptions`.
 
@@ -54,15 +63,15 @@ def prepare(
         TypeError: An argument is of the wrong type.
     """
     settings = Settings.of(options, "prepare", one_network=True)
-    _check_example_inputs(example_inputs)
+    example = None if example_inputs is None else Inputs(*first_samples(tuple(as_inputs(example_inputs))))
     check_float(network)
     with ONE_AT_A_TIME:
-        return _prepare_as(network, settings, example_inputs)
+        return _prepare_as(network, settings, example)
 
 
-def _prepare_as(network: nn.Module, settings: Settings, example_inputs: tuple[Any, ...] | None) -> nn.Module:
+def _prepare_as(network: nn.Module, settings: Settings, example: Inputs | None) -> nn.Module:
     mode = MODES[choose_mode(network, settings.mode)[0]]
-    resolved = _resolve(network, mode, settings, example_inputs)
+    resolved = _resolve(network, mode, settings, example)
     with quiet_torch_ao(), engine(settings.backend):
         if not mode.prepares_in_place(network):
             return _prepare_a_copy(network, mode, resolved)
@@ -101,16 +110,14 @@ def _prepare(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
     return result.network
 
 
-def _resolve(
-    network: nn.Module, mode: Mode, settings: Settings, example_inputs: tuple[Any, ...] | None
-) -> Options:
+def _resolve(network: nn.Module, mode: Mode, settings: Settings, example: Inputs | None) -> Options:
     """Turns patterns into the names of what they match in `network`."""
     overrides = resolve_overrides(network, settings.overrides or {})
     floating = [name for name, value in overrides.items() if value is None]
     kept = resolve_keep_float(
         network,
         [*settings.keep_float, *floating],
-        lambda network: mode.functions(network, settings.untraceable),
+        lambda network: mode.functions(network, settings.untraceable, example),
     )
     return Options(
         backend=settings.backend,
@@ -120,16 +127,8 @@ def _resolve(
         replace_relu6=settings.replace_relu6,
         overrides={name: value for name, value in overrides.items() if value is not None},
         untraceable=settings.untraceable,
-        example_inputs=example_inputs,
+        example_inputs=example,
     )
-
-
-def _check_example_inputs(example_inputs: object) -> None:
-    if example_inputs is not None and not isinstance(example_inputs, tuple):
-        raise TypeError(
-            "example_inputs must be a tuple of what forward takes, as in example_inputs=(batch,), but "
-            f"received {type(example_inputs).__name__}."
-        )
 
 
 def _recipe(made: ModeResult, mode: str, options: Options) -> Recipe:
@@ -152,6 +151,7 @@ def _recipe(made: ModeResult, mode: str, options: Options) -> Recipe:
         overrides={name: qconfig_name(value) for name, value in options.overrides.items()},
         untraceable=made.untraceable,
         relu6=made.relu6,
+        example=None if made.captured is None else store(made.captured),
         layers=layers,
         grid=grid,
         versions=_VERSIONS,

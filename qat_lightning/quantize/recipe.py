@@ -43,6 +43,9 @@ class Recipe:
         untraceable: Name and line of each submodule that stayed float because it could not be traced.
         int8: Whether the network has been converted.
         versions: Versions of the packages that prepared the network; not compared.
+        example: The example that the graph was captured from, see
+            :mod:`qat_lightning.quantize.stored_example`. None if it was traced symbolically, in eager mode,
+            or if the example cannot be stored. Not compared.
     """
 
     backend: str
@@ -58,6 +61,7 @@ class Recipe:
     untraceable: tuple[str, ...] = ()
     relu6: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    example: str | None = None
 
     @property
     def fills_bytes(self) -> bool:

@@ -16,6 +16,7 @@ from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError, UntraceableError
 from qat_lightning.base.inputs import Catcher, Inputs, first_samples
 from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.networks import network_names, prepare_module
 from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.quantize.prepare import prepare
@@ -55,13 +56,13 @@ def preflight(
 
 def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -> list[NetworkReport]:
     """Runs :func:`preflight` with the settings of a callback."""
-    inputs = _as_inputs(example_inputs)
+    inputs = Inputs(*first_samples(tuple(as_inputs(example_inputs))))
     with random_state.preserved():
         names = _names(module, settings)
         floating = copy_of(module).cpu()
         caught = _network_inputs(floating, names, inputs)
         try:
-            prepared = _prepare(copy_of(module).cpu(), settings, inputs)
+            prepared = _prepare(copy_of(module).cpu(), settings, caught)
         except ValueError as error:
             named = _last_named(error, floating, inputs)
             if named is None:
@@ -80,15 +81,6 @@ def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[s
         module(*inputs.args, **inputs.kwargs)
     named = [name for name in lines if any(f".{name}".endswith(f".{part}") for part in quoted)]
     return (named[-1], lines[named[-1]]) if named else None
-
-
-def _as_inputs(example_inputs: Any) -> Inputs:
-    if isinstance(example_inputs, Inputs):
-        return Inputs(*first_samples(tuple(example_inputs)))
-    if isinstance(example_inputs, Mapping):
-        return Inputs(*first_samples(((), dict(example_inputs))))
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return Inputs(*first_samples((args, {})))
 
 
 def _is_whole(module: nn.Module, settings: Settings) -> bool:
@@ -114,9 +106,9 @@ def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -
     return caught
 
 
-def _prepare(module: nn.Module, settings: Settings, inputs: Inputs) -> list[tuple[str, nn.Module]]:
+def _prepare(
+    module: nn.Module, settings: Settings, caught: Mapping[str, Inputs]
+) -> list[tuple[str, nn.Module]]:
     if not _is_whole(module, settings):
-        example: Any = module
-        example.example_input_array = inputs.kwargs or inputs.args
-        return [(p.name, p.network) for p in prepare_module(module, settings)]
-    return [("", prepare(module, example_inputs=inputs.args, **settings.options))]
+        return [(p.name, p.network) for p in prepare_module(module, settings, caught)]
+    return [("", prepare(module, example_inputs=caught[""], **settings.options))]

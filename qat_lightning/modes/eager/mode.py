@@ -14,6 +14,7 @@ from torch.ao.nn import quantized as nnq
 from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.eager.fusion import check_groups, find_groups
@@ -60,7 +61,7 @@ class EagerMode:
             return options
         return replace(options, fuse=find_groups(network, options))
 
-    def functions(self, network: nn.Module, untraceable: str) -> None:
+    def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> None:
         """Returns None: eager mode has no graph to find functions in."""
 
     def prepares_in_place(self, network: nn.Module) -> bool:

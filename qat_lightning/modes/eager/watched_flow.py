@@ -11,11 +11,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.base import random_state
+from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.torch_internals import BatchNorm, tree_leaves
 from qat_lightning.modes.graph.flow import Flow, attributes, is_leaf
 
 
-def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, ...]) -> list[Flow]:
+def watched(network: nn.Module, inputs: Inputs, keep_float: tuple[str, ...]) -> list[Flow]:
     """Returns the flows of `network` in eval and in training mode, from running copies of it on `inputs`.
 
     If the forward needs more arguments in training, such as targets, it is watched in eval mode only.
@@ -39,7 +40,7 @@ def watched(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, 
 
 
 @torch.no_grad()
-def _watch(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, ...], training: bool) -> Flow:
+def _watch(network: nn.Module, inputs: Inputs, keep_float: tuple[str, ...], training: bool) -> Flow:
     twin, inputs = copy.deepcopy((network, inputs))
     twin.train(training)
     for module in twin.modules():
@@ -50,7 +51,7 @@ def _watch(network: nn.Module, inputs: tuple[Any, ...], keep_float: tuple[str, .
         if name and is_leaf(module, name, keep_float):
             watch.follow(module, name)
     with watch:
-        watch.read(twin(*inputs))
+        watch.read(twin(*inputs.args, **inputs.kwargs))
     watch.read(attributes(twin))
     return watch.flow
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
 from torch.ao.quantization.fx import prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 
+from qat_lightning.base.errors import UntraceableError
+from qat_lightning.base.inputs import Inputs, device_of
+from qat_lightning.base.torch_internals import tree_map_only
 from qat_lightning.modes.base import ModeResult, Options
+from qat_lightning.modes.capture.capture import capturing
+from qat_lightning.modes.fx.integers import keep_integers
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import share_qparams
 from qat_lightning.modes.fx.unlowered import keep_unlowered
@@ -32,7 +38,14 @@ from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.trace.functional import write_out_padding
-from qat_lightning.modes.trace.tracing import QUANTIZABLE, evaluate_only, holds_quantizable, trace
+from qat_lightning.modes.trace.tracing import (
+    QUANTIZABLE,
+    Record,
+    evaluate_only,
+    holds_quantizable,
+    record_symbolically,
+    trace,
+)
 from qat_lightning.modes.trace.untraceable import trace_around
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class
@@ -55,9 +68,9 @@ class FxMode:
         check_hooks(network)
         return options
 
-    def functions(self, network: nn.Module, untraceable: str) -> frozenset[str]:
+    def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> frozenset[str]:
         """Returns the names of the functions that the graph of `network` calls."""
-        return called_functions(_trace(structural_copy(network), untraceable)[0].graph)
+        return called_functions(_trace(structural_copy(network), untraceable, example).graph_module.graph)
 
     def prepares_in_place(self, network: nn.Module) -> bool:
         """Returns whether `network` must stay the same object, as a LightningModule does."""
@@ -70,7 +83,9 @@ class FxMode:
             UntraceableError: `torch.fx` cannot trace the network.
         """
         kept = behaviour.attributes(network)
-        graph_module, scopes, untraceable = _trace(network, options.untraceable)
+        graph_module, scopes, untraceable, captured = _trace(
+            network, options.untraceable, options.example_inputs
+        )
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
@@ -85,7 +100,8 @@ class FxMode:
             graft.graft(network, prepared, used)
         else:
             network = _finish(prepared, kept, type(network).__name__)
-        return ModeResult(network, tuple(f"{name} ({line})" for name, line in untraceable.items()), relu6)
+        kept_float = tuple(f"{name} ({line})" for name, line in untraceable.items())
+        return ModeResult(network, kept_float, relu6, captured)
 
     def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
         """Fuses and prepares a graph."""
@@ -95,6 +111,7 @@ class FxMode:
         known = _backend_config()
         fused = fuse_evenly(graph_module, known)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
+        keep_integers(prepared)
         keep_qparams_through_dropout(prepared)
         share_qparams(prepared)
         use_training_classes(prepared)
@@ -121,8 +138,38 @@ class FxMode:
         return mapping
 
 
-def _trace(network: nn.Module, untraceable: str) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
-    return trace_around(network) if untraceable == "float" else (*trace(network), {})
+class _Traced(NamedTuple):
+    """A network's graph, the scopes of its nodes, the parts that stay float, and the captured example."""
+
+    graph_module: fx.GraphModule
+    scopes: dict[str, Any]
+    untraceable: dict[str, str]
+    captured: Inputs | None = None
+
+
+def _trace(network: nn.Module, untraceable: str, example: Inputs | None) -> _Traced:
+    """Captures the network's call with an example; without one, or where that fails, traces symbolically."""
+    if example is None:
+        return _traced(network, untraceable, record_symbolically)
+    try:
+        captured = _traced(network, untraceable, capturing(_on_device_of(network, example)))
+        return captured._replace(captured=example)
+    except UntraceableError as error:
+        try:
+            return _traced(network, untraceable, record_symbolically)
+        except UntraceableError:
+            raise error from error.__cause__
+
+
+def _traced(network: nn.Module, untraceable: str, record: Record) -> _Traced:
+    return _Traced(
+        *(trace_around(network, record) if untraceable == "float" else (*trace(network, record), {}))
+    )
+
+
+def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
+    device = device_of(network)
+    return Inputs(*tree_map_only(torch.Tensor, lambda value: value.to(device), tuple(example)))
 
 
 @cache

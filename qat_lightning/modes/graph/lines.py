@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import linecache
+import sys
 import traceback
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import fx, nn
@@ -50,6 +52,17 @@ def stack_line(node: fx.Node) -> str:
         return "an unknown line"
     (_, file, rest), code = user_frames[-1]
     return f"{file}:{rest.split('line ')[1].split(',')[0]}: {code}"
+
+
+def current_user_line() -> str:
+    """Returns the innermost line of the user's code that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line"
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{file}:{number}: {linecache.getline(file, number).strip()}"
 
 
 def is_user_file(filename: str) -> bool:

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.modes.graph.by_mode import ByMode, OutputByMode, by_mode
+from qat_lightning.modes.graph.guards import InOneMode, is_guard
 from qat_lightning.modes.graph.lines import stack_line
 
 
@@ -44,6 +45,7 @@ class _Join:
                 self.counterpart[node] = remaining[match]
                 del remaining[: match + 1]
         self._choose_arguments()
+        self._limit_guards()
         self._choose_output()
         self.graph.lint()
         return self.scopes
@@ -66,7 +68,7 @@ class _Join:
 
     def _copy(self, node: fx.Node) -> None:
         """Copies a node that only eval mode has into the training graph, just before the output."""
-        if node.op == "call_module" and _keeps_state(self.network.get_submodule(str(node.target))):
+        if node.op == "call_module" and self._would_train_twice(node):
             raise UntraceableError(
                 f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
                 f"that training mode does not, at {stack_line(node)}. One graph cannot do both: make "
@@ -77,6 +79,26 @@ class _Join:
         with self.graph.inserting_before(next(iter(reversed(self.graph.nodes)))):
             self.counterpart[node] = self.graph.node_copy(node, self.counterpart.__getitem__)
             self.scopes[self.counterpart[node].name] = ("", type(None))
+        if is_guard(self.network, self.counterpart[node]):
+            self._limit(self.counterpart.pop(node), training=False)
+
+    def _would_train_twice(self, node: fx.Node) -> bool:
+        """Whether an eval-mode call would move statistics, or train a layer that training mode calls too."""
+        layer = self.network.get_submodule(str(node.target))
+        called = any(each.op == "call_module" and each.target == node.target for each in self.graph.nodes)
+        return any(True for _ in layer.buffers()) or (called and any(True for _ in layer.parameters()))
+
+    def _limit_guards(self) -> None:
+        """Limits the guards that only training mode has to that mode."""
+        shared = set(self.counterpart.values())
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and is_guard(self.network, node) and node not in shared:
+                self._limit(node, training=True)
+
+    def _limit(self, node: fx.Node, *, training: bool) -> None:
+        value, *facts = node.args
+        self._insert(node, InOneMode(node.target, training, *facts), (value,), f"{node.name}_in_one_mode")
+        self.graph.erase_node(node)
 
     def _choose_arguments(self) -> None:
         for evaluate, train in self.counterpart.items():
@@ -88,18 +110,22 @@ class _Join:
                 self._replace(train, by_mode(train, *arguments))
 
     def _replace(self, node: fx.Node, module: nn.Module) -> None:
-        name = f"{node.name}_by_mode"
-        self.network.add_module(name, module)
-        with self.graph.inserting_before(node):
-            tensors = tuple(node.all_input_nodes) if isinstance(module, ByMode) else node.args[:1]
-            new = self.graph.call_module(name, tensors)
-        new.meta = dict(node.meta)
-        self.scopes[new.name] = (name, type(module))
+        tensors = tuple(node.all_input_nodes) if isinstance(module, ByMode) else node.args[:1]
+        new = self._insert(node, module, tensors, f"{node.name}_by_mode")
         node.replace_all_uses_with(new)
         for evaluate, train in self.counterpart.items():
             if train is node:
                 self.counterpart[evaluate] = new
         self.graph.erase_node(node)
+
+    def _insert(self, node: fx.Node, module: nn.Module, tensors: Any, name: str) -> fx.Node:
+        """Inserts a call of a new module before `node`, with its line and metadata."""
+        self.network.add_module(name, module)
+        with self.graph.inserting_before(node):
+            new = self.graph.call_module(name, tensors)
+        new.meta = dict(node.meta)
+        self.scopes[new.name] = (name, type(module))
+        return new
 
     def _choose_output(self) -> None:
         outputs = next(iter(reversed(self.graph.nodes))), next(iter(reversed(self.evaluate.nodes)))
@@ -111,7 +137,3 @@ class _Join:
             new = self.graph.call_module("output_by_mode", (train, evaluate))
         self.scopes[new.name] = ("output_by_mode", OutputByMode)
         outputs[0].args = (new,)
-
-
-def _keeps_state(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())

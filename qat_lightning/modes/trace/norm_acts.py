@@ -105,7 +105,8 @@ def _call_child(
     same = (
         training == (module.training or statistics[0] is None)
         and all(
-            a is (None if unused else b) for a, b in zip((running_mean, running_var), statistics, strict=True)
+            _behind(a) is (None if unused else b)
+            for a, b in zip((running_mean, running_var), statistics, strict=True)
         )
         and _is_parameter(weight, module, "weight")
         and _is_parameter(bias, module, "bias")
@@ -115,6 +116,11 @@ def _call_child(
     if not same:
         raise ValueError("it normalizes differently from the torch.nn batch-norm that it inherits from")
     return module.get_submodule(_CHILD)(input)
+
+
+def _behind(value: Any) -> Any:
+    """Returns the value that a proxy of a capture carries, and any other value as it is."""
+    return vars(value)["value"] if isinstance(value, fx.Proxy) and "value" in vars(value) else value
 
 
 def _is_parameter(value: Any, module: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dis
 import inspect
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.torch_internals import is_traced_constant
 from qat_lightning.modes.graph.by_mode import OutputByMode
 from qat_lightning.modes.graph.dropout import remove_dropout
+from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.identities import erase_identities
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.mutation import redirect_later_reads
@@ -61,17 +62,35 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
+def share_constants(traced: nn.Module, network: nn.Module) -> None:
+    """Gives `network` the constants that a trace of its copy `traced` met."""
+    for name, value in vars(traced).items():
+        if is_traced_constant(name):
+            vars(network)[name] = value
+
+
 def holds_quantizable(module: nn.Module) -> bool:
     """Whether `module` is or contains a convolution or a linear layer."""
     return any(isinstance(child, QUANTIZABLE) for child in module.modules())
 
 
-class _Tracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
+class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
     """torch.ao's tracer, with more leaves.
 
     A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path) becomes a
     single call. Nothing is lost, and its own flag keeps deciding.
+
+    Attributes:
+        advice: What to do about a network that this tracer cannot record.
     """
+
+    advice = (
+        "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
+        "or on earlier calls. Either rewrite that line, or pass an example of the call, which decides the "
+        "path (example_inputs=…, or the LightningModule's example_input_array), or keep the part float and "
+        "quantize the rest (modules=[…] names the submodules to quantize), or give the network QuantStubs "
+        "and use mode='eager'."
+    )
 
     def __init__(self, opaque: Opaque) -> None:
         super().__init__([], [])
@@ -109,11 +128,25 @@ class _Tracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         )
 
 
-def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
+Record = Callable[[nn.Module, Opaque], tuple[NetworkTracer, fx.Graph, fx.Graph]]
+"""Records a network's forward: returns a tracer, the graph of training mode, and that of eval mode."""
+
+
+def record_symbolically(network: nn.Module, opaque: Opaque) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
+    """Records a network without an example, where its path depends on nothing but its mode."""
+    tracer = NetworkTracer(opaque)
+    with _mode(network, training=True):
+        graph = _trace_once(tracer, network)
+    with _mode(network, training=False):
+        return tracer, graph, _trace_once(NetworkTracer(opaque), network)
+
+
+def trace(network: nn.Module, record: Record = record_symbolically) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces `network` into a graph that behaves like it in training and in eval mode.
 
     Args:
         network: A float network. Its modules and parameters are shared with the result.
+        record: How to record its forward.
 
     Returns:
         The graph module, and the scope (module name and type) of each node, which torch.ao uses to
@@ -124,35 +157,33 @@ def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any]]:
             the file and the line.
     """
     try:
-        return trace_with(network, Opaque())
+        return trace_with(network, Opaque(), record)
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return trace_with(network, Opaque(leaves))
+        return trace_with(network, Opaque(leaves), record)
 
 
-def trace_with(network: nn.Module, opaque: Opaque) -> tuple[fx.GraphModule, dict[str, Any]]:
+def trace_with(
+    network: nn.Module, opaque: Opaque, record: Record = record_symbolically
+) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces like :func:`trace`, with a single call for each part in `opaque` and each untraceable part."""
     with split_norms(network):
-        return _trace_split(network, opaque)
+        return _trace_split(network, opaque, record)
 
 
-def _trace_split(network: nn.Module, opaque: Opaque) -> tuple[fx.GraphModule, dict[str, Any]]:
-    tracer = _Tracer(opaque)
+def _trace_split(network: nn.Module, opaque: Opaque, record: Record) -> tuple[fx.GraphModule, dict[str, Any]]:
     try:
         with traceable_transformers(network):
-            with _mode(network, training=True):
-                graph = _trace_once(tracer, network)
-            with _mode(network, training=False):
-                eval_graph = _trace_once(_Tracer(opaque), network)
+            tracer, graph, eval_graph = record(network, opaque)
     except UntraceableError as error:
         more = opaque.with_culprit(error.__cause__, network, holds_quantizable)
         if more is None:
             raise
-        return _trace_split(network, more)
+        return _trace_split(network, more, record)
     scopes = {**tracer.node_name_to_scope, **join_modes(network, graph, eval_graph)}
     erase_identities(network, graph)
     redirect_later_reads(network, graph)
@@ -178,28 +209,28 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-def _trace_once(tracer: _Tracer, network: nn.Module) -> fx.Graph:
+def _trace_once(tracer: NetworkTracer, network: nn.Module) -> fx.Graph:
     try:
         with refuse_side_effects(network), tracer.opaque.recorded():
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
-        frame = user_frame(error)
-        where = inspect.getsourcefile(type(network)) if frame is None else _line(frame, frame.filename)
-        raise UntraceableError(
-            f"torch.fx cannot trace {type(network).__name__}: {error}\n"
-            f"  at {where}\n"
-            "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
-            "or on earlier calls. Either rewrite that line, or keep the part float and quantize the rest "
-            "(modules=[…] names the submodules to quantize), or give the network QuantStubs and use "
-            "mode='eager'.",
-            _part(error, tracer),
-            "" if frame is None else _line(frame, Path(frame.filename).name),
-        ) from error
+        raise untraceable_error(network, tracer, error) from error
     names = list(inspect.signature(network.forward).parameters)
     for node, name in zip((n for n in graph.nodes if n.op == "placeholder"), names, strict=False):
         if node.target.lstrip("*").startswith(f"{name}_"):
             node.target = name  # keeps a specialized argument passable by name
     return graph
+
+
+def untraceable_error(network: nn.Module, tracer: NetworkTracer, error: Exception) -> UntraceableError:
+    """Returns the error that says why `tracer` could not record `network`, and where."""
+    frame = user_frame(error)
+    where = inspect.getsourcefile(type(network)) if frame is None else _line(frame, frame.filename)
+    return UntraceableError(
+        f"torch.fx cannot trace {type(network).__name__}: {error}\n  at {where}\n{tracer.advice}",
+        _part(error, tracer),
+        "" if frame is None else _line(frame, Path(frame.filename).name),
+    )
 
 
 def defaults(network: nn.Module) -> dict[str, Any] | None:
@@ -212,7 +243,7 @@ def defaults(network: nn.Module) -> dict[str, Any] | None:
     return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
 
 
-def _part(error: Exception, tracer: _Tracer) -> str:
+def _part(error: Exception, tracer: NetworkTracer) -> str:
     """Returns the name of the innermost module that caused an error of a trace."""
     if not isinstance(error, Impure):
         return tracer.failed[1] if error is tracer.failed[0] else ""
@@ -233,6 +264,7 @@ def evaluate_only(graph_module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[1])
             graph_module.graph.erase_node(node)
     remove_dropout(graph_module)
+    remove_guards(graph_module, of_training=True)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()

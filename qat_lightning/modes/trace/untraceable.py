@@ -8,10 +8,12 @@ from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.modes.trace.calls import Opaque
-from qat_lightning.modes.trace.tracing import trace_with
+from qat_lightning.modes.trace.tracing import Record, record_symbolically, trace_with
 
 
-def trace_around(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
+def trace_around(
+    network: nn.Module, record: Record = record_symbolically
+) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
     """Traces `network`; a submodule whose own forward cannot be traced becomes a single call.
 
     Returns:
@@ -24,7 +26,7 @@ def trace_around(network: nn.Module) -> tuple[fx.GraphModule, dict[str, Any], di
     kept: dict[str, str] = {}
     while True:
         try:
-            graph_module, scopes = trace_with(network, Opaque(frozenset(kept)))
+            graph_module, scopes = trace_with(network, Opaque(frozenset(kept)), record)
         except UntraceableError as error:
             if not error.part or error.part in kept:
                 raise

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.base.errors import RecipeMismatchError, TargetError
 from qat_lightning.quantize.copies import replace_submodule
-from qat_lightning.quantize.networks import keeping_as, network_names, prepare_module
+from qat_lightning.quantize.networks import keeping_as, network_names, prepare_module, stored_examples
 from qat_lightning.quantize.options import Settings
 from qat_lightning.quantize.recipe import recipe_of, recipes_in
 from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast
@@ -182,7 +182,7 @@ class _Stored:
                 f"accuracy_target."
             )
         self.put_back(module)
-        prepare_module(module, keeping_as(self._settings, stored))
+        prepare_module(module, keeping_as(self._settings, stored), stored_examples(stored))
         keep_out_of_ddp_broadcast(module)
         self.prepared_again = True
         rank_zero_info(f"Kept float by the run that is resumed: {', '.join(self.loaded) or 'nothing'}")

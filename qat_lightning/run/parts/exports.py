@@ -16,7 +16,7 @@ from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.export.extras import require
 from qat_lightning.modes.graph.subclass import with_forward
 from qat_lightning.quantize.copies import replace_submodule
-from qat_lightning.quantize.example_inputs import example_inputs_of
+from qat_lightning.quantize.example_inputs import Examples
 from qat_lightning.quantize.int8_file import save_int8
 from qat_lightning.run.part import Part
 
@@ -110,13 +110,13 @@ def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> An
     """Returns the arguments of a network, by name if its `forward` names them all."""
     if name in inputs:
         return arguments_of(module.get_submodule(name), inputs[name])
-    found = example_inputs_of(module, name)
+    found = Examples(module, None, [name]).of(name)
     if found is None:
         raise ConversionError(
             f"No batch has reached the network {name or type(module).__name__!r}, so there is nothing to "
             "trace its graph with. Give the LightningModule an example_input_array."
         )
-    return found
+    return arguments_of(module.get_submodule(name), found)
 
 
 def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:

@@ -1,0 +1,40 @@
+"""Notices writes through one view of a tensor that are read through another, which a graph cannot follow.
+
+A graph's operations return new tensors. A write, such as `x[0] = 1` or `x += 1`, gives the proxy of `x` a new
+node; a view that was taken before, and for a write through a view its base, still stand for the old values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Aliases:
+    """Which nodes stand for views of the same memory, and which of them are out of date."""
+
+    def __init__(self) -> None:
+        self._nodes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # from a base to the nodes of its memory
+        self._stale: set[fx.Node] = set()
+
+    def made(self, node: fx.Node, value: object) -> None:
+        """Notes the tensor that a node stands for."""
+        if isinstance(value, torch.Tensor):
+            self._nodes.setdefault(_base(value), []).append(node)
+
+    def written(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Notes that the tensor of `node` is written to: the other nodes of its memory are out of date."""
+        self._stale.update(other for other in self._nodes.get(_base(value), ()) if other is not node)
+
+    def check(self, node: fx.Node) -> None:
+        """Raises `TypeError` if a node that is read is out of date."""
+        if node in self._stale:
+            raise TypeError(
+                "its forward writes to a tensor and then reads the same memory through another view, which a "
+                "graph cannot follow. Write to a copy (x.clone()), or take the view afterwards"
+            )
+
+
+def _base(value: torch.Tensor) -> torch.Tensor:
+    return value if value._base is None else value._base

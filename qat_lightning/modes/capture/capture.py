@@ -1,0 +1,40 @@
+"""Records what a network does with an example, in training and in eval mode."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from qat_lightning.base import random_state
+from qat_lightning.base.inputs import Inputs
+from qat_lightning.modes.capture.call import arguments_of_call
+from qat_lightning.modes.capture.isolation import isolated_copy
+from qat_lightning.modes.capture.tracer import CaptureTracer
+from qat_lightning.modes.trace.calls import Opaque
+from qat_lightning.modes.trace.tracing import NetworkTracer, Record, share_constants, untraceable_error
+
+
+def capturing(example: Inputs) -> Record:
+    """Returns a recorder that follows the call of `example`, for `trace`.
+
+    Nothing that the forward does reaches the network: it runs on copies, once in each mode.
+    """
+
+    def record(network: nn.Module, opaque: Opaque) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
+        tracer, graph = _capture(network, opaque, example, training=True)
+        return tracer, graph, _capture(network, opaque, example, training=False)[1]
+
+    return record
+
+
+def _capture(
+    network: nn.Module, opaque: Opaque, example: Inputs, *, training: bool
+) -> tuple[NetworkTracer, fx.Graph]:
+    tracer = CaptureTracer(opaque)
+    root = isolated_copy(network, training=training)
+    try:
+        with random_state.preserved(), opaque.recorded():
+            graph = tracer.capture(root, arguments_of_call(root, example))
+    except Exception as error:
+        raise untraceable_error(network, tracer, error) from error
+    share_constants(root, network)
+    return tracer, graph

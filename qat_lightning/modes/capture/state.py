@@ -1,0 +1,97 @@
+"""Refuses forwards that keep state for their next call, which a graph would not keep.
+
+A cache is no such state: a forward may store what it computes from its input, such as the anchors of an image
+size, if its outputs do not depend on what it stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.base.torch_internals import buffers_of
+from qat_lightning.modes.capture.proxies import ValueProxy, map_tensors, proxies_in, values_of
+from qat_lightning.modes.trace.purity import Impure
+
+_SKIPPED = frozenset({"training", "_buffers", "_parameters", "_modules"})
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Attributes:
+    """What the modules of a network hold before an example runs.
+
+    Args:
+        root: The network.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.attributes = {(m, n): v for m in root.modules() for n, v in _attributes(m)}
+        self.buffers = {(m, n): (b, b._version) for m in root.modules() for n, b in _buffers(m)}
+
+    def refuse_writes(self, graph: fx.Graph) -> None:
+        """Raises :class:`Impure` if the run wrote to a buffer, or counted in a plain attribute.
+
+        A module that `graph` calls as a whole may do both: it does so again whenever the graph runs.
+        """
+        whole = tuple(f"{node.target}." for node in graph.nodes if node.op == "call_module")
+        paths = {module: f"{name}." for name, module in self.root.named_modules()}
+        for (module, name), (buffer, version) in self.buffers.items():
+            now = buffers_of(module).get(name)
+            if (now is not buffer or buffer._version != version) and not paths[module].startswith(whole):
+                raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
+        for module, name, before, now in self._changes():
+            if isinstance(before, _PLAIN) and type(now) in _PLAIN and not paths[module].startswith(whole):
+                raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
+
+    def refuse_dependence(self, result: Any, call: Callable[[], Any]) -> None:
+        """Raises :class:`Impure` if the outputs of a second call depend on what the first one stored.
+
+        Args:
+            result: The output of the first call.
+            call: Calls the network again.
+        """
+        caches = [(module, name, now) for module, name, _, now in self._changes() if proxies_in(now)]
+        if not caches:
+            return
+        for module, name, now in caches:
+            vars(module)[name] = values_of(now)
+        if not same_values(values_of(result), call()):
+            module, name, _ = caches[0]
+            raise Impure(
+                f"its forward stores {name!r}, on which its next call depends, and a graph would not", module
+            )
+
+    def _changes(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+        for module in self.root.modules():
+            for name, now in _attributes(module):
+                before = self.attributes.get((module, name), Attributes)
+                if now is not before and (
+                    type(now) is ValueProxy or proxies_in(now) or not _equal(now, before)
+                ):
+                    yield module, name, before, now
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in vars(module).items() if name not in _SKIPPED)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, value) for name, value in buffers_of(module).items() if value is not None)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return type(left) is type(right) and isinstance(left, _PLAIN) and bool(left == right)
+
+
+def same_values(left: Any, right: Any) -> bool:
+    """Whether two outputs hold equal tensors."""
+    tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for values, found in zip((left, right), tensors, strict=True):
+        map_tensors(values, found.append)
+    return len(tensors[0]) == len(tensors[1]) and all(
+        a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(*tensors, strict=True)
+    )
