@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
-from torch.utils import _pytree
+from torch.utils import _pytree, checkpoint
 
 # The common base classes of torch.nn's layers of one kind.
 BatchNorm = _BatchNorm
@@ -117,6 +117,12 @@ ASSERT = torch._assert
 def is_traced_constant(name: str) -> bool:
     """Returns whether torch.fx gave an attribute its name, for a tensor that a forward creates."""
     return name.startswith("_tensor_constant")
+
+
+def checkpoint_generators() -> list[str]:
+    """Returns the names of the functions by which `checkpoint(use_reentrant=False)` runs what it is given."""
+    names = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+    return [name for name in names if hasattr(checkpoint, name)]
 
 
 def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:

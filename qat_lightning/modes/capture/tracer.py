@@ -20,6 +20,7 @@ from qat_lightning.modes.capture.telling import telling_modules
 from qat_lightning.modes.graph.guards import check_argument, check_decision, check_tensor
 from qat_lightning.modes.graph.lines import current_user_line
 from qat_lightning.modes.trace.calls import Opaque
+from qat_lightning.modes.trace.contexts import watched_contexts
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 from qat_lightning.modes.trace.purity import Impure, same_state
 from qat_lightning.modes.trace.tracing import NetworkTracer
@@ -50,7 +51,12 @@ class CaptureTracer(NetworkTracer):
         """
         self._begin(root)
         before, random_before = Attributes(root), random_state.capture()
-        with ONE_AT_A_TIME, telling_modules(root, self), recorded_constructors(self):
+        with (
+            ONE_AT_A_TIME,
+            telling_modules(root, self),
+            recorded_constructors(self),
+            watched_contexts(self),
+        ):
             self._thread = threading.get_ident()
             args, kwargs = call_with(arguments, {each.name: self._input(each) for each in arguments})
             result = root.forward(*args, **kwargs)
@@ -143,6 +149,8 @@ class CaptureTracer(NetworkTracer):
 
     def _proxy(self, node: fx.Node, value: Any) -> ValueProxy:
         node.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if isinstance(value, SIMPLE) or (isinstance(value, torch.Tensor) and not node.meta["floating"]):
+            node.meta["no_grad"] = False  # nothing to detach
         self._aliases.made(node, value)
         return ValueProxy(node, self, value)
 

@@ -1,4 +1,4 @@
-"""Removes the rounding after dropout and stochastic depth, which do nothing in an int8 network.
+"""Removes the rounding after dropout, stochastic depth and detaching, which do nothing in an int8 network.
 
 torch.ao gives the output of a dropout a fake-quantize with qparams of its own, and leaves these qparams out
 of the int8 network. In eval mode the prepared network would clip values that the int8 network does not clip.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torchvision.ops import StochasticDepth
 
-from qat_lightning.base.torch_internals import Dropout
+from qat_lightning.base.torch_internals import Dropout, tree_map_only
 from qat_lightning.modes.graph.nodes import fake_quantize_of, module_of
 
 
@@ -42,13 +43,22 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
 
 
 def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph_module.graph.nodes if _is_dropout(module_of(graph_module, node))]
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.target is detached or _is_dropout(module_of(graph_module, node))
+    ]
 
 
 def _is_dropout(module: nn.Module | None) -> bool:
     """Whether `module` is a dropout: random in training mode, the identity in eval mode."""
     # timm is optional, so its DropPath is recognized by name.
     return isinstance(module, Dropout | StochasticDepth) or type(module).__name__ == "DropPath"
+
+
+def detached(x: Any) -> Any:
+    """Returns `x` without its gradient, as it leaves `torch.no_grad()`; what is no tensor, as it is."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, x)
 
 
 def _call_instead(graph_module: fx.GraphModule, old: nn.Module | None, new: Any) -> None:

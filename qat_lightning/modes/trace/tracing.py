@@ -28,7 +28,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
-from qat_lightning.base.torch_internals import is_traced_constant
+from qat_lightning.base.torch_internals import is_traced_constant, modules_of
 from qat_lightning.modes.graph.by_mode import OutputByMode
 from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.guards import remove_guards
@@ -37,6 +37,7 @@ from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.mutation import redirect_later_reads
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque
+from qat_lightning.modes.trace.contexts import AutogradFunction, detach_results, watched_contexts
 from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
 from qat_lightning.modes.trace.join_modes import join_modes
 from qat_lightning.modes.trace.norm_acts import split_norms
@@ -63,10 +64,13 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def share_constants(traced: nn.Module, network: nn.Module) -> None:
-    """Gives `network` the constants that a trace of its copy `traced` met."""
+    """Gives `network` the constants and autograd functions that a trace of its copy `traced` met."""
     for name, value in vars(traced).items():
         if is_traced_constant(name):
             vars(network)[name] = value
+    for name, module in traced.named_children():
+        if isinstance(module, AutogradFunction) and name not in modules_of(network):
+            network.add_module(name, module)
 
 
 def holds_quantizable(module: nn.Module) -> bool:
@@ -97,6 +101,18 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
+        self._detached: dict[fx.Node, fx.Node] = {}
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Makes a node; what `torch.no_grad()` computed is detached where a node outside of it reads it."""
+        records = torch.is_grad_enabled()
+        if records:
+            args, kwargs = detach_results(super().create_node, self._detached, (args, kwargs))
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["no_grad"] = not records and kind.startswith("call_")
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
@@ -123,7 +139,7 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self.opaque.modules
-            or isinstance(m, FXFloatFunctional | FusedModule)
+            or isinstance(m, FXFloatFunctional | FusedModule | AutogradFunction)
             or (reads_training(m) and not holds_quantizable(m))
         )
 
@@ -211,7 +227,7 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 
 def _trace_once(tracer: NetworkTracer, network: nn.Module) -> fx.Graph:
     try:
-        with refuse_side_effects(network), tracer.opaque.recorded():
+        with refuse_side_effects(network), tracer.opaque.recorded(), watched_contexts(tracer):
             graph = tracer.trace(network, concrete_args=defaults(network))
     except Exception as error:
         raise untraceable_error(network, tracer, error) from error
