@@ -128,8 +128,8 @@ class QuantizationAwareTraining(ForwardingCallback):
         self.exported: list[Path] = []
         self._prepared: list[Prepared] = []
         self._exports = Exports(export)
-        graphs = self._exports.need_inputs
-        self._first_batch = FirstBatch(dry_run=preflight, catch=graphs or report, store=graphs)
+        traces = self._exports.need_inputs
+        self._first_batch = FirstBatch(dry_run=preflight, catch=traces or report, store=traces)
         self._report = RunReport(write=report, first_batch=self._first_batch, shipped=self.shipped)
         self._phases = Phases(self.schedule, self.phase_at, self._report.curves.mark)
         self._search = LayerSearch(accuracy_target)
@@ -181,7 +181,7 @@ class QuantizationAwareTraining(ForwardingCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._settle(trainer, pl_module)  # a finder of learning rates may save before `on_fit_start`
+        self._settle(trainer, pl_module)  # a learning-rate finder may save before `on_fit_start`
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class QuantizationAwareTraining(ForwardingCallback):
         result = convert_on_all_ranks(trainer, pl_module, which, write, folder)
         self.int8_module, self.converted_from, self.exported = result.module, result.source, [*result.files]
         self.int8_path = next((path for path in self.exported if path.suffix == ".pt"), None)
-        files = ", ".join(map(str, self.exported)) or "nothing is written"
+        files = ", ".join(map(str, self.exported)) or "no file written"
         rank_zero_info(f"Converted to int8 {result.why}: {files}")
         for part in self._parts:
             part.after_conversion(trainer, result, folder)

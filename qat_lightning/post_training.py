@@ -60,9 +60,9 @@ class PostTrainingQuantization(pl.Callback):
         checks.check_package(trainer, pl_module)
         if stage != "validate":
             raise MisconfigurationException(
-                f"PostTrainingQuantization calibrates in trainer.validate, but was set up for {stage!r}. "
-                "Call Trainer(callbacks=[ptq]).validate(module, calibration_loader), and leave it out "
-                "elsewhere."
+                f"PostTrainingQuantization calibrates in trainer.validate, but the Trainer runs {stage!r}. "
+                "Call Trainer(callbacks=[ptq]).validate(module, calibration_loader), and remove the callback "
+                "from other Trainers."
             )
         self.int8_module, self._twin = None, copy_of(pl_module)
         with random_state.preserved():
@@ -79,7 +79,7 @@ class PostTrainingQuantization(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Moves the copy to the module's device."""
         assert self._twin is not None
-        with torch.inference_mode(False):  # its buffers must be no inference tensors, as in `_Follower`
+        with torch.inference_mode(False):  # as in `_Follower`: inference tensors could not be changed later
             self._twin.to(pl_module.device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,6 +112,6 @@ class _Follower:
         self.network = network
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # What observers keep must be no inference tensor, which nothing could change later.
+        # Observers keep tensors. Inference tensors could not be changed later.
         with torch.inference_mode(False), torch.no_grad():
             self.network(*args, **kwargs)

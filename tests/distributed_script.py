@@ -28,7 +28,7 @@ from qat_lightning import QuantizationAwareTraining
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.qconfig import default_qconfig
 from qat_lightning.run import conversion
-from qat_lightning.run.distributed.grid_check import check_same_grids
+from qat_lightning.run.distributed.qparams_check import check_same_qparams
 from qat_lightning.run.parts import exports
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, dataset, trainer
@@ -152,14 +152,14 @@ def fewer_levels(folder: Path) -> Result:
 def one_bit(folder: Path) -> Result:
     module = Uneven(lr=0.001)
     result = fit(folder, module)
-    check_same_grids(module)
+    check_same_qparams(module)
     grid: Any = dict(fake_quantizes(module))["model.block.0.weight_fake_quant"]
     if distributed.get_rank() == 1:
         grid.scale[3] = torch.nextafter(grid.scale[3], grid.scale[3] + 1)
     result["scale"] = grid.scale[3].item()
     with mock.patch.object(distributed, "all_gather", wraps=distributed.all_gather) as calls:
         try:
-            check_same_grids(module)
+            check_same_qparams(module)
         finally:
             assert calls.call_count == 1
     return result

@@ -17,9 +17,9 @@ from torchvision import models
 from qat_lightning import QuantizationAwareTraining, RankError, convert, load_int8, prepare, save_int8
 from qat_lightning.fake_quant.phases import freeze_bn_statistics
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
-from qat_lightning.run.distributed.grid_check import check_same_grids
 from qat_lightning.run.distributed.merge_ranges import merge_ranges
 from qat_lightning.run.distributed.processes import fail_together
+from qat_lightning.run.distributed.qparams_check import check_same_qparams
 from tests.networks import CLASSES, Residual, Stubbed, images, same_state, train_steps
 from tests.processes import run_all
 from tests.runs import TinyModule, trainer
@@ -83,7 +83,7 @@ def test_each_rank_says_which_file_exists_for_it(results: Results) -> None:
         ("one_bit", "RankMismatchError", "'model.block.0.weight_fake_quant' is not the same"),
         ("one_bit", "RankMismatchError", "its scale[3] is 0.00"),
         ("disk_full", "ConversionError", "No space left on device (OSError). The trained weights are safe"),
-        ("synchronized_on_the_cpu", "MisconfigurationException", "SyncBatchNorm takes no CPU tensors"),
+        ("synchronized_on_the_cpu", "MisconfigurationException", "SyncBatchNorm does not accept CPU tensors"),
     ],
 )
 def test_all_ranks_end_with_the_same_error(results: Results, name: str, error: str, message: str) -> None:
@@ -239,7 +239,7 @@ def _synchronize(rank: int, folder: str) -> None:
         network(images().cuda() * 10**rank).square().mean().backward()
         optimizer.step()
     merge_ranges(prepared)
-    check_same_grids(prepared)
+    check_same_qparams(prepared)
     int8 = convert(prepared)
     torch.manual_seed(0)
     state = {name: value.cpu() for name, value in prepared.state_dict().items()}

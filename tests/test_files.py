@@ -122,7 +122,9 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         load_unverified(path, Residual())
     for content in (Residual().state_dict(), [1, 2], {"format": "another"}):
         torch.save(content, path)
-        with pytest.raises(Int8FileError, match=r"is no int8 file of qat-lightning.*use load_qat_checkpoint"):
+        with pytest.raises(
+            Int8FileError, match=r"is not an int8 file of qat-lightning.*use load_qat_checkpoint"
+        ):
             load_unverified(path, Residual())
     with pytest.raises(FileNotFoundError, match=r"There is no file .*missing.pt"):
         load_unverified(tmp_path / "missing.pt", Residual())
@@ -156,7 +158,7 @@ def test_a_file_of_another_network(tmp_path: Path, x: Tensor) -> None:
     with pytest.raises(Int8FileError, match="does not fit ConvBnRelu"):
         load_int8(path, ConvBnRelu())
     with pytest.raises(
-        Int8FileError, match=r"'stem\.0\.weight' has the shape \(16, 3, 3, 3\) there and \(8, 3"
+        Int8FileError, match=r"'stem\.0\.weight' has the shape \(16, 3, 3, 3\) in the module, but \(8, 3"
     ):
         load_int8(path, Residual(width=16))
     with pytest.raises(Int8FileError, match="does not fit Stubbed"):

@@ -241,9 +241,15 @@ def test_an_epoch_end_resume_does_not_warn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
-        ({"backend": "qnnpack"}, r"grids differ, the first being '.*': .*255.* here and .*127.* there"),
-        ({"keep_float": ["fc"]}, r"the quantized layers differ: only here \[\], only there \['fc'\]"),
-        ({"replace_relu6": False}, "fake-quantizes differ: only here"),
+        (
+            {"backend": "qnnpack"},
+            r"fake-quantizes differ, the first being '.*': .*255.* in the network and .*127.* in the state",
+        ),
+        (
+            {"keep_float": ["fc"]},
+            r"the quantized layers differ: only the network has \[\], only the state dict has \['fc'\]",
+        ),
+        ({"replace_relu6": False}, "fake-quantizes differ: only the network has"),
     ],
 )
 def test_a_checkpoint_of_another_recipe(tmp_path: Path, settings: dict[str, Any], difference: str) -> None:

@@ -102,7 +102,7 @@ def test_a_pattern_of_another_type() -> None:
         (["modle"], r"has none called 'modle'\. Nearest: 'model"),
         (["norm"], r"modules names 'norm', which holds no convolution and no linear layer.*Leave it out"),
         (["model.fc"], r"modules names 'model\.fc', which is a single layer.*Name the network"),
-        (["model", "model.block"], r"'model\.block', which is inside 'model', also named\. Name one"),
+        (["model", "model.block"], r"'model\.block', which is inside 'model', and names that too\. Name one"),
     ],
 )
 def test_modules_that_cannot_be_quantized(names: list[str], message: str) -> None:

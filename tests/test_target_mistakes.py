@@ -54,7 +54,7 @@ def test_a_ckpt_path_that_is_left_over(tmp_path: Path) -> None:
     runner = trainer(tmp_path, callback(ASKED), max_epochs=1)
     runner.ckpt_path = "left.ckpt"
     runner._checkpoint_connector._user_managed = False  # as after a fit that was given it
-    with pytest.raises(MisconfigurationException, match=r"left\.ckpt, so that .* none were loaded"):
+    with pytest.raises(MisconfigurationException, match=r"left\.ckpt, so that .* no weights were loaded"):
         runner.fit(bad())
 
 

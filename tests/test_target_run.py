@@ -239,7 +239,7 @@ def test_another_target_has_no_effect_on_a_resumed_run(
 def test_without_a_target_the_layers_have_to_be_named(tmp_path: Path) -> None:
     fit(tmp_path, bad(), max_epochs=1)
     path = tmp_path / "epoch=0.ckpt"
-    with pytest.raises(RecipeMismatchError, match=r"only here \['third\.0'\].*accuracy_target"):
+    with pytest.raises(RecipeMismatchError, match=r"only the network has \['third\.0'\].*accuracy_target"):
         fit(tmp_path, bad(), qat=callback(None), ckpt_path=path)
     named = callback(None, keep_float=["third.0"])
     fit(tmp_path, bad(), qat=named, ckpt_path=path)

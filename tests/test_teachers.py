@@ -266,10 +266,10 @@ def test_a_resumed_run_with_another_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         resumable(tmp_path, start, CrashAt(STEPS + 2))
     path = tmp_path / "ckpt" / "epoch=0.ckpt"
-    with pytest.raises(ValueError, match="go on with the teacher that it began with"):
+    with pytest.raises(ValueError, match="continue with the teacher that it started with"):
         resumable(tmp_path, lambda: Noisy(Residual()), ckpt_path=path)
     for wrong in (None, Distillation(weight=2.0), Distillation(temperature=2.0)):
-        with pytest.raises(ValueError, match="go on with the teacher that it began with"):
+        with pytest.raises(ValueError, match="continue with the teacher that it started with"):
             resumable(tmp_path, start, ckpt_path=path, distillation=wrong)
 
 

@@ -40,8 +40,8 @@ def inputs_of(network: nn.Module, batch: Any) -> Inputs:
     parameters = list(inspect.signature(network.forward).parameters.values())
     if isinstance(batch, Mapping):
         names = {p.name for p in parameters}
-        free = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return Inputs((), {str(k): v for k, v in batch.items() if free or k in names})
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return Inputs((), {str(k): v for k, v in batch.items() if takes_any or k in names})
     if not isinstance(batch, Sequence):
         return Inputs((batch,), {})
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -82,8 +82,8 @@ def collect_inputs(
             handle.remove()
     if not any(found.values()):
         raise ValueError(
-            f"The networks of {type(module).__name__} have to be run on the dataloader's batches, but none "
-            f"of {list(networks)} was called. Pass a dataloader that has batches, and call them in "
+            f"The networks of {type(module).__name__} must run on the dataloader's batches, but none of "
+            f"{list(networks)} was called. Pass a dataloader that has batches, and call the networks in "
             "`validation_step`."
         )
     return {name: calls for name, calls in found.items() if calls}
@@ -109,7 +109,7 @@ def score(module: nn.Module, metric: Metric, batches: Batches) -> float:
         total += float(metric(outputs, batch)) * samples
         count += samples
     if not count:
-        raise ValueError("The dataloader has no batches to compute the metric of. Pass one that has some.")
+        raise ValueError("The dataloader has no batches to compute the metric on. Pass one that has batches.")
     return total / count
 
 
@@ -123,7 +123,8 @@ def check_metric(module: nn.Module, metric: object) -> None:
     if isinstance(metric, str) and not _validates(module):
         raise ValueError(
             f"metric={metric!r} names a metric, but {type(module).__name__} has no `validation_step` that "
-            "could log it. Pass a LightningModule that has, or a function: metric=lambda outputs, batch: …"
+            "could log it. Pass a LightningModule that has one, or a function: "
+            "metric=lambda outputs, batch: …"
         )
 
 

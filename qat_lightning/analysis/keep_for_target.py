@@ -21,9 +21,9 @@ from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.quantize.recipe import quantized_networks
 
 _ADVICE = (
-    "Allow a greater max_drop, choose a backend with 8 bits for activations (onednn, qnnpack), pass "
-    "replace_relu6=False where the network has ReLU6, or train without a target: training wins back much of "
-    "the loss."
+    "Allow a greater max_drop, choose a backend with 8-bit activations (onednn, qnnpack), pass "
+    "replace_relu6=False if the network has ReLU6, or train without a target: training recovers much of the "
+    "loss."
 )
 
 
@@ -95,7 +95,7 @@ def _check(module: nn.Module, max_drop: float, max_layers: int | None) -> None:
         raise ValueError(f"max_layers must be at least 0, or None, but received {max_layers}.")
     if next(quantized_networks(module), None) is not None:
         raise ValueError(
-            f"keep_for_target prepares the module with one layer or another float, but this "
+            f"keep_for_target prepares the module several times, with different layers float, but this "
             f"{type(module).__name__} is prepared already. Pass the float module."
         )
 
@@ -114,8 +114,8 @@ class _Search:
     ) -> None:
         self.module, self.settings = module, settings
         self.calibration, self.metric, self.scored, self.sign = calibration, metric, scored, sign
-        self.exact = score(copy_of(module).eval(), metric, scored)
-        self.points = points_per_unit(self.exact, metric, sign)
+        self.float_score = score(copy_of(module).eval(), metric, scored)
+        self.points = points_per_unit(self.float_score, metric, sign)
         self.int8 = simulate(module, settings, calibration)
         self.scores: dict[frozenset[str], float] = {}
 
@@ -128,14 +128,14 @@ class _Search:
             most: How many layers may stay float.
         """
         ranked = ranking(measure(self.int8, samples))
-        least = len(ranked) - 1  # something has to be left to quantize
-        candidates = ranked[: least if most is None else min(most, least)]
+        all_but_one = len(ranked) - 1  # a layer must be left to quantize
+        candidates = ranked[: all_but_one if most is None else min(most, all_but_one)]
 
         def reaches(names: Iterable[str]) -> bool:
             return self.drop(names) <= target
 
         count = fewest(candidates, reaches)
-        before = f"the metric is {self.exact:.4g} in float and {self.score(()):.4g} in int8"
+        before = f"the metric is {self.float_score:.4g} in float and {self.score(()):.4g} in int8"
         if count is None:
             raise TargetError(
                 f"Int8 must lose at most {target:g} points, but {before}, {self.drop(()):.3g} points worse. "
@@ -145,13 +145,13 @@ class _Search:
             )
         found = tuple(needed((), candidates[:count], reaches))
         after = f"with {', '.join(found)} float it is {self.score(found):.4g}"
-        result = after if found else "nothing has to stay float"
+        result = after if found else "no layer has to stay float"
         rank_zero_info(f"Target of at most {target:g} points: {before}; {result}")
         return found
 
     def drop(self, names: Iterable[str]) -> float:
         """Returns the percentage points that int8 loses with these layers float."""
-        return self.points * self.sign * (self.exact - self.score(names))
+        return self.points * self.sign * (self.float_score - self.score(names))
 
     def score(self, names: Iterable[str]) -> float:
         """Returns the metric of int8 with these layers float."""
@@ -161,7 +161,7 @@ class _Search:
             if kept:
                 settings = replace(self.settings, keep_float=(*self.settings.keep_float, *sorted(kept)))
                 simulation = simulate(self.module, settings, self.calibration, self.int8.inputs)
-            simulation.round_with(simulation.grids)
+            simulation.round_with(simulation.fake_quants)
             self.scores[kept] = score(simulation.module, self.metric, self.scored)
         return self.scores[kept]
 
@@ -177,15 +177,15 @@ def points_per_unit(value: float, metric: Metric, sign: int) -> int:
     Raises:
         ValueError: The value is neither a share between 0 and 1 nor a percentage.
     """
-    if -1 <= value <= 1:  # below 0 are correlations and the like
+    if -1 <= value <= 1:  # a correlation, for example, can be below 0
         return 100
     if sign > 0 and 1 < value <= 100:
         return 1
     name = repr(metric) if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
     raise ValueError(
         f"max_drop is in percentage points, so the metric must lie between 0 and 1, or, if more of it is "
-        f"better, between 0 and 100, but {name} is {value:.4g} for the float network. Name an accuracy or a "
-        "similar share, or pass a function that returns one."
+        f"better, between 0 and 100, but {name} is {value:.4g} for the float network. Name an accuracy or "
+        "another share, or pass a function that returns one."
     )
 
 
@@ -194,8 +194,8 @@ def ranking(found: Sensitivity) -> list[str]:
 
     Layers that gain nothing alone come last, the cheapest first: they may still gain together with others.
     """
-    worth = sorted(found.layers, key=lambda each: (-max(each.gain, 0) / max(each.macs, 1), each.macs))
-    return list(dict.fromkeys(each.name for each in worth))
+    ranked = sorted(found.layers, key=lambda each: (-max(each.gain, 0) / max(each.macs, 1), each.macs))
+    return list(dict.fromkeys(each.name for each in ranked))
 
 
 def fewest(ranked: Sequence[str], reaches: Callable[[Iterable[str]], bool]) -> int | None:

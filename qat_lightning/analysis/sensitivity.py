@@ -105,10 +105,10 @@ def measure(
     float_metric = score_now()
     for name in simulation.networks:
         probe = _Probe(simulation, name, samples)
-        int8_sqnr[name] = probe.sqnr(simulation.grids)
+        int8_sqnr[name] = probe.sqnr(simulation.fake_quants)
         others_sqnr[name] = probe.sqnr(probe.others())
         layers += probe.layers(int8_sqnr[name], score_now)
-    simulation.round_with(simulation.grids)
+    simulation.round_with(simulation.fake_quants)
     sign = 1 if higher_is_better else -1
 
     def rank(each: LayerSensitivity) -> tuple[float, float]:
@@ -133,22 +133,22 @@ class _Probe:
         self.network = simulation.networks[name]
         self.inputs = list(_limited(simulation.inputs[name], samples))
         simulation.round_with(())
-        self.exact = self._outputs()
-        if not torch.isfinite(self.exact).all():
+        self.float_outputs = self._outputs()
+        if not torch.isfinite(self.float_outputs).all():
             raise ValueError(
-                f"The float outputs of {name or type(self.network).__name__!r} hold a NaN or an infinity, "
-                "which nothing can be compared with. Pass batches, and weights, that give finite outputs."
+                f"The float outputs of {name or type(self.network).__name__!r} hold a NaN or an infinity, so "
+                "int8 cannot be compared with them. Pass batches, and weights, that give finite outputs."
             )
 
-    def sqnr(self, grids: Collection[FakeQuantizeBase]) -> float:
-        """Returns the SQNR of the outputs with these fake-quantizes on, against float."""
-        self.simulation.round_with(grids)
-        return sqnr(self.exact, self._outputs())
+    def sqnr(self, fake_quants: Collection[FakeQuantizeBase]) -> float:
+        """Returns the SQNR between the float outputs and those with only these fake-quantizes on."""
+        self.simulation.round_with(fake_quants)
+        return sqnr(self.float_outputs, self._outputs())
 
     def others(self) -> frozenset[FakeQuantizeBase]:
         """Returns the fake-quantizes that belong to no layer."""
-        mine = {grid for _, grid in fake_quantizes(self.network)}
-        return frozenset(mine.difference(*layer_fake_quantizes(self.network).values()))
+        all_of_them = {fake_quant for _, fake_quant in fake_quantizes(self.network)}
+        return frozenset(all_of_them.difference(*layer_fake_quantizes(self.network).values()))
 
     def layers(self, int8_sqnr: float, score_now: _Score) -> Iterator[LayerSensitivity]:
         """Measures each layer that runs on the inputs."""
@@ -156,10 +156,10 @@ class _Probe:
         modules = dict(self.network.named_modules())
         with torch.enable_grad():
             work = count_work(self.network, _first(self.inputs[0], 1)).layers
-        for name, grids in layer_fake_quantizes(self.network).items():
+        for name, fake_quants in layer_fake_quantizes(self.network).items():
             if name in work:
-                alone, alone_metric = self.sqnr(grids), score_now()
-                kept, kept_metric = self.sqnr(self.simulation.grids - grids), score_now()
+                alone, alone_metric = self.sqnr(fake_quants), score_now()
+                kept, kept_metric = self.sqnr(self.simulation.fake_quants - fake_quants), score_now()
                 yield LayerSensitivity(
                     name,
                     self.name,

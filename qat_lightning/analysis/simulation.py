@@ -37,14 +37,14 @@ class Simulation:
     inputs: Mapping[str, Sequence[Inputs]]
 
     @property
-    def grids(self) -> frozenset[FakeQuantizeBase]:
+    def fake_quants(self) -> frozenset[FakeQuantizeBase]:
         """Returns all fake-quantizes."""
-        return frozenset(grid for _, grid in fake_quantizes(self.module))
+        return frozenset(fake_quant for _, fake_quant in fake_quantizes(self.module))
 
-    def round_with(self, grids: Collection[FakeQuantizeBase]) -> None:
+    def round_with(self, fake_quants: Collection[FakeQuantizeBase]) -> None:
         """Switches these fake-quantizes on, and all others off."""
-        for grid in self.grids:
-            grid.enable_fake_quant(grid in grids)
+        for fake_quant in self.fake_quants:
+            fake_quant.enable_fake_quant(fake_quant in fake_quants)
 
 
 def simulate(
@@ -84,20 +84,20 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
     Ranges that are moving averages in training become the mean over all calls. Batch-norm statistics do not
     change.
     """
-    grids = [grid for _, grid in fake_quantizes(network)]
-    if all(has_seen_data(grid) for grid in grids if has_range(grid)):
+    fake_quants = [fake_quant for _, fake_quant in fake_quantizes(network)]
+    if all(has_seen_data(fake_quant) for fake_quant in fake_quants if has_range(fake_quant)):
         return
     seen: Counter[nn.Module] = Counter()
 
-    def average(grid: Any, args: Any) -> None:
-        seen[grid] += 1
-        if isinstance(grid, FakeQuantize):
-            grid.average_over(seen[grid])
+    def average(fake_quant: Any, args: Any) -> None:
+        seen[fake_quant] += 1
+        if isinstance(fake_quant, FakeQuantize):
+            fake_quant.average_over(seen[fake_quant])
         else:
-            grid.activation_post_process.averaging_constant = 1 / seen[grid]
+            fake_quant.activation_post_process.averaging_constant = 1 / seen[fake_quant]
 
-    averaged = [g for g in grids if has_range(g) and is_moving_average(g)]
-    handles = [grid.register_forward_pre_hook(average) for grid in averaged]
+    averaged = [f for f in fake_quants if has_range(f) and is_moving_average(f)]
+    handles = [fake_quant.register_forward_pre_hook(average) for fake_quant in averaged]
     only_observe(network)
     for call in calls:
         network(*call.args, **call.kwargs)
@@ -111,8 +111,8 @@ def _prepared(module: nn.Module, settings: Settings, batches: Batches) -> nn.Mod
     recipes = [recipe for _, _, recipe in quantized_networks(module)]
     if any(recipe.int8 for recipe in recipes):
         raise ValueError(
-            f"{type(module).__name__} holds an int8 network, in which nothing can be switched off. Pass the "
-            "float module, or the prepared one."
+            f"{type(module).__name__} holds an int8 network, in which rounding cannot be switched off. Pass "
+            "the float module, or the prepared one."
         )
     if recipes:
         return module

@@ -23,23 +23,23 @@ class LocalBatchNorm(BatchNorm):
         """Accepts any number of dimensions."""
 
 
-def note_batch_norms(network: nn.Module) -> None:
-    """Stores the classes of the batch-norms inside `network` as an attribute, which copies keep."""
+def store_batch_norm_classes(network: nn.Module) -> None:
+    """Stores the classes of the batch-norms inside `network` in an attribute that survives copies."""
     named = network.named_modules(remove_duplicate=False)
-    noted = {name: type(module) for name, module in named if isinstance(module, BatchNorm)}
+    classes = {name: type(module) for name, module in named if isinstance(module, BatchNorm)}
     if isinstance(network, fx.GraphModule):
-        behaviour.attach(network, {_ATTRIBUTE: noted})
+        behaviour.attach(network, {_ATTRIBUTE: classes})
     else:
-        setattr(network, _ATTRIBUTE, noted)
+        setattr(network, _ATTRIBUTE, classes)
 
 
 def restore_batch_norms(network: nn.Module) -> None:
     """Restores the stored class of each batch-norm in a prepared network, in place."""
     present = dict(network.named_modules(remove_duplicate=False))
-    noted: dict[str, type[nn.Module]] = getattr(network, _ATTRIBUTE, {})
-    for name, kind in noted.items():
+    stored: dict[str, type[nn.Module]] = getattr(network, _ATTRIBUTE, {})
+    for name, original_class in stored.items():
         if isinstance(present.get(name), BatchNorm):
-            present[name].__class__ = kind
+            present[name].__class__ = original_class
 
 
 def make_local(module: nn.Module) -> None:

@@ -44,13 +44,13 @@ def convert(module: ModuleT) -> ModuleT:
     if not prepared:
         raise ConversionError(
             f"convert takes a network that `prepare` made, or a module that holds one, but received "
-            f"{type(module).__name__}, which holds none."
+            f"{type(module).__name__}, which holds none. Prepare and train it first."
         )
     for network in prepared:
         check_observed(network)
         weight = first_nonfinite_weight(network)
         if weight is not None:
-            raise ConversionError(f"{weight!r} holds a NaN or an infinity, which int8 has no number for.")
+            raise ConversionError(f"{weight!r} holds a NaN or an infinity, which int8 cannot represent.")
     return convert_in_place(copy_of(module))
 
 

@@ -15,7 +15,7 @@ def check_float(network: nn.Module) -> None:
     check_not_quantized(network)
     if is_compiled(network):
         raise ValueError(
-            "The network is compiled (torch.compile), and a compiled one cannot be changed. Prepare the "
+            "The network is compiled (torch.compile), and a compiled network cannot be prepared. Prepare the "
             "plain network and compile the result: pass trainer.fit(torch.compile(module)), or compile in "
             "the LightningModule's `on_fit_start`, as in self.model.compile()."
         )

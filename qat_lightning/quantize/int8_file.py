@@ -91,16 +91,16 @@ def load_int8(
     content = _read(Path(path), verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise Int8FileError(
-            f"{path} is no int8 file of qat-lightning. load_int8 reads what save_int8 wrote; for a "
+            f"{path} is not an int8 file of qat-lightning. load_int8 reads files that save_int8 wrote. For a "
             "checkpoint of a QAT run use load_qat_checkpoint."
         )
     try:
         state_dict, recipes = _fit_to(module, content["state_dict"])
     except (ValueError, KeyError) as error:
         raise Int8FileError(f"{path} is damaged: it holds no readable recipe. ({error!r})") from error
-    own = _own(module, recipes, qconfig, overrides or {})
+    user_defined = _user_defined(module, recipes, qconfig, overrides or {})
     try:
-        int8 = convert_in_place(_prepare_all(module, recipes, own))
+        int8 = convert_in_place(_prepare_all(module, recipes, user_defined))
         _check_shapes(int8.state_dict(), state_dict)
         with quiet_torch_ao():
             load_packed(int8, state_dict)
@@ -145,15 +145,16 @@ def load_qat_checkpoint(
     """
     content = _read(Path(path))
     if isinstance(content, dict) and content.get("format") == _FORMAT:
-        raise ValueError(f"{path} is an int8 file, no checkpoint of a QAT run. Read it with load_int8.")
+        raise ValueError(f"{path} is an int8 file, not a checkpoint of a QAT run. Read it with load_int8.")
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not recipes_in(state_dict):
         raise ValueError(
-            f"{path} is no checkpoint of a QAT run: no quantization recipe is in it. For a float "
+            f"{path} is not a checkpoint of a QAT run: no quantization recipe is in it. For a float "
             f"checkpoint use {type(module).__name__}.load_from_checkpoint or load_state_dict."
         )
     state_dict, recipes = _fit_to(module, state_dict)
-    prepared = _prepare_all(module, recipes, _own(module, recipes, qconfig, overrides or {}))
+    user_defined = _user_defined(module, recipes, qconfig, overrides or {})
+    prepared = _prepare_all(module, recipes, user_defined)
     prepared.load_state_dict(state_dict)
     return prepared.eval()
 
@@ -167,7 +168,7 @@ def _read(path: Path, *, verify: bool = False) -> Any:
             return torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise Int8FileError(
-            f"{path} cannot be read: it is damaged, truncated, of another kind, or holds objects "
+            f"{path} cannot be read: it is damaged, truncated or not a PyTorch file, or it holds objects "
             f"other than tensors and plain values, which are never loaded. ({_first_line(error)})"
         ) from error
 
@@ -183,7 +184,7 @@ def _fit_to(module: nn.Module, state_dict: dict[str, Any]) -> tuple[dict[str, An
     """
     recipes = recipes_in(state_dict)
     if not recipes:
-        raise ValueError("There is no recipe in it.")
+        raise ValueError("There is no recipe in the state dict.")
     missing = [name for name in recipes if name and not _has(module, name)]
     if not missing:
         return state_dict, recipes
@@ -213,7 +214,8 @@ def _check_shapes(expected: dict[str, Any], found: dict[str, Any]) -> None:
     for name, value in expected.items():
         if not name.endswith(STATE_KEY) and name in found and _shapes(found[name]) != _shapes(value):
             raise ValueError(
-                f"{name!r} has the shape {_shapes(value)} there and {_shapes(found[name])} in the file."
+                f"{name!r} has the shape {_shapes(value)} in the module, but {_shapes(found[name])} in the "
+                "file."
             )
 
 
@@ -228,10 +230,10 @@ def _has(module: nn.Module, name: str) -> bool:
     return any(known == name for known, _ in module.named_modules(remove_duplicate=False))
 
 
-def _own(
+def _user_defined(
     module: nn.Module, recipes: dict[str, Recipe], qconfig: QConfigLike | None, overrides: Overrides
 ) -> dict[str, dict[str, Any]]:
-    """Returns, for each network, the arguments of `prepare` that no file holds."""
+    """Returns, for each network, the arguments of `prepare` that files do not hold: user-defined QConfigs."""
     split = split_overrides([module.get_submodule(name) for name in recipes], overrides)
     return {
         name: {
@@ -244,8 +246,10 @@ def _own(
     }
 
 
-def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], own: dict[str, dict[str, Any]]) -> ModuleT:
-    for name, recipe in sorted(recipes.items()):  # a module itself before the networks in it
+def _prepare_all(
+    module: ModuleT, recipes: dict[str, Recipe], user_defined: dict[str, dict[str, Any]]
+) -> ModuleT:
+    for name, recipe in sorted(recipes.items()):  # a module comes before the networks inside it
         prepared = prepare(
             module.get_submodule(name),
             backend=recipe.backend,
@@ -255,7 +259,7 @@ def _prepare_all(module: ModuleT, recipes: dict[str, Recipe], own: dict[str, dic
             replace_relu6=recipe.replace_relu6,
             untraceable="float" if recipe.untraceable else "error",
             example_inputs=None if recipe.example is None else restore(recipe.example),
-            **own[name],
+            **user_defined[name],
         )
         module = replace_submodule(module, name, prepared)
     return module

@@ -129,9 +129,9 @@ def _prepare_for(
     if "" in network_names(module, settings):  # its own keys are being loaded already
         kind = type(module).__name__
         raise RecipeMismatchError(
-            f"The weights are of a QAT run, and this {kind}, which has layers of its own, is float. Read "
-            f"them with qat_lightning.load_qat_checkpoint(path, {kind}(...)), and pass what that returns to "
-            "the Trainer, without ckpt_path."
+            f"The weights are from a QAT run, but this {kind} is float, and it cannot be prepared while they "
+            f"are loaded, because it has layers itself. Call qat_lightning.load_qat_checkpoint(path, "
+            f"{kind}(...)), and pass the module that it returns to the Trainer, without ckpt_path."
         )
     settings = keeping_as(settings, recipes) if keep_as_loaded else settings
     prepare_module(module, settings, stored_examples(recipes))

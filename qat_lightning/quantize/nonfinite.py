@@ -27,23 +27,23 @@ class NonFiniteWatch:
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self._networks = networks
-        self._grids = [m for n in networks.values() for m in n.modules() if isinstance(m, FakeQuantize)]
+        self._fake_quants = [m for n in networks.values() for m in n.modules() if isinstance(m, FakeQuantize)]
 
     def clear(self) -> None:
         """Clears the flags that earlier runs have set."""
-        for grid in self._grids:
-            grid.nonfinite.zero_()
+        for fake_quant in self._fake_quants:
+            fake_quant.nonfinite.zero_()
 
     def check(self, step: int) -> None:
         """Raises a `FloatingPointError` if a NaN or an infinity was observed."""
-        if not self._grids or not bool(torch.cat([grid.nonfinite for grid in self._grids]).any()):
+        if not self._fake_quants or not bool(torch.cat([f.nonfinite for f in self._fake_quants]).any()):
             return
         for name, network in self._networks.items():
             tensor = first_nonfinite(network)
             if tensor is not None:
                 raise FloatingPointError(
                     f"A NaN or an infinity appeared in {tensor} of {name or 'the module'!r}, at or before "
-                    f"step {step}; no range has taken it in. {_FIX}"
+                    f"step {step}. No observed range includes it. {_FIX}"
                 )
 
     def check_weights(self, step: int) -> None:
@@ -53,7 +53,7 @@ class NonFiniteWatch:
             if weight is not None:
                 raise FloatingPointError(
                     f"{weight!r} of {name or 'the module'!r} holds a NaN or an infinity at step {step}, so "
-                    f"no checkpoint is written: the last one is from before it. {_FIX}"
+                    f"no checkpoint is written. The last checkpoint is from an earlier step. {_FIX}"
                 )
 
 
@@ -62,7 +62,7 @@ def first_nonfinite(network: nn.Module) -> str | None:
     named = list(_in_execution_order(network))
     if not named:
         return None
-    flags = torch.cat([grid.nonfinite for _, grid in named]).tolist()
+    flags = torch.cat([fake_quant.nonfinite for _, fake_quant in named]).tolist()
     return next((name for (name, _), flag in zip(named, flags, strict=True) if flag), None)
 
 

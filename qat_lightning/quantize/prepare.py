@@ -20,7 +20,7 @@ from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.qconfig import describe, qconfig_name
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
-from qat_lightning.quantize.batch_norms import note_batch_norms
+from qat_lightning.quantize.batch_norms import store_batch_norm_classes
 from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.floating import check_float
 from qat_lightning.quantize.options import PrepareOptions, Settings
@@ -106,7 +106,7 @@ def _prepare(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
     recipe = _recipe(result, mode.name, options)
     replace_zero_scales(result.network)
     attach(result.network, recipe)
-    note_batch_norms(result.network)
+    store_batch_norm_classes(result.network)
     return result.network
 
 

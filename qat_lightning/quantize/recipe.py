@@ -21,7 +21,7 @@ from qat_lightning.modes.graph import behaviour
 
 STATE_KEY = "_qat_recipe"
 FULL_BYTES = "quint8 [0, 255]"
-"""How the grid of activations that fill their byte is described."""
+"""In `Recipe.grid`, the dtype and range of 8-bit activations."""
 _ATTRIBUTE = "qat_recipe"
 
 
@@ -66,7 +66,7 @@ class Recipe:
     @property
     def fills_bytes(self) -> bool:
         """Whether activations use 8 bits. On CPUs without VNNI, int8 kernels then overflow."""
-        return any(FULL_BYTES in grid for grid in self.grid.values())
+        return any(FULL_BYTES in described for described in self.grid.values())
 
     def to_json(self) -> str:
         """Returns the recipe as JSON."""
@@ -99,7 +99,7 @@ class Recipe:
             One text for each difference in graphs or qparams. Empty if the recipes are compatible.
         """
         found = [
-            f"{name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
+            f"{name} is {getattr(self, name)!r} in the network and {getattr(other, name)!r} in the state dict"
             for name in ("mode", "int8")
             if getattr(self, name) != getattr(other, name)
         ]
@@ -110,17 +110,17 @@ class Recipe:
         if changed:
             first = changed[0]
             found.append(
-                f"{len(changed)} grids differ, the first being {first!r}: {self.grid[first]} here and "
-                f"{other.grid[first]} there"
+                f"the qparams of {len(changed)} fake-quantizes differ, the first being {first!r}: "
+                f"{self.grid[first]} in the network and {other.grid[first]} in the state dict"
             )
         return found
 
 
-def _compare_names(what: str, here: set[str], there: set[str]) -> list[str]:
-    if here == there:
+def _compare_names(what: str, network: set[str], state: set[str]) -> list[str]:
+    if network == state:
         return []
-    only_here, only_there = sorted(here - there)[:3], sorted(there - here)[:3]
-    return [f"the {what} differ: only here {only_here}, only there {only_there}"]
+    only_network, only_state = sorted(network - state)[:3], sorted(state - network)[:3]
+    return [f"the {what} differ: only the network has {only_network}, only the state dict has {only_state}"]
 
 
 def attach(network: nn.Module, recipe: Recipe) -> None:
@@ -168,10 +168,10 @@ def _refuse_prepared(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     for name in recipes_in({key.removeprefix(prefix): value for key, value in state_dict.items()}):
         if name in floating:
             raise RecipeMismatchError(
-                f"This checkpoint is of a QAT run, in which {name or kind!r} is prepared for quantization, "
+                f"This checkpoint is from a QAT run, in which {name or kind!r} is prepared for quantization, "
                 f"but here it is float. Call module = qat_lightning.load_qat_checkpoint(path, {kind}(…)) and "
-                "use that module without ckpt_path; to go on with the training, call "
-                "trainer.fit(ckpt_path=…) with the QuantizationAwareTraining callback."
+                "use that module without ckpt_path. To continue the training, call trainer.fit(ckpt_path=…) "
+                "with the QuantizationAwareTraining callback."
             )
 
 
@@ -189,8 +189,8 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
     if stored is None:
         raise RecipeMismatchError(
             f"The network {prefix.rstrip('.') or type(module).__name__!r} is prepared for quantization, "
-            "and this state dict was made by one that is not: a float checkpoint. Load float weights into "
-            "the module before trainer.fit, by load_from_checkpoint or load_state_dict (on the command line "
+            "but this state dict is from a float network: a float checkpoint. Load float weights into the "
+            "module before trainer.fit, by load_from_checkpoint or load_state_dict (on the command line "
             "weights=…), and leave ckpt_path out; or resume from a checkpoint of a QAT run."
         )
     differences = recipe.differences(Recipe.from_tensor(stored))
@@ -198,6 +198,6 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
         raise RecipeMismatchError(
             "This state dict was made with another quantization recipe than the network "
             f"{prefix.rstrip('.') or type(module).__name__!r} is prepared with: "
-            f"{'; '.join(differences)}. Prepare it with the same backend, mode, qconfig, keep_float, "
-            "accuracy_target and fuse, or start again from the float weights."
+            f"{'; '.join(differences)}. Prepare the network with the same backend, mode, qconfig, "
+            "keep_float, accuracy_target and fuse, or start again from the float weights."
         )

@@ -70,18 +70,18 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
             )
         if not holds_quantizable(module.get_submodule(name)):
             raise ValueError(
-                f"modules names {name!r}, which holds no convolution and no linear layer: there is "
+                f"modules names {name!r}, which holds no convolution and no linear layer, so there is "
                 "nothing to quantize in it. Leave it out."
             )
         if isinstance(module.get_submodule(name), QUANTIZABLE):
             raise ValueError(
-                f"modules names {name!r}, which is a single layer: quantized alone, nothing around it "
-                "could be fused. Name the network that holds it."
+                f"modules names {name!r}, which is a single layer. Quantized alone, it could not be fused "
+                "with the layers around it. Name the network that holds it."
             )
         outer = [other for other in names if name.startswith(f"{other}.")]
         if outer:
             raise ValueError(
-                f"modules names {name!r}, which is inside {outer[0]!r}, also named. Name one of them."
+                f"modules names {name!r}, which is inside {outer[0]!r}, and names that too. Name one of them."
             )
     return tuple(names)
 
@@ -194,8 +194,8 @@ def _refuse_function(networks: Sequence[nn.Module], name: str, functions: Functi
     graphs = [called for network in networks if (called := functions(network)) is not None]
     if not graphs:
         raise ValueError(
-            f"keep_float has the function {name!r}, but in eager mode {kinds} runs its own code, and no "
-            "graph tells what it calls. Name submodules, or use mode='fx'."
+            f"keep_float has the function {name!r}, but in eager mode {kinds} runs its own code, and has no "
+            "graph in which to find calls. Name submodules, or use mode='fx'."
         )
     raise ValueError(
         f"keep_float has the function {name!r}, which the graph of {kinds} does not call. "

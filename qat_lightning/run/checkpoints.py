@@ -50,12 +50,12 @@ def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | 
                 return str(path)
             inexact = inexact or str(path)
             raise _Unusable(
-                "it was written in the middle of a training step, from which no run goes on exactly"
+                "it was written in the middle of a training step, so a run would not resume exactly"
             )
-        except _Unusable as flaw:
-            rank_zero_info(f"Passing over the checkpoint {path}: {flaw}")
+        except _Unusable as reason:
+            rank_zero_info(f"Passing over the checkpoint {path}: {reason}")
     if inexact is not None:
-        rank_zero_info(f"There is no better checkpoint than {inexact}")
+        rank_zero_info(f"Using {inexact} anyway, since no checkpoint resumes exactly")
     return inexact
 
 
@@ -65,21 +65,23 @@ class _Unusable(Exception):
 
 def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     try:
-        # Mapped, it costs little however large it is; its index, at the end of the file, has to be there.
+        # mmap keeps this cheap for large files. It still fails for a truncated one: the index is at the end.
         content = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
         if weights_only and zipfile.is_zipfile(path):
-            raise _Unusable("it holds objects, which weights_only=False would read, and run code") from error
-        raise _Unusable("it is damaged or half written") from error
+            raise _Unusable(
+                "it holds objects. weights_only=False would read them, and run their code"
+            ) from error
+        raise _Unusable("it is damaged or incomplete") from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise _Unusable("it is no checkpoint of Lightning")
+        raise _Unusable("it is not a Lightning checkpoint")
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in content]
     if missing:
-        raise _Unusable(f"it holds weights alone: {', '.join(missing)} are missing")
+        raise _Unusable(f"it holds only weights: {', '.join(missing)} are missing")
     try:
         begun = has_begun(content)
     except (KeyError, TypeError) as error:
-        raise _Unusable("it is of a Lightning whose loops had another form") from error
+        raise _Unusable("its loop counters are from an incompatible version of Lightning") from error
     if not begun:
         raise _Unusable("it was written before the first step")
     return content

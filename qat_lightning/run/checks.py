@@ -22,7 +22,7 @@ def check_package(trainer: object, module: object) -> None:
         if not isinstance(value, kind):
             raise MisconfigurationException(
                 f"qat_lightning works with `lightning.pytorch`, but {type(value).__module__}."
-                f"{type(value).__qualname__} is no lightning.pytorch.{kind.__name__}: the package "
+                f"{type(value).__qualname__} is not a lightning.pytorch.{kind.__name__}: the package "
                 "`pytorch_lightning` has classes of its own, and the two do not mix. Replace "
                 "`import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
             )
@@ -79,7 +79,7 @@ def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
         check_writable(folder)
     except OSError as error:
         raise MisconfigurationException(
-            f"output_dir must be a folder that can be written to, but {folder} cannot: {error}. Choose "
+            f"output_dir must be a folder that can be written to, but {folder} cannot be: {error}. Choose "
             "another one."
         ) from error
 
@@ -91,14 +91,14 @@ def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
         name = type(other).__name__
         if isinstance(other, ModelPruning):
             raise MisconfigurationException(
-                f"{name} leaves out every convolution that is fused with its batch-norm, as it leaves out "
-                "containers. Prune in a float run, then train the pruned weights for int8. A gradient of 0 "
-                "keeps a zero: parameter.register_hook(lambda grad, kept=parameter != 0: grad * kept)."
+                f"{name} skips containers, and takes every convolution that is fused with its batch-norm for "
+                "one. Prune in a float run, then train the pruned weights for int8. To keep zeros, zero "
+                "their gradients: parameter.register_hook(lambda grad, kept=parameter != 0: grad * kept)."
             )
         if isinstance(other, WeightAveraging | StochasticWeightAveraging) and i < callbacks.index(callback):
             raise MisconfigurationException(
-                f"{name} comes before {own} and would average the float layers that the preparation for "
-                f"quantization replaces. Pass it after: Trainer(callbacks=[{own}(...), {name}(...)])."
+                f"{name} comes before {own}, so it would average the float layers, which {own} replaces. "
+                f"Pass it after: Trainer(callbacks=[{own}(...), {name}(...)])."
             )
 
 
@@ -108,7 +108,7 @@ def check_loggers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for logger in trainer.loggers:
         if traced and isinstance(logger, TensorBoardLogger) and lightning_internals.writes_graph(logger):
             raise MisconfigurationException(
-                "TensorBoardLogger(log_graph=True) traces the module by TorchScript, which knows no in-place "
-                "autograd functions, and fake-quantization is made of them. Leave log_graph out, and for a "
-                "graph log the float network before fit: logger.experiment.add_graph(network, batch)."
+                "TensorBoardLogger(log_graph=True) traces the module with TorchScript, which does not "
+                "support in-place autograd functions, and fake-quantization uses them. Leave log_graph out. "
+                "For a graph, log the float network before fit: logger.experiment.add_graph(network, batch)."
             )

@@ -34,7 +34,7 @@ def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
     """
     last = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     if convert == "last":
-        return Choice(None, "the last weights, as asked", None, last)
+        return Choice(None, "the last weights, as requested", None, last)
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
         return Choice(None, "the last weights, since no ModelCheckpoint monitors a metric", None, last)
@@ -45,7 +45,7 @@ def choose_weights(trainer: pl.Trainer, convert: str) -> Choice:
         if fake_quant_is_on(checkpoint["state_dict"]):
             why = f"the best weights by {callback.monitor} ({float(score):.4g})"
             return Choice(path, why, checkpoint, {callback.monitor: float(score)})
-    return Choice(None, "the last weights, since no ranked checkpoint was quantized", None, last)
+    return Choice(None, "the last weights, since no ranked checkpoint has fake-quantization on", None, last)
 
 
 def fake_quant_is_on(state_dict: dict[str, Any]) -> bool:
@@ -58,7 +58,7 @@ def _read(trainer: pl.Trainer, path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        # Hyperparameters may be objects. This very run wrote the file, and Lightning reads it the
-        # same way for `trainer.test(ckpt_path="best")`.
+        # Hyperparameters may be objects. The file is trusted because this run wrote it. Lightning reads it
+        # the same way for `trainer.test(ckpt_path="best")`.
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
     return dict(checkpoint)

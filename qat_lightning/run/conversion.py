@@ -73,14 +73,14 @@ def convert_on_all_ranks(
     if trainer.is_global_zero:
         try:
             outcome = _convert(trainer, module, which, write)
-            message = _tell(outcome) if trainer.world_size > 1 else None
-        except Exception as error:  # any error: the other ranks wait for it
+            message = _message_of(outcome) if trainer.world_size > 1 else None
+        except Exception as error:  # any error, since the other ranks wait for the message
             failure, message = error, _Message(_explain(error, _rescue(trainer, module, folder)))
     if trainer.world_size > 1:
         message = trainer.strategy.broadcast(message)
     if message is not None and message.failure is not None:
         raise ConversionError(message.failure) from failure
-    with fail_together("taking over the int8 network from rank 0"):
+    with fail_together("loading the int8 network from rank 0"):
         if outcome is None:
             assert message is not None
             outcome = _receive(module, message)
@@ -105,7 +105,7 @@ def _with_weights(module: pl.LightningModule, choice: Choice) -> pl.LightningMod
     return module
 
 
-def _tell(outcome: ConversionResult) -> _Message:
+def _message_of(outcome: ConversionResult) -> _Message:
     buffer = io.BytesIO()
     torch.save(outcome.module.state_dict(), buffer)
     files = tuple(_identify(path.absolute()) for path in outcome.files)
@@ -116,12 +116,12 @@ def _receive(module: pl.LightningModule, message: _Message) -> ConversionResult:
     int8 = convert_in_place(copy_of(module))
     with quiet_torch_ao():
         load_packed(int8, torch.load(io.BytesIO(message.state), weights_only=True))
-    # On a file system of its own there is no such file, or that of another run.
-    seen = tuple(Path(file[0]) for file in message.files if _is_there(file))
-    return ConversionResult(int8, seen, message.source, message.why)
+    # Without a shared file system, the path is missing here or belongs to another run.
+    visible = tuple(Path(file[0]) for file in message.files if _is_visible(file))
+    return ConversionResult(int8, visible, message.source, message.why)
 
 
-def _is_there(file: tuple[str, int, int]) -> bool:
+def _is_visible(file: tuple[str, int, int]) -> bool:
     path = Path(file[0])
     return path.is_file() and _identify(path) == file
 
@@ -152,6 +152,5 @@ def _rescue(trainer: pl.Trainer, module: pl.LightningModule, folder: Path) -> st
 def _explain(failure: Exception, weights: str) -> str:
     return (
         f"The trained network could not be converted to int8 and written: {failure} "
-        f"({type(failure).__name__}). {weights}; `load_qat_checkpoint` reads them back for another "
-        "conversion."
+        f"({type(failure).__name__}). {weights}. To convert again, load them with `load_qat_checkpoint`."
     )

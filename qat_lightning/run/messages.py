@@ -20,8 +20,8 @@ def replaced(name: str) -> str:
     """Returns the error message for a prepared network that was replaced."""
     return (
         f"The network {name or 'of this module'!r} was prepared for quantization and then replaced, so a "
-        "float network would be trained. `configure_model` is called more than once and must leave alone "
-        "what exists:\n"
+        "float network would be trained. Lightning calls `configure_model` more than once, so it must not "
+        "build a network that exists already:\n"
         "    def configure_model(self):\n"
         f"        if self.{name or 'model'} is not None:\n"
         "            return\n"
@@ -43,9 +43,9 @@ def overflow(recipes: Iterable[Recipe]) -> str | None:
     if not any(recipe.fills_bytes for recipe in recipes) or not cpu.overflows():
         return None
     return (
-        "This CPU has no VNNI, so that sums of activations of 8 bits overflow: PyTorch's int8 network runs "
-        "on slower kernels here that do not, ONNX Runtime needs session.x64quantprecision=1, and OpenVINO "
-        "has no such option. For CPUs like this use backend='x86'"
+        "This CPU has no VNNI, so int8 kernels overflow with 8-bit activations. Here PyTorch's int8 network "
+        "runs on slower kernels that do not overflow, ONNX Runtime needs session.x64quantprecision=1, and "
+        "OpenVINO has no such option. For CPUs like this use backend='x86'"
     )
 
 
@@ -68,17 +68,17 @@ def announce(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[st
     began = []
     when = f"at epoch {trainer.current_epoch}, step {trainer.global_step}"
     if before is None and trainer.global_step > 0:
-        when = "since before this start, as in the checkpoint"
+        when = "already, as in the checkpoint"
     if phase.fake_quant and before is not None and not before.fake_quant:
         rank_zero_info(f"Fake-quantization is on {when}")
-        if trainer.current_epoch > 0:  # else it is the end of the calibration, which every run has
+        if trainer.current_epoch > 0:  # in epoch 0 only the calibration ends, as in every run
             began.append("fake-quantization on")
     if not phase.observe and (before is None or before.observe):
         rank_zero_info(f"Observers are frozen {when}")
         began.append("observers frozen")
     if phase.freeze_bn and (before is None or not before.freeze_bn):
         rate = trainer_facts.highest_learning_rate(trainer)
-        high = ": with statistics frozen, one this high costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
+        high = ", which is so high that it costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
         rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")
         began.append("batch-norm frozen")
     return began

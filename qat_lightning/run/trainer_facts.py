@@ -23,7 +23,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
             "Quantization-aware training needs every parameter whole on every rank, but "
-            f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp' or one device."
+            f"{type(trainer.strategy).__name__} shards them. Use strategy='ddp', or a single device."
         )
     if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
         raise MisconfigurationException(
@@ -33,15 +33,15 @@ def check_strategy(trainer: pl.Trainer) -> None:
     synchronizes = lightning_internals.synchronizes_batch_norm(trainer)
     if synchronizes and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise MisconfigurationException(
-            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm takes no CPU tensors in training. On "
-            "the CPU, leave it out."
+            "sync_batchnorm=True needs GPUs: PyTorch's SyncBatchNorm does not accept CPU tensors in "
+            "training. On the CPU, leave it out."
         )
     start_method = lightning_internals.start_method(trainer)
     if start_method is not None:
         raise MisconfigurationException(
-            f"The strategy starts its processes by {start_method!r} and hands weights back to a parent whose "
-            "module is not prepared. Use strategy='ddp', which starts them as scripts, or in a notebook one "
-            "device."
+            f"The strategy starts its processes by {start_method!r}, and then loads the weights into the "
+            "parent process, where the module is not prepared. Use strategy='ddp', which starts processes as "
+            "scripts. In a notebook, use a single device."
         )
 
 
@@ -105,8 +105,8 @@ def is_compiled(module: pl.LightningModule) -> bool:
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
     """Returns the folder of the run's checkpoints, or `default_root_dir` if there is none."""
-    beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return Path(beside or trainer.default_root_dir)
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(folder or trainer.default_root_dir)
 
 
 def validation_data(trainer: pl.Trainer) -> Any:

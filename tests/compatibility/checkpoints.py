@@ -139,7 +139,7 @@ def checkpoint_path_of_loose_layers(folder: Path) -> None:
     checkpoint = ModelCheckpoint(folder)
     run = fit(folder, checkpoint, module=Loose)
     path = checkpoint.best_model_path
-    match = r"weights are of a QAT run, and this Loose.*is float.*load_qat_checkpoint\(path, Loose"
+    match = r"weights are from a QAT run, but this Loose is float.*load_qat_checkpoint\(path, Loose"
     with pytest.raises(RecipeMismatchError, match=match):
         trainer(folder, callback()).test(Loose(), ckpt_path=path, verbose=False)
     assert torch.equal(outputs(load_qat_checkpoint(path, Loose())), outputs(run.module))

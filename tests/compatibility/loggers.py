@@ -59,7 +59,7 @@ def tensorboard_logger(folder: Path) -> None:
 def tensorboard_graph(folder: Path) -> None:
     pytest.importorskip("tensorboard")
     logger = TensorBoardLogger(folder, log_graph=True)
-    match = "traces the module by TorchScript.*Leave log_graph out"
+    match = "traces the module with TorchScript.*Leave log_graph out"
     refused(folder, match, logger=logger, module=Exampled, error=MisconfigurationException)
     module = Exampled()
     before = TensorBoardLogger(folder)

@@ -169,5 +169,5 @@ def pruning_before(folder: Path) -> None:
     "refused: it leaves out every convolution that is fused with its batch-norm",
 )
 def pruning_during(folder: Path) -> None:
-    match = "ModelPruning leaves out every convolution.*Prune in a float run"
+    match = "ModelPruning skips containers, and takes every convolution.*Prune in a float run"
     refused(folder, match, ModelPruning("l1_unstructured", amount=0.5), error=MisconfigurationException)

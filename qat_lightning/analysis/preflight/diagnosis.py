@@ -15,14 +15,14 @@ _NO_INT8 = re.compile(r"not implemented for 'QU?Int\d+'|not supported on quantiz
 _CAT = "All inputs of this cat operator must share"
 _MIXED = re.compile(r"promoteTypes with quantized|requires quantized dtype|[Ee]xpected .*quantized")
 _ENGINE = re.compile(r"[Dd]idn't find engine|[Ee]ngine .* not supported|for quantized engine")
-# What an int8 operation asks of its inputs.
-_OF_INT8 = ("aten::qscheme", "aten::q_scale", "aten::q_zero_point")
+# An int8 operation calls these on its inputs. With the CPU backend they fail if an input is float.
+_READS_QPARAMS = ("aten::qscheme", "aten::q_scale", "aten::q_zero_point")
 _FX = "mode='fx' places quantization by itself."
 _FLOAT_FUNCTIONAL = ("add", "mul", "cat", "matmul")
 
 
-class _Words(NamedTuple):
-    """An explanation: the operation, why it fails, and what to change."""
+class _Explanation(NamedTuple):
+    """The operation that fails, the reason, and the fix."""
 
     op: str
     why: str
@@ -43,17 +43,17 @@ def explain(
     """
     path = here.path[-1] if here.path else ""
     kind = type(network.get_submodule(path)).__name__
-    words = _words(str(error), here.call, path)
+    explanation = _explanation(str(error), here.call, path)
     line = line_of_error(error, network)
     return PreflightError(
-        f"{name or kind!r} would fail in its {stage}: {words.why}\n"
+        f"{name or kind!r} would fail in its {stage}: {explanation.why}\n"
         f"  in {path or 'its forward'} ({kind})" + (f", at {line}" if line else "") + "\n"
         f"  PyTorch says: {_first_sentence(error)}\n"
-        f"To fix it: {words.fix}",
+        f"To fix it: {explanation.fix}",
         network=name,
         path=path,
         line=line,
-        op=words.op,
+        op=explanation.op,
     )
 
 
@@ -61,50 +61,54 @@ def _first_sentence(error: Exception) -> str:
     return str(error).strip().split("\n")[0].split(". This could be because")[0] or type(error).__name__
 
 
-def _words(message: str, call: str, path: str) -> _Words:
+def _explanation(message: str, call: str, path: str) -> _Explanation:
     match = _NO_KERNEL.search(message)
-    if match is not None and not (match[1] in _OF_INT8 and match[2] == "CPU"):
+    if match is not None and not (match[1] in _READS_QPARAMS and match[2] == "CPU"):
         return _no_kernel(match[1], match[2], path)
     if _CAT in message or _NO_INT8.search(message):
         return _not_int8("cat" if _CAT in message else call, path)
     if _ENGINE.search(message):
-        return _Words(
+        return _Explanation(
             "engine",
-            "the engine that runs is not the one it was converted for.",
-            "do not set torch.backends.quantized.engine in the network; each int8 network switches to its "
-            "own backend by itself.",
+            "it runs on another engine than the one it was converted for.",
+            "do not set torch.backends.quantized.engine in the network. Each int8 network selects its own "
+            "engine.",
         )
     if match is not None or _MIXED.search(message):
-        return _Words(
+        return _Explanation(
             call,
             f"an int8 tensor meets a float one, or a float type, in {call}.",
-            f"quantize both with QuantStubs, or dequantize both with DeQuantStubs, before that line. {_FX}",
+            f"quantize both with QuantStubs, or dequantize both with DeQuantStubs, before this line. {_FX}",
         )
-    return _Words(call, f"{call or 'an operation in it'} fails.", f"{_keep_float(path)} {_FX}")
+    return _Explanation(call, f"{call or 'an operation in it'} fails.", f"{_keep_float(path)} {_FX}")
 
 
-def _no_kernel(op: str, backend: str, path: str) -> _Words:
+def _no_kernel(op: str, backend: str, path: str) -> _Explanation:
     if op.startswith("quantized::") and backend == "CPU":
         why = f"a float tensor reaches {op}, an int8 operation."
-        return _Words(op, why, f"quantize it before that line: x = self.quant(x), with a QuantStub. {_FX}")
+        return _Explanation(
+            op, why, f"quantize it before that line: x = self.quant(x), with a QuantStub. {_FX}"
+        )
     if not backend.endswith("CPU"):
         device = backend.removeprefix("Quantized")
         why = f"a tensor on {device} reaches {op}, and int8 networks run on the CPU."
-        return _Words(op, why, "pass tensors on the CPU (x.cpu()), and move none to a device in the network.")
+        return _Explanation(
+            op, why, "pass tensors on the CPU (x.cpu()), and move none to a device in the network."
+        )
     return _not_int8(op, path)
 
 
-def _not_int8(op: str, path: str) -> _Words:
+def _not_int8(op: str, path: str) -> _Explanation:
     short = op.split("::")[-1].split(".")[0].strip("_")
     if short in _FLOAT_FUNCTIONAL:
         fix = (
             f"give the line a FloatFunctional of its own: self.{short} = FloatFunctional() in __init__, and "
             f"self.{short}.{short}(…) instead of the operator or function. {_FX}"
         )
-        return _Words(op, f"int8 tensors have no plain {short}, which needs a grid for its result.", fix)
+        return _Explanation(op, f"a plain {short} of int8 tensors has no qparams for its result.", fix)
     fix = "keep it float: x = self.dequant(x) before that line and x = self.quant(x) after it"
     fix += f", or {_keep_float(path)}" if path else "."
-    return _Words(op, f"{op} has no int8 form.", f"{fix} {_FX}")
+    return _Explanation(op, f"{op} has no int8 form.", f"{fix} {_FX}")
 
 
 def _keep_float(path: str) -> str:

@@ -40,26 +40,11 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
     start = time.perf_counter()
     recipe = recipe_of(prepared)
     assert recipe is not None
-    restore_batch_norms(prepared)
-    make_local(prepared)
-    set_enabled(prepared, observer=True, fake_quant=True)
-    prepared.train()
-    with stage("training forward", name, prepared):
-        outputs = prepared(*inputs.args, **inputs.kwargs)
-    with stage("backward", name, prepared):
-        _surrogate_loss(outputs).backward()
-    prepared.zero_grad()
-    prepared.eval()
+    _train_once(name, prepared, inputs)
     with torch.no_grad(), stage("evaluation", name, prepared), call_lines(prepared) as lines:
         expected = prepared(*inputs.args, **inputs.kwargs)
     work = inventory.count_work(prepared, inputs)
-    int8 = copy_of(prepared)
-    with stage("conversion", name, int8):
-        int8 = convert_in_place(int8)
-        _check_eval(int8)
-    with torch.no_grad(), stage("int8 forward", name, int8), warnings.catch_warnings():
-        warnings.filterwarnings("error", "All inputs of this cat operator must share")
-        found = int8(*inputs.args, **inputs.kwargs)
+    int8, found = _convert_and_run(name, prepared, inputs)
     layers, floats = inventory.layers(prepared, int8, recipe, work, lines)
     return NetworkReport(
         name,
@@ -76,6 +61,30 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
         _sqnr(expected, found),
         time.perf_counter() - start,
     )
+
+
+def _train_once(name: str, prepared: nn.Module, inputs: Inputs) -> None:
+    restore_batch_norms(prepared)
+    make_local(prepared)
+    set_enabled(prepared, observer=True, fake_quant=True)
+    prepared.train()
+    with stage("training forward", name, prepared):
+        outputs = prepared(*inputs.args, **inputs.kwargs)
+    with stage("backward", name, prepared):
+        _surrogate_loss(outputs).backward()
+    prepared.zero_grad()
+    prepared.eval()
+
+
+def _convert_and_run(name: str, prepared: nn.Module, inputs: Inputs) -> tuple[nn.Module, Any]:
+    """Returns the int8 network and its outputs."""
+    int8 = copy_of(prepared)
+    with stage("conversion", name, int8):
+        int8 = convert_in_place(int8)
+        _check_eval(int8)
+    with torch.no_grad(), stage("int8 forward", name, int8), warnings.catch_warnings():
+        warnings.filterwarnings("error", "All inputs of this cat operator must share")
+        return int8, int8(*inputs.args, **inputs.kwargs)
 
 
 @contextmanager
@@ -110,8 +119,8 @@ def _check_eval(int8: nn.Module) -> None:
             code = getattr(kind.train, "__code__", None)
             line = f"{code.co_filename}:{code.co_firstlineno}: def train" if code else None
             raise PreflightError(
-                f"{name or kind.__name__!r} stays in training mode after eval(), so it would be converted as "
-                f"it trains; its class overrides `train`" + (f" at {line}" if line else "") + ".\n"
+                f"{name or kind.__name__!r} stays in training mode after eval(), so it would be converted in "
+                f"training mode. Its class overrides `train`" + (f" at {line}" if line else "") + ".\n"
                 "To fix it: let `train(mode)` call super().train(mode), and change nothing if mode is False.",
                 path=name,
                 line=line,

@@ -49,7 +49,7 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
         for name, module in network.named_modules()
         if isinstance(module, _WEIGHTED)
     ]
-    # Without gradients the counter fails where a parameter is an input, and attention takes uncounted ways.
+    # Keep gradients on: without them the counter fails if a parameter is an input, and misses attention.
     with FlopCounterMode(display=False) as counter:
         network(*inputs.args, **inputs.kwargs)
     for handle in handles:
@@ -109,20 +109,20 @@ def _why_float(name: str, module: nn.Module, recipe: Recipe) -> str:
     if isinstance(module, _NO_INT8_TRAINING):
         return f"PyTorch has no int8 training for {type(module).__name__}"
     if hasattr(module, "weight_fake_quant"):
-        return "what it reads or returns is not int8"
-    return "its qconfig, or the module that holds it and runs as a whole, leaves it float"
+        return "its input or its output is not int8"
+    return "its qconfig leaves it float, or a module around it runs as one float block"
 
 
 def batch_norms(int8: nn.Module, lines: dict[str, str]) -> list[Finding]:
     """Returns the batch-norms that were not fused."""
     return [
-        Finding(name, type(module).__name__, _why_alone(module), lines.get(name, "not called"))
+        Finding(name, type(module).__name__, _why_unfused(module), lines.get(name, "not called"))
         for name, module in int8.named_modules()
         if _BATCH_NORM in type(module).__name__ or type(module).__name__.startswith("BNReLU")
     ]
 
 
-def _why_alone(module: nn.Module) -> str:
+def _why_unfused(module: nn.Module) -> str:
     return "an int8 layer of its own" if is_int8(module) else "float"
 
 
@@ -136,8 +136,8 @@ def _float_ops_of(module: nn.Module, graph: fx.Graph) -> Iterator[Finding]:
     after = _reach([n for n in nodes if n.target == "dequantize"], lambda n: n.users, _quantizes)
     before = _reach([n for n in nodes if _quantizes(n)], lambda n: n.all_input_nodes, _dequantizes)
     for node in nodes:
-        passive = _quantizes(node) or _dequantizes(node) or node.target is operator.getitem
-        if node in after and node in before and not passive:
+        computes = not (_quantizes(node) or _dequantizes(node) or node.target is operator.getitem)
+        if node in after and node in before and computes:
             yield Finding(node.name, _kind(module, node), "has no int8 form", stack_line(node))
 
 

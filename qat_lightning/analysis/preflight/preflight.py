@@ -75,7 +75,7 @@ def preflight_with(settings: Settings, module: nn.Module, example_inputs: Any) -
 def _last_named(error: ValueError, module: nn.Module, inputs: Inputs) -> tuple[str, str] | None:
     """Returns the last called submodule among those that an error names, and the line that calls it."""
     if isinstance(error, UntraceableError):
-        return None  # which has its line
+        return None  # its message has a line already
     quoted = set(re.findall(r"'([\w.]+)'", str(error).split("Nearest:")[0]))
     with call_lines(module) as lines:
         module(*inputs.args, **inputs.kwargs)
@@ -100,7 +100,7 @@ def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -
     caught = {name: catcher.caught[n] for name, n in networks.items() if n in catcher.caught}
     if not caught:
         raise ValueError(
-            f"preflight follows the forward of {type(module).__name__}, but that calls none of its networks "
+            f"preflight runs the forward of {type(module).__name__}, but it calls none of its networks "
             f"{list(names)}. Pass a network itself: preflight(module.{names[0]}, …)."
         )
     return caught

@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from qat_lightning.base.torch_internals import ignore_in_ddp
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, is_moving_average, set_range
-from qat_lightning.run.distributed.grid_check import check_same_grids
 from qat_lightning.run.distributed.processes import several_processes
+from qat_lightning.run.distributed.qparams_check import check_same_qparams
 
 
 def keep_out_of_ddp_broadcast(module: nn.Module) -> None:
@@ -48,17 +48,18 @@ def merge_ranges(module: nn.Module) -> None:
     if not several_processes():
         return
     children = {name: child for name, child in fake_quantizes(module) if has_range(child)}
-    seen = [_seen_by(module, name, child) for name, child in children.items()]
-    if seen:
-        flat = torch.cat(seen)
+    observed = [_observed_by(module, name, child) for name, child in children.items()]
+    if observed:
+        flat = torch.cat(observed)
         gathered = flat.new_empty(distributed.get_world_size(), flat.numel())
         distributed.all_gather(list(gathered.unbind()), flat)
-        for child, rows in zip(children.values(), gathered.split([s.numel() for s in seen], 1), strict=True):
-            (_take_histogram if has_histogram(child) else _take_range)(child, rows)
-    check_same_grids(module)
+        sizes = [each.numel() for each in observed]
+        for child, rows in zip(children.values(), gathered.split(sizes, dim=1), strict=True):
+            (_set_histogram if has_histogram(child) else _set_range)(child, rows)
+    check_same_qparams(module)
 
 
-def _seen_by(module: nn.Module, name: str, child: Any) -> Tensor:
+def _observed_by(module: nn.Module, name: str, child: Any) -> Tensor:
     """Returns the minima and maxima of an observer, infinite if it saw nothing, and its histogram."""
     observer = child.activation_post_process
     low, high = observer.min_val.flatten(), observer.max_val.flatten()
@@ -66,21 +67,20 @@ def _seen_by(module: nn.Module, name: str, child: Any) -> Tensor:
         return torch.cat([low, high, observer.histogram])
     if low.numel():
         return torch.cat([low, high])
-    # A per-channel observer knows its size from its first tensor; the other ranks' may have seen
-    # one.
+    # A per-channel observer gets its size from its first tensor. Other ranks' observers may have one already.
     layer: Any = module.get_submodule(name.removesuffix(".weight_fake_quant"))
     channels = layer.weight.shape[0]
     return torch.cat([low.new_full((channels,), torch.inf), high.new_full((channels,), -torch.inf)])
 
 
-def _take_range(child: Any, rows: Tensor) -> None:
+def _set_range(child: Any, rows: Tensor) -> None:
     low, high = _merged(*rows.chunk(2, dim=1), mean=is_moving_average(child))
-    if torch.isfinite(low).all():  # else no rank has seen anything
+    if torch.isfinite(low).all():  # else no rank has seen data
         set_range(child, low, high)
 
 
-def _take_histogram(child: Any, rows: Tensor) -> None:
-    """Takes the first rank's histogram that saw data; histograms of different ranges share no bins."""
+def _set_histogram(child: Any, rows: Tensor) -> None:
+    """Sets the histogram of the first rank that saw data. Histograms of different ranges share no bins."""
     found = next((row for row in rows if torch.isfinite(row[:2]).all()), None)
     if found is not None:
         child.activation_post_process.histogram.copy_(found[2:])

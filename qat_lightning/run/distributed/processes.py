@@ -48,4 +48,4 @@ def fail_together(doing: str) -> Iterator[None]:
         raise failure
     for rank, report in enumerate(reports):
         if report is not None:
-            raise RankError(f"Rank {rank} failed while {doing}, so that the run cannot go on. {report}")
+            raise RankError(f"Rank {rank} failed while {doing}, so the run cannot continue. {report}")

@@ -78,7 +78,7 @@ class LayerSearch(Part):
         Returns:
             `settings`, with the layers that were found added to `keep_float`.
         """
-        self._leave()
+        self._stop_listening()
         if self._target is None:
             return settings
         with fail_together("searching for the layers to keep float"):
@@ -87,12 +87,11 @@ class LayerSearch(Part):
                 self._raise_failure()
                 return settings
             _check_float(networks.values())
-            # A module that is a network itself cannot be put back.
+            # A module that is a network itself cannot be made float again.
             repeatable = "" not in networks
-            announced = repeatable and bool(trainer.ckpt_path)
-            failure = _not_loaded(trainer) if announced else None
-            found = Found(failure=failure)
-            if trainer.is_global_zero and not announced:
+            expects_weights = repeatable and bool(trainer.ckpt_path)
+            found = Found(failure=_not_loaded(trainer) if expects_weights else None)
+            if trainer.is_global_zero and not expects_weights:
                 found = self._search(trainer, module, settings)
         self._found = gather(found)[0]
         self._stored = _Stored(settings, _sharing_copies(module, networks) if repeatable else None)
@@ -109,13 +108,13 @@ class LayerSearch(Part):
             TargetError: The search failed, and no weights were loaded. The networks are float again.
         """
         stored = self._stored
-        self._leave()
+        self._stop_listening()
         if stored is None:
             return False
         if stored.loaded is not None:
             self._found = Found(stored.loaded)
         elif self._found.failure is not None:
-            stored.put_back(module)
+            stored.restore_float(module)
             self._raise_failure()
         return stored.prepared_again
 
@@ -127,11 +126,11 @@ class LayerSearch(Part):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Warns if a resumed run has another target than the one that it started with."""
-        began = None if state.get("target") is None else state["target"]["max_drop"]
-        if self._target is not None and began != self._target.max_drop:
+        started_with = None if state.get("target") is None else state["target"]["max_drop"]
+        if self._target is not None and started_with != self._target.max_drop:
             rank_zero_warn(
-                f"The run was started with max_drop={began} and keeps its layers; the one passed now, "
-                f"{self._target.max_drop}, has no effect. Start anew from the weights to change it."
+                f"The run was started with max_drop={started_with} and keeps its layers. The value passed "
+                f"now, {self._target.max_drop}, has no effect. To change it, start anew from the weights."
             )
 
     def _search(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> Found:
@@ -140,13 +139,13 @@ class LayerSearch(Part):
         try:
             return Found(search(trainer, module, settings, self._target.max_drop, metric, mode))
         except TargetError as error:
-            return Found(failure=error.with_traceback(None))  # which would keep all copies alive
+            return Found(failure=error.with_traceback(None))  # a traceback would keep all copies alive
 
     def _raise_failure(self) -> None:
         if self._found.failure is not None:
             raise self._found.failure
 
-    def _leave(self) -> None:
+    def _stop_listening(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._stored = self._handle = None
@@ -176,19 +175,19 @@ class _Stored:
             return
         if self._networks is None:
             raise RecipeMismatchError(
-                f"The run that is resumed keeps {list(self.loaded)} float, and the search on the weights "
-                f"that this {type(module).__name__} was built with has found others. It has layers of its "
-                f"own, so that it cannot be prepared anew. Pass keep_float={list(self.loaded)} instead of "
+                f"The resumed run keeps {list(self.loaded)} float, but the search on the weights that this "
+                f"{type(module).__name__} was built with found other layers. The module has layers itself, "
+                f"so it cannot be prepared again. Pass keep_float={list(self.loaded)} instead of "
                 f"accuracy_target."
             )
-        self.put_back(module)
+        self.restore_float(module)
         prepare_module(module, keeping_as(self._settings, stored), stored_examples(stored))
         keep_out_of_ddp_broadcast(module)
         self.prepared_again = True
         rank_zero_info(f"Kept float by the run that is resumed: {', '.join(self.loaded) or 'nothing'}")
 
-    def put_back(self, module: nn.Module) -> None:
-        """Puts the float networks back into `module`, unless `module` is one itself."""
+    def restore_float(self, module: nn.Module) -> None:
+        """Puts the float networks back into `module`, unless `module` is a network itself."""
         for name, network in (self._networks or {}).items():
             replace_submodule(module, name, network)
 
@@ -196,7 +195,7 @@ class _Stored:
 def _differs(module: nn.Module, name: str, keep_float: Iterable[str]) -> bool:
     try:
         recipe = recipe_of(module.get_submodule(name))
-    except AttributeError:  # weights of another module, which the loading says itself
+    except AttributeError:  # the weights belong to another module, and loading them raises its own error
         return False
     return recipe is not None and set(recipe.keep_float) != set(keep_float)
 
@@ -213,13 +212,12 @@ def _check_float(networks: Iterable[nn.Module]) -> None:
             raise ValueError(
                 f"An accuracy target decides which layers stay float before a network is prepared, but this "
                 f"{type(network).__name__} is prepared already. Start from the float network, or leave out "
-                f"accuracy_target: the layers that are float in it stay so."
+                f"accuracy_target: its float layers stay float."
             )
 
 
 def _not_loaded(trainer: pl.Trainer) -> Exception:
     return MisconfigurationException(
-        f"trainer.ckpt_path announces weights, {trainer.ckpt_path}, so that the layers to keep float were "
-        "expected of them, but none were loaded. Use a new Trainer, or set trainer.ckpt_path = None before "
-        "fit."
+        f"trainer.ckpt_path is {trainer.ckpt_path}, so that checkpoint should have decided which layers stay "
+        "float, but no weights were loaded. Use a new Trainer, or set trainer.ckpt_path = None before fit."
     )

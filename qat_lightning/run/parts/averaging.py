@@ -67,7 +67,7 @@ def adopt(trainer: pl.Trainer) -> None:
                     f"{type(child.activation_post_process).__name__}. Leave `qconfig` out, or make it of "
                     "qat_lightning's FakeQuantize with a minimum-maximum observer."
                 )
-        average.multi_avg_fn = _of_numbers(average.multi_avg_fn, average.avg_fn)
+        average.multi_avg_fn = _averaging_floats(average.multi_avg_fn, average.avg_fn)
 
 
 def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -79,25 +79,25 @@ def settle(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if trainer.state.fn != "fit":
         return
     for average in _averages(trainer):
-        if next(average.parameters()).device == module.device:  # else the processes cannot exchange it
+        if next(average.parameters()).device == module.device:  # else the process group cannot exchange it
             merge_ranges(average)
         pairs = zip(fake_quantizes(average), fake_quantizes(module), strict=True)
-        mine: Any
-        theirs: Any
-        for (_, mine), (_, theirs) in pairs:
-            mine.observer_enabled.copy_(theirs.observer_enabled)
-            mine.fake_quant_enabled.copy_(theirs.fake_quant_enabled)
-            if not has_range(mine):
-                mine.scale.copy_(theirs.scale)
-            elif seen := _range(mine) or _range(theirs):
-                set_range(mine, *seen)
-        _fit_grids_to_weights(average)
+        averaged: Any
+        trained: Any
+        for (_, averaged), (_, trained) in pairs:
+            averaged.observer_enabled.copy_(trained.observer_enabled)
+            averaged.fake_quant_enabled.copy_(trained.fake_quant_enabled)
+            if not has_range(averaged):
+                averaged.scale.copy_(trained.scale)
+            elif found := _range(averaged) or _range(trained):
+                set_range(averaged, *found)
+        _compute_weight_qparams(average)
 
 
 def finish(trainer: pl.Trainer, module: nn.Module) -> None:
     """Computes the qparams of the weights that SWA put into `module` at the end."""
     if any(isinstance(c, StochasticWeightAveraging) for c in trainer_facts.callbacks(trainer)):
-        _fit_grids_to_weights(module)
+        _compute_weight_qparams(module)
 
 
 def adapt(trainer: pl.Trainer, phase: Phase) -> Phase:
@@ -126,22 +126,22 @@ def _range(fake_quantize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 @torch.no_grad()
-def _fit_grids_to_weights(module: nn.Module) -> None:
+def _compute_weight_qparams(module: nn.Module) -> None:
     """Computes the qparams of each weight from its magnitude, like a forward with observers on."""
     layer: Any
     for layer in module.modules():
-        grid = getattr(layer, "weight_fake_quant", None)
-        if not isinstance(grid, FakeQuantize) or grid.axis != 0:
+        fake_quant = getattr(layer, "weight_fake_quant", None)
+        if not isinstance(fake_quant, FakeQuantize) or fake_quant.axis != 0:
             continue
         if isinstance(layer, FusedConvBn):
-            grid.seen = False
-            layer._observe(grid.magnitude(layer.weight))
+            fake_quant.seen = False
+            layer._observe(fake_quant.magnitude(layer.weight))
         elif not hasattr(layer, "bn"):
-            grid.observe(layer.weight)
+            fake_quant.observe(layer.weight)
 
 
-def _of_numbers(many: Average | None, one: Average | None) -> Average:
-    """Wraps an averaging function of `AveragedModel` so that it copies what is not floating point."""
+def _averaging_floats(many: Average | None, one: Average | None) -> Average:
+    """Wraps an averaging function of `AveragedModel`: tensors that are not floating point are copied."""
 
     def one_by_one(averages: Any, values: Any, count: Any) -> None:
         assert one is not None

@@ -51,32 +51,32 @@ class Teaching(Part):
     """
 
     def __init__(self, distillation: Distillation | None) -> None:
-        self._asked = distillation
-        self._taken: dict[str, nn.Module] = {}
+        self._distillation = distillation
+        self._by_name: dict[str, nn.Module] = {}
         self._teachers: dict[nn.Module, nn.Module] = {}
         self._names: dict[nn.Module, str] = {}
         self._fingerprint: str | None = None
         self._resumed: list[dict[str, Any] | None] = []
         self._hooks: list[RemovableHandle] = []
-        self._answers: dict[nn.Module, Tensor] = {}
+        self._teacher_logits: dict[nn.Module, Tensor] = {}
         self._added: list[Term] = []
-        self._loss_scale: float | None = None  # None outside the backward of a loss
+        self._loss_scale: float | None = None  # None outside the backward pass of the loss
         self._scaler: Any = None
-        self._steps_before: int | None = None  # None once a term has reached a gradient
+        self._steps_before: int | None = None  # None once a term was added to a gradient
 
     # Before the run.
 
     def before_prepare(self, trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> None:
-        asked = None if self._asked is None else self._asked.teacher
-        self._taken = teachers.take(asked, module, names, self._teachers)
+        requested = None if self._distillation is None else self._distillation.teacher
+        self._by_name = teachers.take(requested, module, names, self._teachers)
         self._resumed = []
 
     def after_prepare(self, module: pl.LightningModule, networks: Mapping[str, nn.Module]) -> None:
         """Assigns the teachers to the prepared `networks`."""
-        self._taken = {name: teacher for name, teacher in self._taken.items() if name in networks}
-        self._teachers = {networks[name]: teacher for name, teacher in self._taken.items()}
-        self._names = {networks[name]: name for name in self._taken}
-        self._fingerprint = teachers.fingerprint(self._taken) if self._taken else None
+        self._by_name = {name: teacher for name, teacher in self._by_name.items() if name in networks}
+        self._teachers = {networks[name]: teacher for name, teacher in self._by_name.items()}
+        self._names = {networks[name]: name for name in self._by_name}
+        self._fingerprint = teachers.fingerprint(self._by_name) if self._by_name else None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Moves the teachers to the run's device, and checks that a resumed run has the same teachers.
@@ -88,13 +88,13 @@ class Teaching(Part):
         if self._teachers:
             if trainer_facts.is_compiled(module):
                 raise MisconfigurationException(
-                    "Distillation adds to the gradient by hooks on the networks, which compiled code would "
-                    "not call reliably. Leave torch.compile out, or the teacher."
+                    "Distillation adds to the gradient with hooks on the networks, and compiled code does "
+                    "not call hooks reliably. Leave torch.compile out, or the teacher."
                 )
             for teacher in self._teachers.values():
                 teacher.to(module.device)
             if teachers.share(self._teachers.values()):
-                self._fingerprint = teachers.fingerprint(self._taken)
+                self._fingerprint = teachers.fingerprint(self._by_name)
             self._steps_before = trainer.global_step
         self._check_resumed()
 
@@ -107,12 +107,12 @@ class Teaching(Part):
         self._resumed = [state.get("teacher")]
 
     def _identity(self) -> dict[str, Any] | None:
-        if self._fingerprint is None or self._asked is None:
+        if self._fingerprint is None or self._distillation is None:
             return None
         return {
             "weights": self._fingerprint,
-            "weight": float(self._asked.weight),
-            "temperature": float(self._asked.temperature),
+            "weight": float(self._distillation.weight),
+            "temperature": float(self._distillation.temperature),
         }
 
     def _check_resumed(self) -> None:
@@ -121,20 +121,20 @@ class Teaching(Part):
         if not resumed or resumed[0] == own:
             return
         raise ValueError(
-            "A resumed run has to go on with the teacher that it began with, but it began with "
-            f"{_words(resumed[0])}, and this one has {_words(own)}. Build the module with the same starting "
-            "weights as at the first start, before the checkpoint is loaded, and pass the same arguments; or "
-            "start anew from the checkpoint's weights, without ckpt_path."
+            "A resumed run has to continue with the teacher that it started with, but it started with "
+            f"{_describe(resumed[0])}, and this one has {_describe(own)}. Pass the same arguments, and build "
+            "the module with the weights that the run started from, before the checkpoint is loaded. Or "
+            "start a new run from the checkpoint's weights, without ckpt_path."
         )
 
-    # At every training batch. The hooks exist in it alone, or copies of the networks would have them.
+    # At every training batch. Hooks are removed after each, since copies of the networks would keep them.
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Adds the hooks to the networks."""
-        self._stop()
+        self._remove_hooks()
         for network in self._teachers:
-            self._hooks.append(network.register_forward_pre_hook(self._ask, with_kwargs=True))
-            self._hooks.append(network.register_forward_hook(self._listen))
+            self._hooks.append(network.register_forward_pre_hook(self._run_teacher, with_kwargs=True))
+            self._hooks.append(network.register_forward_hook(self._compare))
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Stores the scale of the loss before its backward pass."""
@@ -152,7 +152,7 @@ class Teaching(Part):
             MisconfigurationException: The optimizer has made a step, but no term was added to a gradient.
         """
         added = self._added
-        self._stop()
+        self._remove_hooks()
         if added:
             self._steps_before = None
             module.log(
@@ -166,18 +166,18 @@ class Teaching(Part):
         elif self._steps_before is not None and trainer.global_step > self._steps_before:
             names = ", ".join(map(self._name, self._teachers))
             raise MisconfigurationException(
-                f"The optimizer has made a step, and the teacher of {names} had no part in its gradient. "
-                "`training_step` has to call the network in training mode and with gradients, and its loss "
-                "to depend on the output; with manual optimization, call self.manual_backward(loss) instead "
-                "of loss.backward()."
+                f"The optimizer has made a step, but the teacher of {names} had no part in its gradient. "
+                "`training_step` must call the network in training mode and with gradients, and its loss "
+                "must depend on the network's output. Under manual optimization, call "
+                "self.manual_backward(loss) instead of loss.backward()."
             )
 
-    def _stop(self) -> None:
-        """Stops listening."""
+    def _remove_hooks(self) -> None:
+        """Removes the hooks and resets the state of a batch."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._added = [], []
-        self._answers.clear()
+        self._teacher_logits.clear()
         self._loss_scale = self._scaler = None
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -188,42 +188,42 @@ class Teaching(Part):
 
     def _end(self) -> None:
         """Removes the hooks, and moves the teachers off the device."""
-        self._stop()
+        self._remove_hooks()
         for teacher in self._teachers.values():
             teacher.cpu()
 
     # The term.
 
-    def _ask(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Asks the teacher before the network runs, which may overwrite its input."""
+    def _run_teacher(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs the teacher before the network, since the network may overwrite its input."""
         if not network.training or not torch.is_grad_enabled() or is_redirected(network):
             return
         if any(isinstance(v, Tensor) and v.grad_fn is not None for v in tree_leaves((args, kwargs))):
             raise ValueError(
-                f"The input of {self._name(network)} comes out of other trained layers, so that its teacher "
-                "would be asked something else than the float network was. Put both into one network, as in "
-                "nn.Sequential(backbone, head), or name those that learn: "
+                f"The input of {self._name(network)} comes out of other trained layers. They change during "
+                "training, so the teacher would get inputs that it was not trained on. Put both into one "
+                "network, as in nn.Sequential(backbone, head), or name the networks that learn: "
                 'Distillation(teacher={"model": "self"}).'
             )
         with torch.no_grad(), random_state.preserved():
             args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
             output = self._teachers[network](*args, **kwargs)
-            self._answers[network] = _logits(output, f"the teacher of {self._name(network)}")
+            self._teacher_logits[network] = _logits(output, f"the teacher of {self._name(network)}")
 
-    def _listen(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Compares the network's logits with its teacher's, and waits for their gradient."""
-        answer = self._answers.pop(network, None)
-        if answer is None:
+    def _compare(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Computes the term, and registers a hook that adds its gradient to that of the logits."""
+        theirs = self._teacher_logits.pop(network, None)
+        if theirs is None:
             return
         logits = _logits(output, self._name(network))
-        if logits.shape != answer.shape:
+        if logits.shape != theirs.shape:
             raise ValueError(
                 f"The logits of {self._name(network)} have the shape {tuple(logits.shape)}, but those of its "
-                f"teacher {tuple(answer.shape)}. A teacher has the same classes, and the same resolution."
+                f"teacher {tuple(theirs.shape)}. A teacher must have the same classes and resolution."
             )
-        if logits.requires_grad and self._asked is not None:
-            value, gradient = divergence(logits, answer, self._asked.temperature)
-            weight = self._asked.weight
+        if logits.requires_grad and self._distillation is not None:
+            value, gradient = divergence(logits, theirs, self._distillation.temperature)
+            weight = self._distillation.weight
             term = Term(weight * value, weight * gradient, len(logits))
             logits.register_hook(partial(self._add, term))
 
@@ -231,10 +231,10 @@ class Teaching(Part):
         if self._loss_scale is None or any(term is added for added in self._added):
             return None
         self._added.append(term)
-        own = term.gradient * self._loss_scale
+        added = term.gradient * self._loss_scale
         if self._scaler is not None:
-            own = self._scaler.scale(own)
-        return gradient + own.to(gradient.dtype)
+            added = self._scaler.scale(added)
+        return gradient + added.to(gradient.dtype)
 
     def _name(self, network: nn.Module) -> str:
         return repr(self._names[network] or type(network).__name__)
@@ -270,21 +270,21 @@ def _logits(output: Any, whose: str) -> Tensor:
         first = next(iter(output), None)
     if not isinstance(first, Tensor):
         raise ValueError(
-            "Distillation compares logits, which a network returns as a tensor, or as the first of a tuple "
-            f"or a dict, but {whose} returns a {type(output).__name__} that begins with none."
+            "Distillation compares logits. A network must return them as a tensor, or as the first element "
+            f"of a tuple or dict, but {whose} returns a {type(output).__name__} that does not start with one."
         )
     if first.ndim not in (2, 4) or first.shape[1] < 2 or not first.is_floating_point():
         raise ValueError(
             "Distillation compares logits of batch x classes, or of batch x classes x height x width, of at "
-            f"least two classes, but {whose} returns {first.dtype} of {tuple(first.shape)}."
+            f"least two classes, but {whose} returns {first.dtype} of shape {tuple(first.shape)}."
         )
     return first
 
 
-def _words(state: dict[str, Any] | None) -> str:
+def _describe(state: dict[str, Any] | None) -> str:
     if state is None:
         return "no teacher"
     return (
-        f"a teacher of weights {state['weights'][:12]} (weight={state['weight']}, "
+        f"a teacher whose weights hash to {state['weights'][:12]} (weight={state['weight']}, "
         f"temperature={state['temperature']})"
     )

@@ -51,7 +51,7 @@ class FirstBatch(Part):
             return
         self._done = True
         if trainer_facts.is_compiled(module):
-            rank_zero_info("Preflight is left out, because the module is compiled")
+            rank_zero_info("Preflight is skipped, because the module is compiled")
             return
         self._catcher = Catcher(self._networks.values())
 
@@ -101,9 +101,9 @@ class FirstBatch(Part):
                     self.reports.append(dry_run(name, copy, inputs))
         except PreflightError as error:
             return error
-        except Exception as error:  # a flaw of the preflight is no reason to stop a run
+        except Exception as error:  # a bug in the preflight must not stop the run
             rank_zero_warn(
-                f"The preflight itself failed, and training goes on: {type(error).__name__}: {error}"
+                f"The preflight itself failed, and training continues: {type(error).__name__}: {error}"
             )
         return None
 

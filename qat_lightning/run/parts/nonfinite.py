@@ -13,7 +13,7 @@ from qat_lightning.run.distributed.processes import fail_together
 from qat_lightning.run.part import Part
 
 _EVERY = 50
-"""Steps between two looks at the flags of a GPU, each of which waits for it."""
+"""Steps between two checks of the flags on a GPU. Each check waits for the GPU."""
 
 
 class NonFiniteGuard(Part):
@@ -33,6 +33,6 @@ class NonFiniteGuard(Part):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        with fail_together("looking for a NaN before a checkpoint"):
+        with fail_together("checking for a NaN before a checkpoint"):
             self._watch.check(trainer.global_step)
             self._watch.check_weights(trainer.global_step)

@@ -53,7 +53,7 @@ class Phases(Part):
         self._networks = networks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._resolved is None:  # else a checkpoint brought it
+        if self._resolved is None:  # else it is from a checkpoint
             self._resolved = self._schedule.resolve(trainer_facts.steps(trainer))
         messages.warn_of_unreached(trainer, self._schedule, self._resolved, self._warned)
         if trainer_facts.is_compiled(module):
@@ -82,8 +82,8 @@ class Phases(Part):
         asked = now | state.get("asked", {})
         if asked != now:
             rank_zero_warn(
-                f"The run was started with the schedule {asked} and keeps it; the one passed now, {now}, "
-                "has no effect. Start anew from the weights to change it."
+                f"The run was started with the schedule {asked} and keeps it. The schedule passed now, "
+                f"{now}, has no effect. To change it, start anew from the weights."
             )
 
     def _enter(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

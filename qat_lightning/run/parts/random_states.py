@@ -62,8 +62,8 @@ class RandomStates(Part):
             return
         if len(states) != trainer.world_size:
             rank_zero_info(
-                f"The checkpoint was saved by {len(states)} processes and this run has {trainer.world_size}: "
-                "random states are not restored."
+                f"The checkpoint was saved by {len(states)} processes, but this run has "
+                f"{trainer.world_size}. Random states are not restored."
             )
             return
         random_state.restore(states[trainer.global_rank])

@@ -75,10 +75,10 @@ class RunReport(Part):
                 )
                 page = publish(run, folder)
             rank_zero_info(f"Report: {page}")
-        except Exception as error:  # any error: the weights and the int8 files are written
+        except Exception as error:  # any error, since the weights and the int8 files are written already
             rank_zero_warn(
-                f"The report could not be made: {error} ({type(error).__name__}). Everything else of the run "
-                "is written."
+                f"The report could not be made: {error} ({type(error).__name__}). All other files of the run "
+                "are written."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, s
     mode = target.mode or next((mode for name, mode in monitored if name == metric), None)
     if mode is None:
         raise MisconfigurationException(
-            f"An accuracy target has to know whether more or less of {metric!r} is better, and no "
+            f"An accuracy target has to know whether more or less of {metric!r} is better, but no "
             'ModelCheckpoint monitors it. Pass mode="max" or mode="min" to AccuracyTarget.'
         )
     return metric, mode
@@ -81,7 +81,7 @@ def search(
         alone = copy_of(module).to(trainer.strategy.root_device)
         _check_trained(alone)
         for each in alone.modules():
-            if isinstance(each, Metric):  # would wait for the other processes
+            if isinstance(each, Metric):  # else it would wait for the other processes
                 each.distributed_available_fn = _never
         return keep_for_target(
             alone,
@@ -110,14 +110,14 @@ def _validation_loader(trainer: pl.Trainer) -> Iterable[Any]:
         data = trainer_facts.validation_data(trainer)
     except Exception as error:
         raise MisconfigurationException(
-            "An accuracy target needs the validation data before LightningModule.setup runs, but asking for "
-            f"it failed: {error!r}. Make it in the datamodule's `setup`, or in `val_dataloader` itself."
+            "An accuracy target needs the validation data before LightningModule.setup runs, but loading it "
+            f"failed: {error!r}. Create it in the datamodule's `setup`, or in `val_dataloader` itself."
         ) from error
     limit = trainer.limit_val_batches
     if data is None or not limit:
         raise MisconfigurationException(
-            "An accuracy target measures a metric on the validation data, but this run has none: no "
-            "val_dataloader, or limit_val_batches=0. Give it some, or leave out accuracy_target."
+            "An accuracy target measures a metric on the validation data, but this run has none: there is no "
+            "val_dataloader, or limit_val_batches=0. Add validation data, or leave out accuracy_target."
         )
     combined = data if isinstance(data, CombinedLoader) else CombinedLoader(data, "sequential")
     if len(combined.flattened) != 1:
@@ -136,7 +136,7 @@ def _check_trained(module: nn.Module) -> None:
     if norms and not any(_has_seen_data(each) for each in norms):
         raise TargetError(
             "An accuracy target compares int8 with the float network that the training starts from, but this "
-            "one is not trained: no batch-norm in it has seen data, so that its metric says nothing. Load "
+            "network is not trained: no batch-norm in it has seen data, so its metric means nothing. Load "
             "trained weights first (on the command line weights=…), or leave out accuracy_target."
         )
 

@@ -51,7 +51,7 @@ def _copied(teacher: Teacher) -> Teacher:
 def frozen_copy(network: nn.Module) -> nn.Module:
     """Returns a copy of `network` in eval mode, without gradients."""
     copy = copy_of(network).eval().requires_grad_(False)
-    copy.zero_grad()  # what the original has accumulated is copied, too
+    copy.zero_grad()  # gradients that the original has accumulated are copied, too
     return copy
 
 
@@ -67,8 +67,8 @@ def by_name(teacher: TeacherLike, names: Iterable[str]) -> dict[str, Teacher]:
     if not isinstance(teacher, Mapping):
         if isinstance(teacher, nn.Module) and len(known) > 1:
             raise ValueError(
-                f"One teacher teaches one network, but {len(known)} are prepared: {', '.join(known)}. Say "
-                f"which learns from it: Distillation(teacher={{{known[0]!r}: network}})."
+                f"One teacher teaches one network, but {len(known)} are prepared: {', '.join(known)}. Name "
+                f"the network that learns from it: Distillation(teacher={{{known[0]!r}: network}})."
             )
         return dict.fromkeys(known, teacher)
     for name in teacher:
@@ -93,21 +93,21 @@ def take(
     Raises:
         ValueError: The teacher of a network is `"self"`, but the network is prepared already.
     """
-    taken = {}
+    found = {}
     for name, each in by_name(teacher, names).items():
         network = module.get_submodule(name)
         if isinstance(each, nn.Module):
-            taken[name] = each
+            found[name] = each
         elif network in earlier:
-            taken[name] = earlier[network]
+            found[name] = earlier[network]
         elif recipe_of(network) is None:
-            taken[name] = frozen_copy(network)
+            found[name] = frozen_copy(network)
         else:
             raise ValueError(
-                f'teacher="self" is the float network as it is before it is prepared, but {name!r} is '
-                "prepared already. Start from the float network, or pass it: Distillation(teacher=network)."
+                f'teacher="self" is the float network before it is prepared, but {name!r} is prepared '
+                "already. Start from the float network, or pass it: Distillation(teacher=network)."
             )
-    return taken
+    return found
 
 
 def share(teachers: Iterable[nn.Module]) -> bool:

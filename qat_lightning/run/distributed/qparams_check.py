@@ -1,4 +1,4 @@
-"""Raises on every rank if the qparams of a fake-quantize differ between ranks by even one bit."""
+"""Checks that the fake-quantizes of all ranks are equal bit for bit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.run.distributed.processes import gather, several_processes
 
 
-def check_same_grids(module: nn.Module) -> None:
+def check_same_qparams(module: nn.Module) -> None:
     """Compares scales, zero points, ranges and switches of all ranks.
 
-    One small collective; only where the digests differ do the ranks exchange more, to find what does.
+    The ranks exchange only a digest. If digests differ, they exchange more to find the first difference.
 
     Raises:
-        RankMismatchError: On every rank, naming the first fake-quantize that differs.
+        RankMismatchError: A fake-quantize differs between ranks. Every rank raises it.
     """
     if not several_processes():
         return
-    values = [(f"{name} {what}", value) for name, grid in fake_quantizes(module) for what, value in _of(grid)]
+    values = [
+        (f"{name} {what}", value)
+        for name, fake_quant in fake_quantizes(module)
+        for what, value in _values_of(fake_quant)
+    ]
     if not values:
         return
     digest = torch.tensor([_digest([value for _, value in values])], device=values[0][1].device)
@@ -33,17 +37,17 @@ def check_same_grids(module: nn.Module) -> None:
         raise RankMismatchError(f"{_first_difference(values)} {_FIX}")
 
 
-def _of(grid: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields what must be equal on all ranks. The NaN flag may differ."""
-    for name, buffer in grid.named_buffers():
+def _values_of(fake_quant: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the values that must be equal on all ranks. The NaN flag may differ."""
+    for name, buffer in fake_quant.named_buffers():
         if name != "nonfinite":
             yield name, buffer.detach()
-    if isinstance(grid, FakeQuantize):  # its forward reads the attributes
-        yield "switches", torch.tensor([grid.observing, grid.rounding])
+    if isinstance(fake_quant, FakeQuantize):  # its forward reads these attributes, not the buffers
+        yield "switches", torch.tensor([fake_quant.observing, fake_quant.rounding])
 
 
 def _digest(values: Sequence[Tensor]) -> int:
-    """Hashes the bits of `values`, with one transfer from each device."""
+    """Hashes the bits of `values`, with one transfer per device."""
     found = hashlib.blake2b(digest_size=8)
     for device in dict.fromkeys(value.device for value in values):
         flat = [v.reshape(-1).contiguous().view(torch.uint8) for v in values if v.device == device]
@@ -52,7 +56,7 @@ def _digest(values: Sequence[Tensor]) -> int:
 
 
 def _first_difference(values: Sequence[tuple[str, Tensor]]) -> str:
-    """Describes the first difference. Every rank must call it."""
+    """Describes the first difference between ranks. Every rank must call it."""
     names = gather([name for name, _ in values])
     if any(each != names[0] for each in names):
         return "The ranks' networks have different fake-quantizes."
@@ -66,12 +70,12 @@ def _first_difference(values: Sequence[tuple[str, Tensor]]) -> str:
         channel = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), 0)
         what, ours, theirs = f"{what}[{channel}]", ours[channel], theirs[channel]
     return (
-        f"The grid of {name!r} is not the same on all ranks: its {what} is {ours!r} on rank 0 and {theirs!r} "
-        f"on rank {other}."
+        f"The fake-quantize {name!r} is not the same on all ranks: its {what} is {ours!r} on rank 0 and "
+        f"{theirs!r} on rank {other}."
     )
 
 
 _FIX = (
-    "All ranks have to train on one grid, and something changed it on some of them only. Look for code that "
-    "depends on the rank, and switches, loads or overwrites parts of the network."
+    "All ranks must train with the same qparams, but something changed them on some ranks only. Look for "
+    "code that depends on the rank, and switches, loads or overwrites parts of the network."
 )
