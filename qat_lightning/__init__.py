@@ -26,7 +26,8 @@ from qat_lightning.quantize.options import ModuleOptions, PrepareOptions
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import Recipe
 from qat_lightning.run.checkpoints import latest_checkpoint
-from qat_lightning.run.parts.config import AccuracyTarget, Distillation
+from qat_lightning.run.parts.accuracy_target import AccuracyTarget
+from qat_lightning.run.parts.distillation import Distillation
 from qat_lightning.run.requeue import RequeueBetweenSteps
 
 __all__ = [

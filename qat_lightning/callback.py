@@ -22,9 +22,8 @@ from qat_lightning.run.conversion import convert_on_all_ranks
 from qat_lightning.run.distributed.processes import fail_together
 from qat_lightning.run.forwarding import ForwardingCallback
 from qat_lightning.run.parts import averaging
-from qat_lightning.run.parts.accuracy_target import LayerSearch
-from qat_lightning.run.parts.config import AccuracyTarget, Distillation
-from qat_lightning.run.parts.distillation import Teaching
+from qat_lightning.run.parts.accuracy_target import AccuracyTarget, LayerSearch
+from qat_lightning.run.parts.distillation import Distillation, Teaching
 from qat_lightning.run.parts.exports import Exports
 from qat_lightning.run.parts.first_batch import FirstBatch
 from qat_lightning.run.parts.int8_validation import Int8Validation

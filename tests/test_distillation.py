@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qat_lightning import Distillation, QuantizationAwareTraining
-from qat_lightning.run.parts.distillation import METRIC, divergence
+from qat_lightning.run.parts.distillation import METRIC
+from qat_lightning.run.parts.divergence import divergence
 from tests.networks import CLASSES, Residual
 from tests.runs import TinyModule, trainer
 

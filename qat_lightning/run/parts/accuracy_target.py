@@ -9,8 +9,9 @@ search is discarded.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -28,8 +29,48 @@ from qat_lightning.quantize.recipe import recipe_of, recipes_in
 from qat_lightning.run.distributed.merge_ranges import keep_out_of_ddp_broadcast
 from qat_lightning.run.distributed.processes import fail_together, gather
 from qat_lightning.run.part import Part
-from qat_lightning.run.parts.config import AccuracyTarget
 from qat_lightning.run.parts.target_search import search, what_to_measure
+
+
+@dataclass(frozen=True)
+class AccuracyTarget:
+    """How much of a metric int8 may lose before training. A few layers stay float to reach it.
+
+    At the start of fit, :func:`qat_lightning.keep_for_target` finds these layers on the validation data. They
+    stay float in addition to `keep_float`. The module must hold trained weights. A resumed run keeps the
+    layers that it started with.
+
+    Args:
+        max_drop: By how many percentage points the metric may fall. For a metric between 0 and 1, 0.5 allows
+            a fall from 0.900 to 0.895; for a percentage between 0 and 100, from 90.0 to 89.5.
+        metric: Name of the metric, as `validation_step` logs it. By default the one that the first
+            ModelCheckpoint monitors.
+        mode: `"max"` if a higher metric is better, `"min"` if a lower one is. By default the mode of the
+            callback that monitors it.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value is of the wrong type.
+    """
+
+    max_drop: float = 0.5
+    metric: str | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_drop, bool) or not isinstance(self.max_drop, int | float):
+            raise TypeError(
+                f"max_drop must be a number of percentage points, but received {self.max_drop!r}."
+            )
+        if not 0 <= self.max_drop < math.inf:
+            raise ValueError(f"max_drop must be at least 0 and finite, but received {self.max_drop}.")
+        if self.metric is not None and not isinstance(self.metric, str):
+            raise TypeError(
+                "metric must be the name of a metric that `validation_step` logs, or None, but received "
+                f"{self.metric!r}. qat_lightning.keep_for_target takes functions."
+            )
+        if self.mode not in ("max", "min", None):
+            raise ValueError(f"mode must be 'max', 'min' or None, but received {self.mode!r}.")
 
 
 class Found(NamedTuple):
@@ -135,7 +176,7 @@ class LayerSearch(Part):
 
     def _search(self, trainer: pl.Trainer, module: pl.LightningModule, settings: Settings) -> Found:
         assert self._target is not None
-        metric, mode = what_to_measure(trainer, self._target)
+        metric, mode = what_to_measure(trainer, self._target.metric, self._target.mode)
         try:
             return Found(search(trainer, module, settings, self._target.max_drop, metric, mode))
         except TargetError as error:

@@ -7,7 +7,9 @@ added to it, scaled like the loss. By the chain rule the result is the gradient 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.base import random_state
@@ -24,9 +25,45 @@ from qat_lightning.base.torch_internals import tree_leaves, tree_map
 from qat_lightning.run import trainer_facts
 from qat_lightning.run.part import Part
 from qat_lightning.run.parts import teachers
-from qat_lightning.run.parts.config import Distillation
+from qat_lightning.run.parts.divergence import divergence, logits_of
 
 METRIC = "train/distillation"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The teacher whose logits the network learns in addition to its labels.
+
+    `training_step` need not change: the gradient of the divergence from the teacher is added to that of its
+    loss. The divergence is logged as `train/distillation` (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531).
+
+    Args:
+        teacher: `"self"`, the float network with its weights at the call of `fit`; another float network; or
+            a mapping from the names of several networks to their teachers. A teacher is copied and frozen,
+            and checkpoints do not hold it.
+        weight: Factor of the divergence. 1 by default: the divergence then weighs as much as a cross entropy
+            averaged over the batch.
+        temperature: Divides the logits of both networks before the softmax. 1 by default: the network learns
+            the teacher's own probabilities. Higher values soften them.
+
+    Raises:
+        ValueError: A value is out of range, or the teacher is quantized.
+        TypeError: A value is of the wrong type.
+    """
+
+    teacher: teachers.TeacherLike = teachers.SELF
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("temperature", self.temperature)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, but received {value!r}.")
+            if not 0 < value < math.inf:
+                fix = " For no distillation, pass distillation=None." if name == "weight" else ""
+                raise ValueError(f"{name} must be above 0 and finite, but received {value}.{fix}")
+        object.__setattr__(self, "teacher", teachers.copied(self.teacher))
 
 
 class Term(NamedTuple):
@@ -208,14 +245,14 @@ class Teaching(Part):
         with torch.no_grad(), random_state.preserved():
             args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
             output = self._teachers[network](*args, **kwargs)
-            self._teacher_logits[network] = _logits(output, f"the teacher of {self._name(network)}")
+            self._teacher_logits[network] = logits_of(output, f"the teacher of {self._name(network)}")
 
     def _compare(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Computes the term, and registers a hook that adds its gradient to that of the logits."""
         theirs = self._teacher_logits.pop(network, None)
         if theirs is None:
             return
-        logits = _logits(output, self._name(network))
+        logits = logits_of(output, self._name(network))
         if logits.shape != theirs.shape:
             raise ValueError(
                 f"The logits of {self._name(network)} have the shape {tuple(logits.shape)}, but those of its "
@@ -238,47 +275,6 @@ class Teaching(Part):
 
     def _name(self, network: nn.Module) -> str:
         return repr(self._names[network] or type(network).__name__)
-
-
-@torch.no_grad()
-def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Computes `temperature`² · KL(softmax(teacher / temperature) ‖ softmax(logits / temperature)).
-
-    All in float32. The factor `temperature`² is from Hinton et al., https://arxiv.org/abs/1503.02531: it
-    compensates for gradients that shrink with the square of the temperature.
-
-    Args:
-        logits: Batch x classes, or batch x classes x height x width.
-        teacher: The teacher's logits, of the same shape.
-        temperature: Above 1, less likely classes count more.
-
-    Returns:
-        The mean over the batch (and pixels), and its gradient with respect to `logits`.
-    """
-    ours, theirs = (F.log_softmax(each.float() / temperature, dim=1) for each in (logits, teacher))
-    count = logits.numel() / logits.shape[1]
-    value = F.kl_div(ours, theirs, reduction="sum", log_target=True) * (temperature**2 / count)
-    return value, (ours.exp() - theirs.exp()) * (temperature / count)
-
-
-def _logits(output: Any, whose: str) -> Tensor:
-    """Returns the logits in a network's output: the output itself, or its first element."""
-    first = output
-    if isinstance(output, Mapping):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list):
-        first = next(iter(output), None)
-    if not isinstance(first, Tensor):
-        raise ValueError(
-            "Distillation compares logits. A network must return them as a tensor, or as the first element "
-            f"of a tuple or dict, but {whose} returns a {type(output).__name__} that does not start with one."
-        )
-    if first.ndim not in (2, 4) or first.shape[1] < 2 or not first.is_floating_point():
-        raise ValueError(
-            "Distillation compares logits of batch x classes, or of batch x classes x height x width, of at "
-            f"least two classes, but {whose} returns {first.dtype} of shape {tuple(first.shape)}."
-        )
-    return first
 
 
 def _describe(state: dict[str, Any] | None) -> str:

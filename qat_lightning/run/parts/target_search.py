@@ -20,11 +20,15 @@ from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.options import Settings
 from qat_lightning.run import trainer_facts
-from qat_lightning.run.parts.config import AccuracyTarget
 
 
-def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, str]:
-    """Returns the metric and its mode, from the target or else from the callback that monitors it.
+def what_to_measure(trainer: pl.Trainer, metric: str | None, mode: str | None) -> tuple[str, str]:
+    """Returns the metric and its mode. What the target leaves open comes from the callback that monitors it.
+
+    Args:
+        trainer: The Trainer, with its callbacks.
+        metric: The metric of the target, or None.
+        mode: The mode of the target, or None.
 
     Raises:
         MisconfigurationException: Neither the target nor a callback names them.
@@ -36,13 +40,13 @@ def what_to_measure(trainer: pl.Trainer, target: AccuracyTarget) -> tuple[str, s
         for each in callbacks
         if isinstance(each, kind) and each.monitor
     ]
-    metric = target.metric or next((name for name, _ in monitored), None)
+    metric = metric or next((name for name, _ in monitored), None)
     if metric is None:
         raise MisconfigurationException(
             "An accuracy target needs a metric, and no ModelCheckpoint monitors one. Name it: "
             'AccuracyTarget(metric="val_accuracy", mode="max").'
         )
-    mode = target.mode or next((mode for name, mode in monitored if name == metric), None)
+    mode = mode or next((each for name, each in monitored if name == metric), None)
     if mode is None:
         raise MisconfigurationException(
             f"An accuracy target has to know whether more or less of {metric!r} is better, but no "
