@@ -193,7 +193,7 @@ class QuantizationAwareTraining(ForwardingCallback):
 
     @property
     def preflight_reports(self) -> list[NetworkReport]:
-        """The preflight's report on each network, on rank 0."""
+        """The result of the preflight for each network, on rank 0."""
         return self._first_batch.reports
 
     def phase_at(self, trainer: pl.Trainer) -> Phase:

@@ -27,7 +27,7 @@ class PostTrainingQuantization(pl.Callback):
     """Quantizes a trained module without training it, with ranges calibrated on the validation data.
 
     It fuses and prepares networks like :class:`qat_lightning.QuantizationAwareTraining`, so the two differ in
-    the training alone. The module itself does not change, and `validate` reports its float metrics::
+    the training alone. The module itself does not change, and `validate` returns its float metrics::
 
         ptq = PostTrainingQuantization(backend="x86")
         Trainer(callbacks=[ptq], limit_val_batches=16).validate(module, calibration_loader)

@@ -81,7 +81,8 @@ def test_a_finished_run_gives_its_results_again(tmp_path: Path, hydra: None) -> 
 
 
 def test_another_configuration_in_the_same_folder_is_an_error(interrupted: Path) -> None:
-    with pytest.raises(ValueError, match=r"another configuration: seed is 1 here and 0 there; data\.seed"):
+    match = r"another configuration: seed is 0 in the folder, but 1 in this run; data\.seed"
+    with pytest.raises(ValueError, match=match):
         find_start(configure(interrupted, "trainer.max_epochs=3", "seed=1", "resume=auto"))
 
 
@@ -105,7 +106,9 @@ def test_a_run_that_goes_on_keeps_its_checkpoints(interrupted: Path) -> None:
 
 @pytest.mark.usefixtures("hydra")
 def test_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"finds the checkpoint itself, but ckpt_path=a\.ckpt names one"):
+    with pytest.raises(
+        ValueError, match=r"finds the checkpoint itself, but ckpt_path=a\.ckpt names one, too"
+    ):
         train(configure(tmp_path, "resume=auto", "ckpt_path=a.ckpt"))
     with pytest.raises(ValueError, match=r"resume must be auto or null, but received 'last'.*ckpt_path="):
         train(configure(tmp_path, "resume=last"))
@@ -133,7 +136,7 @@ def test_all_processes_begin_at_one_checkpoint(tmp_path: Path, monkeypatch: pyte
     runner: Any = trainer(tmp_path)
     monkeypatch.setattr(type(runner), "world_size", 2)
     with pytest.raises(
-        RuntimeError, match=r"begin at one checkpoint, but.*'one.ckpt', 'another.ckpt'.*file system"
+        RuntimeError, match=r"start from one checkpoint, but.*'one.ckpt', 'another.ckpt'.*file system"
     ):
         SameStart(Start(tmp_path, "one.ckpt")).setup(runner, None, "fit")  # type: ignore[arg-type]
 
@@ -148,7 +151,7 @@ def test_the_command_goes_on_in_the_first_folder(tmp_path: Path) -> None:
     (folder, other) = sorted(path.parent for path in tmp_path.rglob("checkpoints"))
     before = checkpoints_in(other)
     assert run(tmp_path, *first, "resume=auto") == [0], output(tmp_path)
-    assert f"resume=auto: going on from {folder}/checkpoints/last.ckpt" in output(tmp_path)
+    assert f"resume=auto: continuing from {folder}/checkpoints/last.ckpt" in output(tmp_path)
     assert [path.parent for path in tmp_path.rglob("metrics.json")] == [folder]
     assert checkpoints_in(other) == before
     assert result(folder.parents[2]).metrics
@@ -191,7 +194,7 @@ def test_a_killed_group_of_processes_goes_on(tmp_path: Path, launcher: str, swee
         os.kill(each, signal.SIGKILL)
     process.communicate()
     said = wait(spawn(command, killed))
-    assert said.count("going on from") == 1
+    assert said.count("continuing from") == 1
     assert read(killed) == read(whole)
     assert len(read(whole)) == (2 if sweep else 1)
 

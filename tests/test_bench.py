@@ -212,7 +212,7 @@ def test_dimensions_that_files_leave_open(tmp_path: Path, qat_bench: Callable[..
     path = graph(tmp_path / "open.onnx", ids, mask)
     status, _, error = qat_bench(path, "--no-verify")
     assert status == 1
-    assert "takes ids int64[?, ?], where ? can be any size. Say which" in error
+    assert "takes ids int64[?, ?], where ? can be any size. Pass the sizes" in error
     assert qat_bench(path, "--no-verify", "--shape", "16")[0] == 0
     status, _, error = qat_bench(path, "--no-verify", "--shape", "16,2")
     assert status == 1
@@ -228,7 +228,7 @@ def test_a_batch_that_is_fixed(tmp_path: Path, qat_bench: Callable[..., Any]) ->
     assert [each["batch"] for each in json.loads(target.read_text())["speeds"]] == [4]
     status, _, error = qat_bench(path, "--no-verify", "--batch", "1", "8")
     assert status == 1
-    assert "a batch of 4 and no other, but received --batch 1 8" in error
+    assert "so only a batch of 4, but received --batch 1 8" in error
 
 
 # Files of PyTorch, which hold no graph
@@ -246,7 +246,7 @@ def test_a_pt_file_needs_the_configuration_of_its_run(folder: Path, qat_bench: C
         (folder / "config.yaml").write_text(content)
         status, _, error = qat_bench(folder / "int8.pt")
         assert status == 1
-        assert "is built from the config.yaml that qat-train writes beside it, and there is none" in error
+        assert "from the config.yaml that qat-train writes beside it, but there is no config.yaml" in error
 
 
 def test_a_pt_file_takes_what_its_graphs_say_or_a_shape(folder: Path, qat_bench: Callable[..., Any]) -> None:

@@ -232,8 +232,8 @@ def test_it_says_what_it_does_in_one_line_each(tmp_path: Path, caplog: pytest.Lo
         "Prepared model: 2 layers for x86 in fx mode (it holds no QuantStubs), 1 kept float, "
         "2 ReLU6 became ReLU",
         "Fake-quantization is on at epoch 1, step 6",
-        "Batch-norm statistics are frozen at epoch 1, step 6, at a learning rate of 0.05: "
-        "with statistics frozen, one this high costs accuracy",
+        "Batch-norm statistics are frozen at epoch 1, step 6, at a learning rate of 0.05. "
+        "With frozen statistics, such a high rate costs accuracy",
         "Observers are frozen at epoch 2, step 12",
         f"Converted to int8 the last weights, since no ModelCheckpoint monitors a metric: {qat.int8_path}",
     ]

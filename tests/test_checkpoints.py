@@ -75,8 +75,8 @@ def test_a_checkpoint_half_written_is_passed_over(
     end = int(length * len(content)) if 0 < length < 1 else int(length)
     (tmp_path / "new.ckpt").write_bytes(content[:end])
     assert latest_checkpoint(tmp_path) == str(tmp_path / "old.ckpt")
-    about = [message for message in said.messages if "Passing over" in message]
-    assert about == [f"Passing over the checkpoint {tmp_path}/new.ckpt: it is damaged or incomplete"]
+    about = [message for message in said.messages if "Skipping" in message]
+    assert about == [f"Skipping the checkpoint {tmp_path}/new.ckpt: it is damaged or incomplete"]
 
 
 def test_files_that_are_no_checkpoint_of_a_run(

@@ -62,7 +62,7 @@ def test_trains_googlenet_with_its_tuple_of_outputs() -> None:
 
 
 def test_bad_arguments_fail_at_once() -> None:
-    with pytest.raises(ValueError, match="num_classes is at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_classes must be at least 2, but received 1"):
         ImageClassifier(nn.Identity(), 1, optimizer=SGD)
-    with pytest.raises(ValueError, match="label_smoothing is between 0 and 1, got 2"):
+    with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1, but received 2"):
         ImageClassifier(nn.Identity(), 2, optimizer=SGD, label_smoothing=2)

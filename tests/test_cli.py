@@ -225,7 +225,7 @@ def test_preflight_only_prints_a_table_and_trains_nothing(
 def test_preflight_is_true_false_or_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be true, false or only, but received 'maybe'"):
         train(configure(tmp_path, "preflight=maybe"))
-    with pytest.raises(ValueError, match="backend=float has none"):
+    with pytest.raises(ValueError, match="backend=float has no int8"):
         train(configure(tmp_path, "preflight=only", "backend=float"))
 
 

@@ -196,14 +196,14 @@ def test_image_folder_says_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DigitsData(batch_size=0), "batch_size is at least 1, got 0"),
-        (lambda: DigitsData(num_workers=-1), "num_workers is at least 0, got -1"),
-        (lambda: DigitsData(seed=-1), "seed is at least 0, got -1"),
-        (lambda: DigitsData(image_size=4), "image_size is at least 8, got 4"),
-        (lambda: DigitsData(channels=2), "channels is 1 .* or 3 .* got 2"),
-        (lambda: FashionMNISTData(channels=4), "channels is 1 .* or 3 .* got 4"),
-        (lambda: SyntheticData(num_classes=1), "num_classes is at least 2, got 1"),
-        (lambda: ImageFolderData(data_dir=".", val_fraction=0.5), "val_fraction .* got 0.5"),
+        (lambda: DigitsData(batch_size=0), "batch_size must be at least 1, but received 0"),
+        (lambda: DigitsData(num_workers=-1), "num_workers must be at least 0, but received -1"),
+        (lambda: DigitsData(seed=-1), "seed must be at least 0, but received -1"),
+        (lambda: DigitsData(image_size=4), "image_size must be at least 8, but received 4"),
+        (lambda: DigitsData(channels=2), "channels must be 1 .* or 3 .* received 2"),
+        (lambda: FashionMNISTData(channels=4), "channels must be 1 .* or 3 .* received 4"),
+        (lambda: SyntheticData(num_classes=1), "num_classes must be at least 2, but received 1"),
+        (lambda: ImageFolderData(data_dir=".", val_fraction=0.5), "val_fraction .* received 0.5"),
     ],
 )
 def test_bad_arguments_fail_at_once(build: Any, message: str) -> None:

@@ -53,7 +53,7 @@ def test_weights_that_are_given_need_no_float_run(tmp_path: Path) -> None:
 
 
 def test_a_float_run_that_fails_ends_the_command(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"The float run in .* ended with the exit status 1"):
+    with pytest.raises(RuntimeError, match=r"The float run in .* failed with exit status 1"):
         run(tmp_path, "float_first.optimizer.lr=-1")
     assert not (tmp_path / "int8.pt").exists()
 

@@ -157,7 +157,7 @@ def test_slurm_requeues(
     (saved,) = folder.rglob("hpc_ckpt_1.ckpt")
     assert (tmp_path / "bin" / "called").read_text() == "requeue 7\n"
     assert not any(run(folder, *settings, "resume=auto", ranks=ranks)), output(folder)
-    assert f"going on from {saved}" in output(folder)
+    assert f"continuing from {saved}" in output(folder)
     assert result(folder).differences(expected) == []
 
 

@@ -85,7 +85,7 @@ def keep_for_target(
     with random_state.preserved(), torch.inference_mode(False), torch.no_grad():
         calibration = Batches(dataloader, calibration_batches)
         search = _Search(module, settings, calibration, metric, Batches(dataloader, batches), sign)
-        return search.run(samples, max_drop, max_layers)
+        return search.find(samples, max_drop, max_layers)
 
 
 def _check(module: nn.Module, max_drop: float, max_layers: int | None) -> None:
@@ -119,7 +119,7 @@ class _Search:
         self.int8 = simulate(module, settings, calibration)
         self.scores: dict[frozenset[str], float] = {}
 
-    def run(self, samples: int, target: float, most: int | None) -> tuple[str, ...]:
+    def find(self, samples: int, target: float, most: int | None) -> tuple[str, ...]:
         """Searches, and logs the result.
 
         Args:

@@ -174,8 +174,8 @@ class _Probe:
 
     def _outputs(self) -> Tensor:
         """Returns all floating-point outputs in one flat tensor."""
-        runs = [self.network(*inputs.args, **inputs.kwargs) for inputs in self.inputs]
-        leaves = [v for v in tree_leaves(runs) if isinstance(v, Tensor) and v.is_floating_point()]
+        outputs = [self.network(*inputs.args, **inputs.kwargs) for inputs in self.inputs]
+        leaves = [v for v in tree_leaves(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
         return torch.cat([leaf.flatten().float() for leaf in leaves])
 
 

@@ -45,7 +45,7 @@ def overflows() -> bool:
 
 
 def info() -> dict[str, str]:
-    """Returns what Linux reports about the first CPU, by field name; empty on other systems."""
+    """Returns the fields of the first CPU in Linux's /proc/cpuinfo. Empty on other systems."""
     try:
         text = _CPUINFO.read_text(errors="replace")
     except OSError:

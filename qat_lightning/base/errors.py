@@ -32,7 +32,7 @@ class ConversionError(RuntimeError):
 
 
 class PreflightError(RuntimeError):
-    """A network would not train, convert or run as int8; found before the first epoch.
+    """A dry run showed that a network would not train, convert or run as int8.
 
     Attributes:
         network: Name of the network in the LightningModule, `""` for the LightningModule itself.
@@ -49,7 +49,7 @@ class PreflightError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """Another process of the distributed run failed, and this one cannot go on without it."""
+    """Another process of the distributed run failed, and this one cannot continue without it."""
 
 
 class RankMismatchError(RuntimeError):

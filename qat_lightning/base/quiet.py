@@ -1,4 +1,4 @@
-"""Silences warnings of `torch.ao` and of the ONNX exporters that no user can act on, around our own calls."""
+"""Silences warnings of `torch.ao` and of the ONNX exporters that no user can act on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MESSAGES = (
     r"torch\.ao\.quantization is deprecated",
     r"\s*Please use quant_min and quant_max to specify the range for observers",
     r"torch\.quantize_per_tensor, torch\.quantize_per_channel and other quantized tensor creation",
-    r"must run observer before calling calculate_qparams",  # where it matters, we say so ourselves
+    r"must run observer before calling calculate_qparams",  # where it matters, this package raises an error
     r"TypedStorage is deprecated",  # torch.load of a quantized tensor
     r"_aminmax is deprecated",
     r"Detected pickle protocol",  # torch.load of a file that is refused right after

@@ -131,7 +131,7 @@ class ResolvedSchedule:
     def never_reached(self, epochs: float, steps: float) -> list[str]:
         """Returns the names of the moments that lie beyond the end of a run.
 
-        A run of a single step cannot reach any fraction of itself. That is not reported.
+        A run of a single step cannot reach any fraction of itself. Such moments are not named.
         """
         moments = {
             "freeze_bn_at": self.freeze_bn,

@@ -25,19 +25,19 @@ from qat_lightning.run.checkpoints import checkpoints_in, newest_usable
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
 
-# What may differ between two starts of one run.
+# The fields that may differ between two starts of one run.
 _START = ("output_dir", "resume", "ckpt_path", "report", "post_training", "float_first")
 _TIME = "any-time"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Where a run starts.
 
     Attributes:
         folder: Its output folder.
-        checkpoint: The checkpoint to go on from, or None for the beginning.
-        metrics: Its results, if it is finished.
+        checkpoint: The checkpoint to continue from, or None to start at the beginning.
+        metrics: The results of the run if it is finished, else None.
     """
 
     folder: Path
@@ -46,17 +46,17 @@ class Start:
 
 
 def find_start(cfg: DictConfig) -> Start:
-    """Finds where the run of `cfg` begins, and logs it in one line.
+    """Finds where the run of `cfg` starts, and logs it in one line.
 
-    With `resume=auto` it looks in the output folder, and, where Hydra puts the time into its name, in those
-    of other times. The newest with the same configuration counts.
+    With `resume=auto` it searches the output folder. If Hydra puts the time into the folder's name, it also
+    searches the folders of other times. It takes the newest folder with the same configuration.
 
     Args:
-        cfg: As composed from `train.yaml`.
+        cfg: The configuration that was composed from `train.yaml`.
 
     Raises:
-        ValueError: If `resume` is neither null nor auto, comes with a `ckpt_path`, or the output folder
-            holds the checkpoints of another configuration.
+        ValueError: `resume` is neither null nor auto, `ckpt_path` is given too, or the output folder holds
+            checkpoints of another configuration.
     """
     folder = Path(cfg.output_dir).absolute()
     _check(cfg)
@@ -69,20 +69,22 @@ def find_start(cfg: DictConfig) -> Start:
             continue
         written = _checkpoints(each)
         if _is_finished(each, written):
-            rank_zero_info(f"resume=auto: {each} is finished; these are its results, and nothing is trained")
+            rank_zero_info(f"resume=auto: {each} is finished, so it does not train again: its results follow")
             return Start(each, None, json.loads((each / METRICS).read_text()))
         checkpoint = newest_usable(written)
         if checkpoint is not None:
-            rank_zero_info(f"resume=auto: going on from {checkpoint}")
+            rank_zero_info(f"resume=auto: continuing from {checkpoint}")
             return Start(each, checkpoint)
-    rank_zero_info("resume=auto: found no checkpoint of this configuration, so it starts from the beginning")
+    rank_zero_info(
+        "resume=auto: found no checkpoint of this configuration, so the run starts from the beginning"
+    )
     return Start(folder)
 
 
 def save_config(cfg: DictConfig, start: Start) -> None:
-    """Writes the configuration of a starting run, and removes the results of a run that it replaces.
+    """Writes the configuration of a run that starts, and removes the results of the run that it replaces.
 
-    In a run that goes on the file keeps its time: checkpoints older than it are those of another run.
+    If the run continues, the file keeps its time. Checkpoints that are older than it belong to another run.
     """
     path = start.folder / CONFIG
     since = None
@@ -97,10 +99,10 @@ def save_config(cfg: DictConfig, start: Start) -> None:
 
 
 class SameStart(pl.Callback):
-    """Raises on every process of a distributed run if they begin at different checkpoints.
+    """Raises on every process of a distributed run if they start from different checkpoints.
 
     Args:
-        start: Where this process begins.
+        start: Where this process starts.
     """
 
     def __init__(self, start: Start) -> None:
@@ -114,26 +116,26 @@ class SameStart(pl.Callback):
         distributed.all_gather_object(found, self.start.checkpoint)
         if len(set(found)) > 1:
             raise RuntimeError(
-                f"All processes of a run begin at one checkpoint, but these were found: {found}, by rank. "
-                "The run folder has to be on a file system that all of them share."
+                "All processes of a run must start from one checkpoint, but the ranks found different ones: "
+                f"{found}. Put the run folder on a file system that all processes share."
             )
 
 
 def _check(cfg: DictConfig) -> None:
     if cfg.resume not in (None, "auto"):
         raise ValueError(
-            f"resume must be auto or null, but received {cfg.resume!r}. To go on from a checkpoint that you "
-            "name, pass it as ckpt_path=…"
+            f"resume must be auto or null, but received {cfg.resume!r}. To continue from a checkpoint of "
+            "your choice, pass ckpt_path=…"
         )
     if cfg.resume is not None and cfg.ckpt_path is not None:
         raise ValueError(
-            f"resume=auto finds the checkpoint itself, but ckpt_path={cfg.ckpt_path} names one. Pass one of "
-            "the two."
+            f"resume=auto finds the checkpoint itself, but ckpt_path={cfg.ckpt_path} names one, too. Pass "
+            "only one of the two."
         )
 
 
 def _configuration(container: Any) -> Any:
-    """Returns what identifies a run: its resolved configuration, without folders and start options."""
+    """Returns the identity of a run: its resolved configuration, without folders and start options."""
     folder = str(container["output_dir"])
 
     def without_folder(node: Any) -> Any:
@@ -149,7 +151,7 @@ def _configuration(container: Any) -> Any:
 def _saved_configuration(folder: Path) -> Any:
     try:
         return _configuration(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
-    except (OSError, KeyError, TypeError, ValueError):  # none, or a file of something else
+    except (OSError, KeyError, TypeError, ValueError):  # there is none, or it belongs to something else
         return None
 
 
@@ -159,14 +161,14 @@ def _refuse_another_run(folder: Path, configuration: dict[str, Any]) -> None:
         return
     ours, theirs = dict(_leaves(configuration)), dict(_leaves(saved))
     differences = [
-        f"{key} is {ours.get(key)!r} here and {theirs.get(key)!r} there"
+        f"{key} is {theirs.get(key)!r} in the folder, but {ours.get(key)!r} in this run"
         for key in sorted(ours.keys() | theirs.keys(), key=lambda key: (key.count("."), key))
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
         raise ValueError(
             f"{folder} holds checkpoints of another configuration: {'; '.join(differences[:4])}. Pass the "
-            "same one, another output folder, or the checkpoint itself as ckpt_path=…"
+            "same configuration or another output folder, or name the checkpoint with ckpt_path=…"
         )
 
 
@@ -179,7 +181,7 @@ def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _folders_of_other_times(folder: Path) -> Iterator[Path]:
-    """Returns the run folders that Hydra gave this job at other times."""
+    """Yields the run folders that Hydra gave this job at other times."""
     if not HydraConfig.initialized() or Path(HydraConfig.get().runtime.output_dir) != folder:
         return
     cfg: Any = copy.deepcopy(HydraConfig.instance().cfg)
@@ -207,7 +209,7 @@ def _newest_first(folders: set[Path]) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Returns a folder's checkpoints, the newest first, without those of an earlier run."""
+    """Returns the checkpoints in a folder, newest first, without those of an earlier run."""
     started = (folder / CONFIG).stat().st_mtime_ns
     return [path for path in checkpoints_in(folder) if path.stat().st_mtime_ns >= started]
 

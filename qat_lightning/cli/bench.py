@@ -1,4 +1,4 @@
-"""The command `qat-bench`: measures exported files on this machine, side by side."""
+"""The command `qat-bench`: measures the speed of exported files on this machine, side by side."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from qat_lightning.report.speed import BATCHES, Candidate, measure, of_batch
 
 VERSION = 1
 _NOISE = 0.5
-"""Spread, as a share of the median, from which figures say little."""
+"""Spread, as a share of the median, above which a speed means little."""
 _EXPECTED = (OSError, ValueError, RuntimeError, ImportError, HydraException, OmegaConfBaseException)
 
 
 def main() -> int:
-    """Measures the files of the command line and prints a table.
+    """Measures the files that the command line names, and prints a table.
 
     Returns:
-        The exit status: 0, or 1 if a file cannot be measured, with the reason on the standard error.
+        The exit status: 0, or 1 if a file cannot be measured. The reason goes to standard error.
     """
     options = parser().parse_args()
     ignore_advice()
@@ -49,14 +49,16 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the parsed command line.
+    """Measures the files in `options`, and prints a table.
 
     Raises:
         ValueError: A file cannot be read or run, or the files take different inputs.
         FileNotFoundError: There is no such file.
         MissingExtraError: The extra of a runtime is not installed.
     """
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)  # a file cuts nothing off
+    console = Console(
+        soft_wrap=True, width=None if sys.stdout.isatty() else 160
+    )  # wide enough for whole lines in a file
     verify = not options.no_verify
     with console.status("loading") if console.is_terminal else nullcontext():
         files = [load(path, threads=options.threads, verify=verify) for path in options.files]
@@ -88,14 +90,14 @@ def _try(file: BenchFile, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     try:
         with torch.inference_mode():
             file.network(*args, **kwargs)
-    except Exception as error:  # the runtimes have classes of their own for each kind of failure
+    except Exception as error:  # the runtimes have a separate class for each kind of failure
         raise ValueError(
             f"{file.path} was loaded, but {file.runtime} cannot run it on inputs that it should take: {error}"
         ) from error
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Returns the names of the files, with folders if names alone are ambiguous."""
+    """Returns the names of the files, or their paths if two names are equal."""
     names = [path.name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -122,16 +124,16 @@ def _table(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machin
 
 
 def _notes(speeds: Sequence[Speed], files: dict[str, BenchFile], machine: Machine) -> list[str]:
-    """Returns notes: why int8 may be no faster, and whether the figures are noisy."""
+    """Returns notes: why int8 may be no faster, and whether speeds vary a lot."""
     notes = [
         f"{name}: {in_words(each.float_operations)}." for name, each in files.items() if each.float_operations
     ]
     if any(each.int8 for each in files.values()) and not has_vnni(machine):
-        notes.append(
-            "No int8 dot products (VNNI) are known of this CPU: int8 is hardly faster than float on it."
-        )
+        notes.append("This CPU has no known int8 dot products (VNNI), so int8 is hardly faster than float.")
     if any(each.spread > _NOISE * each.milliseconds for each in speeds):
-        notes.append("Calls of one file differ a lot: something else uses the CPU. Measure when it is idle.")
+        notes.append(
+            "Speeds varied a lot between calls: something else used the CPU. Measure again when it is idle."
+        )
     return notes
 
 
@@ -158,28 +160,38 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="qat-bench",
-        description="Measures how fast files run on this CPU, one after the other in each round, against the "
-        "first of them. A .pt file is built from the config.yaml of its run beside it, which names what "
-        "Python calls: measure only .pt files that you trust.",
+        description="Measures how fast files run on this CPU. In each round the files run one after the "
+        "other, and speed-ups are against the first file. The network of a .pt file is built from the "
+        "config.yaml of its run beside it, which names code to run: measure only .pt files that you trust.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".onnx, .xml (OpenVINO) or .pt")
     parser.add_argument(
         "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes (default: 1 8 32)"
     )
     parser.add_argument(
-        "--threads", type=_positive, default=usable_cores(), metavar="N", help="default: every usable core"
+        "--threads",
+        type=_positive,
+        default=usable_cores(),
+        metavar="N",
+        help="number of threads (default: one per usable core)",
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=3.0, metavar="S", help="for each file and batch (default: 3)"
+        "--seconds",
+        type=_seconds,
+        default=3.0,
+        metavar="S",
+        help="how long to measure each file at each batch size (default: 3)",
     )
     parser.add_argument(
         "--shape",
         type=_shape,
         metavar="3,224,224",
-        help="of an input without the batch, where files leave it open",
+        help="shape of an input without the batch, if the files leave it open",
     )
-    parser.add_argument("--no-verify", action="store_true", help="read files that no manifest.json describes")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not check the files against manifest.json"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
     return parser
 
 

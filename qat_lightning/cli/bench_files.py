@@ -1,4 +1,4 @@
-"""Loads the files for `qat-bench`, and finds inputs that all of them take."""
+"""Loads the files for `qat-bench`, and makes inputs that all of them take."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class BenchFile:
 
     Attributes:
         path: The file.
-        runtime: What runs it.
-        network: What it holds, in eval mode on the CPU.
+        runtime: Name of the runtime.
+        network: The network in it, in eval mode on the CPU.
         int8: Whether anything in it is quantized.
-        bytes: Its size, with that of its weights where they are a file of their own.
-        signatures: Its inputs; None for a `.pt` file, which does not say.
-        float_operations: What an int8 file runs in float; empty where that is not known.
+        bytes: Its size, including a separate file of weights.
+        signatures: Its inputs. None for a `.pt` file, which does not contain them.
+        float_operations: The operations that an int8 file runs in float. Empty if they are not known.
     """
 
     path: Path
@@ -53,14 +53,15 @@ def load(path: Path, *, threads: int, verify: bool) -> BenchFile:
     """Loads an exported int8 or float file.
 
     Args:
-        path: An `.onnx` or `.xml` file, or a `.pt` file of a run of `qat-train`, which is built from the
-            configuration beside it. That file names code to run, so it must be your own.
+        path: An `.onnx` or `.xml` file, or a `.pt` file of a run of `qat-train`. The network of a `.pt` file
+            is built from the configuration beside it. The configuration names code to run, so it must be your
+            own.
         threads: Threads of the runtime.
-        verify: Whether the file must be the one that the `manifest.json` beside it describes.
+        verify: Whether to compare the file with the `manifest.json` beside it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, or a `.pt` file not be built.
+        ValueError: The file cannot be read, or the network of a `.pt` file cannot be built.
         MissingExtraError: The extra of the runtime is not installed.
     """
     if path.suffix not in (*_GRAPHS, ".pt"):
@@ -89,9 +90,9 @@ def _rebuilt(path: Path, *, verify: bool) -> nn.Module:
     cfg = OmegaConf.load(found[0]) if found else None
     if not isinstance(cfg, DictConfig) or "classifier" not in cfg:
         raise ValueError(
-            f"{path} holds the weights of an int8 network and no graph. It is built from the config.yaml "
-            "that qat-train writes beside it, and there is none of a run. Put the run's there, or export "
-            "the network with export=onnx or export=openvino and measure that file."
+            f"{path} holds the weights of an int8 network, but no graph. qat-bench builds the network from "
+            "the config.yaml that qat-train writes beside it, but there is no config.yaml of a run. Copy it "
+            "from the run's folder, or export with export=onnx or export=openvino and measure that file."
         )
     resolvers.register()
     int8 = load_int8(path, instantiate(cfg.classifier, _convert_="all"), verify=verify)
@@ -102,12 +103,12 @@ def _rebuilt(path: Path, *, verify: bool) -> nn.Module:
 def common_signatures(
     files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> list[Signature]:
-    """Returns the inputs that all files take, with every dimension but the batch known.
+    """Returns the inputs that all files take. Every dimension but the batch is known.
 
     Args:
         files: The files.
-        shape: Dimensions of an input without the batch, for files that leave them open or have no signature.
-        verify: As in :func:`load`, for a graph that lies beside a `.pt` file and is asked in its place.
+        shape: Shape of an input without the batch, for files that leave it open or have no signature.
+        verify: As in :func:`load`, for a graph beside a `.pt` file that is read for its signature.
 
     Raises:
         ValueError: The files take different inputs, or dimensions are missing or wrong.
@@ -118,8 +119,8 @@ def common_signatures(
     for path, signatures in others:
         if not _agree(common, signatures):
             raise ValueError(
-                f"{first} takes {_described(common)}, but {path} takes {_described(signatures)}. Files that "
-                "are compared have to take the same inputs: measure these one by one."
+                f"{first} takes {_described(common)}, but {path} takes {_described(signatures)}. Files can "
+                "only be compared if they take the same inputs: measure these one by one."
             )
         common = [
             one._replace(
@@ -129,7 +130,7 @@ def common_signatures(
         ]
     is_open = [None in each.shape[1:] for each in common]
     if shape is not None and not any(is_open):
-        is_open[0] = True  # and so compared
+        is_open[0] = True  # so that `shape` is compared with it
     return [
         _filled(each, shape, first) if to_fill else each
         for each, to_fill in zip(common, is_open, strict=True)
@@ -139,10 +140,10 @@ def common_signatures(
 def batches_of(
     signatures: Sequence[Signature], wanted: Sequence[int] | None, usual: Sequence[int]
 ) -> list[int]:
-    """Returns the batch sizes to measure: the requested, the usual, or the only possible one.
+    """Returns the batch sizes to measure: the requested ones, the usual ones, or the only possible one.
 
     Raises:
-        ValueError: The files do not take a batch size that is wanted.
+        ValueError: The files do not take a requested batch size.
     """
     sizes = [each.shape[0] for each in signatures if each.shape]
     if None in sizes:
@@ -151,7 +152,7 @@ def batches_of(
     assert only is not None
     if wanted and set(wanted) != {only}:
         raise ValueError(
-            f"The files take {_described(signatures)}, a batch of {only} and no other, but received --batch "
+            f"The files take {_described(signatures)}, so only a batch of {only}, but received --batch "
             f"{' '.join(map(str, wanted))}. Leave --batch out, or export with a dynamic batch size."
         )
     return [only]
@@ -160,7 +161,7 @@ def batches_of(
 def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> Inputs:
     """Returns random inputs, by name if a `.pt` file's network knows the names."""
     fixed = {each.shape[0] for each in signatures if each.shape}
-    size = next(each for each in count(2) if each not in fixed)  # so that only the batch's dimension has it
+    size = next(each for each in count(2) if each not in fixed)  # no other dimension has this size
     values = {each.name: _random(each, size) for each in signatures}
     networks = [each.network for each in files if each.signatures is None]
     if networks and all(_takes(network, values) for network in networks):
@@ -171,7 +172,7 @@ def example_of(signatures: Sequence[Signature], files: Iterable[BenchFile]) -> I
 def _signatures_beside(
     files: Sequence[BenchFile], shape: Sequence[int] | None, *, verify: bool
 ) -> tuple[Path, list[Signature]]:
-    """Returns `shape`, or else the shape in a graph beside a `.pt` file."""
+    """Returns a signature with `shape`, or without one the signatures of a graph beside a `.pt` file."""
     first = files[0].path
     if shape is not None:
         return first, [Signature("input", torch.float32, (None, *shape))]
@@ -179,8 +180,8 @@ def _signatures_beside(
         if path.is_file():
             return path, load_graph(path, verify=verify).signatures
     raise ValueError(
-        f"{first} holds no graph, and so does not say what it takes. Pass the shape of an input without the "
-        "batch, as in --shape 3,224,224, or measure it together with its .onnx or .xml file."
+        f"{first} holds no graph, so its inputs are unknown. Pass the shape of an input without the batch, "
+        "as in --shape 3,224,224, or measure it together with its .onnx or .xml file."
     )
 
 
@@ -196,14 +197,14 @@ def _agree(one: Sequence[Signature], other: Sequence[Signature]) -> bool:
 def _filled(signature: Signature, shape: Sequence[int] | None, path: Path) -> Signature:
     if shape is None:
         raise ValueError(
-            f"{path} takes {_described([signature])}, where ? can be any size. Say which, without the batch, "
-            "as in --shape 3,224,224."
+            f"{path} takes {_described([signature])}, where ? can be any size. Pass the sizes without the "
+            "batch, as in --shape 3,224,224."
         )
     filled = signature._replace(shape=(*signature.shape[:1], *shape))
     if not _agree([signature], [filled]):
         raise ValueError(
             f"{path} takes {_described([signature])}, but received --shape {','.join(map(str, shape))}, "
-            "which has to be a shape of that kind without the batch."
+            "which does not fit: pass the shape without the batch."
         )
     return filled
 

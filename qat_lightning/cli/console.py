@@ -1,4 +1,4 @@
-"""The terminal output of `qat-train`: its own lines, without Lightning's tips, and a table."""
+"""The terminal output of `qat-train`: a table, and log lines without Lightning's own tips."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qat_lightning.analysis.preflight.network_report import NetworkReport, prefl
 
 _LIGHTNING = str(Path(lightning.__file__).parent)
 
-# What Lightning warns of and a user of the command cannot or should not change.
+# Lightning's warnings about things that a user of the command cannot or should not change.
 _ADVICE = (
-    "The '.*_dataloader' does not have many workers",  # small data is fastest without
+    "The '.*_dataloader' does not have many workers",  # small data sets load fastest without workers
     "The number of training batches .* is smaller than the logging interval",
     "GPU available but not used",  # trainer=cpu
-    "Checkpoint directory .* exists and is not empty",  # going on in the same folder
-    "The dirpath has changed from",  # going on in another folder
+    "Checkpoint directory .* exists and is not empty",  # a run continues in the same folder
+    "The dirpath has changed from",  # a run continues in another folder
     r"`\.fit\(ckpt_path=None\)` was called without a model",  # OnExceptionCheckpoint, in the first run
     r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
@@ -30,24 +30,24 @@ _ADVICE = (
 
 
 class WithoutLightningNews(logging.Filter):
-    """Drops Lightning's own log lines below a warning; lines that others log through it stay."""
+    """Drops Lightning's own log lines below a warning. Lines that others log through its logger stay."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns whether to keep the record."""
+        """Returns whether to keep a log line."""
         return record.levelno >= logging.WARNING or not record.pathname.startswith(_LIGHTNING)
 
 
 def ignore_advice() -> None:
-    """Ignores Lightning's warnings about choices of the configuration, in this process."""
+    """Ignores Lightning's warnings about choices that the configuration makes, in this process."""
     for message in _ADVICE:
         warnings.filterwarnings("ignore", message=message)
 
 
 def print_results(metrics: Mapping[str, Any]) -> None:
-    """Prints the accuracies and sizes of `metrics.json` as a table, and where the files are.
+    """Prints the accuracies and sizes of `metrics.json` as a table, and the paths of the files.
 
     Args:
-        metrics: As `qat_lightning.cli.train.train` returns them.
+        metrics: The result of :func:`qat_lightning.cli.train.train`.
     """
     table = Table()
     for column in ("network", "test accuracy", "size"):

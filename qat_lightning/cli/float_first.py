@@ -1,6 +1,6 @@
-"""Runs a float training before the run itself, so that one command trains float and then int8.
+"""Trains in float before the run itself, so that one command trains float and then int8.
 
-It is a process of its own: a process starts the further ones of one distributed run only.
+The float run gets a process of its own, because one process can start the others of only one distributed run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _WANTED = "float_first.yaml"
 
 
 def weights_of_float_run(cfg: DictConfig) -> str:
-    """Trains `cfg` in float, with the changes in its `float_first`, in the run's subfolder `float`.
+    """Trains `cfg` in float, with the overrides in its `float_first`, in the run's subfolder `float`.
 
-    Further processes of a distributed run, which start later, find it done. With `resume=auto` it goes on
-    where it was interrupted, or is not repeated.
+    The other processes of a distributed run start later, and find the float run finished. With `resume=auto`
+    an interrupted float run continues, and a finished one does not train again.
 
     Returns:
-        The weights to start from.
+        The path of the weights to start from.
 
     Raises:
-        ValueError: The processes of the run were all started together, by torchrun or srun.
+        ValueError: torchrun or srun has started all processes of the run together.
         RuntimeError: The float run failed.
     """
     folder = Path(cfg.output_dir).absolute() / "float"
@@ -40,8 +40,8 @@ def weights_of_float_run(cfg: DictConfig) -> str:
         done = subprocess.run(command, check=False)
         if done.returncode:
             raise RuntimeError(
-                f"The float run in {folder} ended with the exit status {done.returncode}; its own message is "
-                "above. With resume=auto and the same output folder the command goes on there."
+                f"The float run in {folder} failed with exit status {done.returncode}. Its own message is "
+                "above. With resume=auto and the same output folder, the command continues it."
             )
     return str(folder / "float.pt")
 
@@ -59,7 +59,7 @@ def _check_launcher() -> None:
     launcher = started_together()
     if launcher is not None:
         raise ValueError(
-            f"float_first starts a run before this one, but {launcher} has started the processes of this one "
-            "already. Run the float training by itself (backend=float), then this with weights=…/float.pt "
-            "and float_first=null."
+            f"float_first trains a float run before this one, but {launcher} has started the processes of "
+            "this one already. Run the float training by itself (backend=float). Then run this command with "
+            "weights=…/float.pt and float_first=null."
         )

@@ -13,7 +13,7 @@ from qat_lightning.cli.train import train
 
 
 def main() -> None:
-    """Runs the configuration in the file that the command line names."""
+    """Trains the configuration in the file that the command line names, and prints the results."""
     resolvers.register()
     ignore_advice()
     handler = logging.StreamHandler(sys.stdout)

@@ -1,4 +1,4 @@
-"""Loads float weights to start from, out of a Lightning checkpoint or a plain state dict."""
+"""Loads the float weights that a run starts from, from a Lightning checkpoint or a plain state dict."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Loads float weights into a network, all of them or none.
 
     Args:
-        network: Its state dict has to have exactly the file's keys and shapes.
-        path: A Lightning checkpoint of an `ImageClassifier` (whose keys begin with `network.`), a
-            plain state dict, or one under the key `state_dict` or `model`. It is read without
-            running any code in it.
+        network: The network. Its state dict must have exactly the keys and shapes of the file.
+        path: A Lightning checkpoint of an `ImageClassifier` (with keys that begin with `network.`), a plain
+            state dict, or a state dict under the key `state_dict` or `model`. Reading it runs no code.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, holds a network prepared for QAT, or keys or shapes do
-            not match; a few of them are listed.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is of another kind, holds a network prepared for QAT, or has other keys or
+            shapes. The message lists a few of them.
     """
     path = Path(path)
     state = _state_dict(_read(path), path)
@@ -43,7 +42,7 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is no file of weights that torch.load(weights_only=True) can read: {error}"
+            f"{path} is not a file of weights that torch.load(weights_only=True) can read: {error}"
         ) from error
 
 
@@ -62,12 +61,12 @@ def _check_float(content: Any, path: Path) -> None:
     named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
     if named and any(mark in key for key in content for mark in _QAT_MARKS):
         raise ValueError(
-            f"{path} holds a network prepared for quantization-aware training, not float weights."
-            " Read it with qat_lightning.load_qat_checkpoint, or continue its training with"
-            " trainer.fit(ckpt_path=…), on the command line ckpt_path=…"
+            f"{path} holds a network prepared for quantization-aware training, not float weights. "
+            "Read it with qat_lightning.load_qat_checkpoint, or continue its training with "
+            "trainer.fit(ckpt_path=…), on the command line ckpt_path=…"
         )
     if not named or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict, that is, a mapping from names to tensors.")
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors).")
 
 
 def _check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
@@ -87,8 +86,8 @@ def _check_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], p
     ]
     if wrong:
         raise ValueError(
-            f"{path} holds weights of other shapes, as with another number of classes or width:"
-            f" {_some(wrong)}."
+            f"{path} holds weights of other shapes, for example for another number of classes or another "
+            f"width: {_some(wrong)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Lets Lightning start a job's other processes under Hydra, in a sweep as well as alone."""
+"""Lets Lightning start the other processes of a job under Hydra, in a sweep and without one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from omegaconf import read_write
 def one_job() -> Iterator[None]:
     """Restores the process after a job, so that the next job of a sweep can start.
 
-    Lightning starts further processes by running the command line again and marks the first one in
-    its environment. In a sweep that command line would sweep again, and the marks would make the
-    next job wait for processes that nobody starts.
+    Lightning starts the other processes by running the command line again, and marks the first process in its
+    environment. In a sweep, that command line would sweep again, and the marks would make the next job wait
+    for processes that nobody starts.
     """
     environment, arguments, threads = dict(os.environ), list(sys.argv), torch.get_num_threads()
     main = sys.modules["__main__"]
@@ -40,16 +40,13 @@ def one_job() -> Iterator[None]:
 
 
 def pass_on(**fields: str | None) -> None:
-    """Sets fields on the command line that the other processes get."""
+    """Sets fields on the command line of the other processes."""
     kept = [each for each in sys.argv[1:] if each.partition("=")[0].lstrip("+") not in fields]
     sys.argv[1:] = [*kept, *(f"{name}={_quoted(value)}" for name, value in fields.items())]
 
 
 def leave_process_group() -> None:
-    """Leaves the process group of the job, if there is one.
-
-    From then on metrics are not gathered over processes.
-    """
+    """Leaves the process group of the job, if there is one. Metrics are no longer gathered afterwards."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -64,7 +61,7 @@ def started_together() -> str | None:
 
 
 def _describe_job() -> None:
-    """Sets the command line and run folder that the other processes get to those of this job."""
+    """Gives the other processes the command line and the run folder of this job."""
     hydra = HydraConfig.get()
     with read_write(hydra):  # type: ignore[arg-type]
         hydra.run.dir = hydra.runtime.output_dir
@@ -72,21 +69,21 @@ def _describe_job() -> None:
         return
     _check_sweep()
     flags = [each for each in sys.argv[1:] if not _is_sweep(each)]
-    if "SUBMITIT_EXECUTOR" in os.environ:  # the command line is submitit's, which runs one pickled job
+    if "SUBMITIT_EXECUTOR" in os.environ:  # submitit's command line runs one pickled job
         sys.modules["__main__"].__spec__ = find_spec("qat_lightning.__main__")
         flags = []
     sys.argv[1:] = [*flags, *hydra.overrides.task]
 
 
 def _check_sweep() -> None:
-    """Raises if the processes could form a group for the first job of a sweep only."""
+    """Raises if the processes could form a group only for the first job of a sweep."""
     launcher = started_together()
     if launcher is None or (launcher == "srun" and "SUBMITIT_EXECUTOR" in os.environ):
         return
     raise ValueError(
-        f"A sweep (-m) takes new processes for each job, but {launcher} has "
-        "started these once. Start qat-train -m by itself, which starts processes as it needs them, or send "
-        "each job to SLURM with hydra/launcher=slurm."
+        f"Each job of a sweep (-m) needs new processes, but {launcher} has started these once. Start "
+        f"qat-train -m without {launcher}, so that it starts the processes of each job, or send each job to "
+        "SLURM with hydra/launcher=slurm."
     )
 
 

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a run folder during the block, on the first process. The lock ends with the process.
+    """Locks a run folder inside the block, in the first process. The lock ends with the process.
 
     Raises:
-        RuntimeError: If another process has locked it.
+        RuntimeError: Another process has locked the folder.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
@@ -36,8 +36,8 @@ def _lock(file: IO[str], folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise RuntimeError(
-            f"Another process is still writing to {folder}: the same command, or what is left of a group "
-            "whose launcher was killed. Wait until it ends, or end it; or choose another output folder."
+            f"Another process is still writing to {folder}: the same command, or a process that outlived its "
+            "killed launcher. Wait until it ends, end it, or choose another output folder."
         ) from error
     except OSError:
         pass  # a file system without locks

@@ -1,4 +1,4 @@
-"""The command `qat-report`: builds the report of a run again."""
+"""The command `qat-report`: rebuilds the report of a run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes `report.html` and prints the tables."""
     parser = argparse.ArgumentParser(
         prog="qat-report",
-        description="Makes the page of a run again from its report.json; with --measure, or where there is "
-        "none, measures layers and speeds again from the run's checkpoint and files.",
+        description="Rebuilds the page of a run from its report.json. With --measure, or without a "
+        "report.json, measures layers and speeds again from the run's checkpoint and files.",
     )
     parser.add_argument("run_dir", type=Path, help="the folder of the run")
     parser.add_argument("--measure", action="store_true", help="measure again; needs a run of qat-train")
@@ -45,17 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def rebuild(folder: Path, *, measure: bool = False) -> Path:
-    """Writes the page of a run again from its data.
+    """Rebuilds the report of a run, and prints it.
 
     Args:
-        folder: Where its `report.json` is, or with `measure` what `qat-train` wrote.
-        measure: Whether to measure anew. Accuracies are those of `metrics.json`.
+        folder: The folder of the run. It holds a `report.json`, or what `qat-train` wrote.
+        measure: Whether to measure layers and speeds again. Accuracies are taken from `metrics.json`.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ValueError: The folder holds neither, or a report of a later version.
+        ValueError: The folder holds neither, or a report of another version.
     """
     if (folder / JSON).is_file() and not measure:
         report = Report.from_json((folder / JSON).read_text(encoding="utf-8"))
@@ -65,13 +65,13 @@ def rebuild(folder: Path, *, measure: bool = False) -> Path:
     for name in (CONFIG, METRICS):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder} has no {name}, so there is nothing to measure. Give the folder of a finished run "
-                f"of qat-train, or one with the {JSON} that the callback wrote with report=True."
+                f"{folder} has no {name}, so there is nothing to measure. Pass the folder of a finished run "
+                f"of qat-train, or a folder with the {JSON} that the callback wrote with report=True."
             )
-    return publish(_run_in(folder), folder)
+    return publish(_load_finished_run(folder), folder)
 
 
-def _run_in(folder: Path) -> FinishedRun:
+def _load_finished_run(folder: Path) -> FinishedRun:
     """Loads a finished run from its folder, even if the folder was moved."""
     resolvers.register()
     cfg = OmegaConf.load(folder / CONFIG)
@@ -88,9 +88,9 @@ def _run_in(folder: Path) -> FinishedRun:
     return finished_run(cfg, metrics, trained, convert(trained), inputs, _curves(checkpoint))
 
 
-def _checkpoint(folder: Path, recorded: str) -> Path:
+def _checkpoint(folder: Path, stored: str) -> Path:
     """Returns the checkpoint that was converted; for the last weights, the newest one."""
-    moved = [path for path in checkpoints_in(folder) if path.name == Path(recorded).name]
+    moved = [path for path in checkpoints_in(folder) if path.name == Path(stored).name]
     found = moved[0] if moved else newest_usable(checkpoints_in(folder))
     if found is None:
         raise ValueError(f"{folder} has no checkpoint to measure.")

@@ -23,7 +23,7 @@ _ACCURACY = "test/accuracy"
 
 @contextmanager
 def caught(module: nn.Module) -> Iterator[Caught]:
-    """Catches the inputs of the prepared networks in `module` during the block."""
+    """Yields a dict that gets the inputs of the prepared networks in `module` at the end of the block."""
     networks = {network: name for name, network, _ in quantized_networks(module)}
     found: Caught = {}
     with Catcher(networks, samples=SAMPLES) as catcher:
@@ -43,11 +43,11 @@ def finished_run(
 
     Args:
         cfg: The run's configuration.
-        metrics: What `metrics.json` holds.
+        metrics: The content of `metrics.json`.
         trained: The module with the weights that were converted, still prepared.
-        int8: The same, converted.
-        inputs: What to run its networks on.
-        curves: The course of the training.
+        int8: The module after conversion.
+        inputs: The inputs to run each network on, by the network's name.
+        curves: The metrics of every epoch.
     """
     network = str(cfg.model.get("_target_", "")).rpartition(".")[2]
     name = cfg.model.get("name", "")

@@ -1,7 +1,7 @@
 """OmegaConf resolvers for the configuration of `qat-train`: folder names, ranks, launchers.
 
-Processes that torchrun or srun starts compose it each for itself, seconds apart. They have to arrive at one
-run folder, in which only the first of them writes.
+Each process that torchrun or srun starts composes the configuration by itself, seconds apart. All must get
+the same run folder, and only the first process writes to it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PLUGIN = "hydra_submitit_launcher"
 def run_name() -> str:
     """Returns the name of this run's folder, the same in all its processes.
 
-    It is the time of the start: under torchrun that of the first process, and under srun the number of the
-    job and its step, which a requeued job keeps.
+    The name is the start time, under torchrun that of the first process. Under srun it is the number of the
+    job and of its step, because a requeued job keeps them.
     """
     if TorchElasticEnvironment.detect():
         return _common_time()
@@ -38,15 +38,15 @@ def run_name() -> str:
 
 
 def on_first(value: str) -> str | None:
-    """Returns `value` in the first process, and None in the others."""
+    """Returns `value` in the first process, and None in all others."""
     return value if getattr(rank_zero_only, "rank", 0) == 0 else None
 
 
 def tasks(devices: int | str) -> int:
-    """Returns how many processes SLURM starts on each machine: one for each device."""
+    """Returns how many processes SLURM starts on each machine: one per device."""
     if not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
-            "SLURM has to be told how many processes to start on a machine, as in trainer.devices=4, but "
+            "SLURM needs the number of processes to start on a machine, as in trainer.devices=4, but "
             f"trainer.devices is {devices!r}."
         )
     return int(devices)
@@ -71,9 +71,9 @@ def _common_time() -> str:
     return _meeting_point().compare_set("qat_lightning/run_name", "", _time()).decode()
 
 
-@cache  # and so kept: other processes may still ask it
+@cache  # keeps the store alive, because other processes may still read it
 def _meeting_point() -> distributed.Store:
-    """Returns the store of torchrun's agents, which exists before the process group."""
+    """Returns the store of torchrun's agents. It exists before the process group."""
     store, _, _ = next(distributed.rendezvous("env://"))
     return store
 

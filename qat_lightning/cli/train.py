@@ -1,4 +1,4 @@
-"""The command `qat-train`: trains what a Hydra configuration describes and converts it to int8."""
+"""The command `qat-train`: trains the network of a Hydra configuration, and converts it to int8."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
 _CALIBRATION = 16
-"""Validation batches that int8 without training is calibrated on."""
+"""Number of validation batches on which int8 without training is calibrated."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://qat_lightning.conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Runs `train` on the command line's configuration and prints the result.
+    """Runs :func:`train` on the command line's configuration, and prints the results.
 
     Returns:
-        The test accuracy that a Hydra sweeper can maximise: of int8, or of float without int8.
+        The test accuracy, for a Hydra sweeper to maximise: that of int8, or in a float run that of float.
     """
     ignore_advice()
     metrics = train(cfg)
@@ -65,28 +65,27 @@ def train(cfg: DictConfig) -> Metrics:
     """Trains, converts and scores one configuration.
 
     Args:
-        cfg: As composed from `train.yaml`. Everything is written to `cfg.output_dir`.
+        cfg: The configuration that was composed from `train.yaml`. All files go to `cfg.output_dir`.
 
     Returns:
-        What `metrics.json` holds, with None for what this run does not have; empty with
-        `preflight=only`, and on every process of a distributed run but the first. Accuracies are on the
-        whole test split, from 0 to 1:
+        The content of `metrics.json`. A value is None if this run does not have it. The result is empty with
+        `preflight=only`, and in a distributed run on all processes but the first. Accuracies are on the whole
+        test split, from 0 to 1:
 
         - `float_accuracy`: of the starting weights, or with `backend=float` of the best epoch;
         - `post_training_accuracy`: of the starting weights in int8, calibrated and not trained;
-        - `fake_quant_accuracy`: of the weights that were converted, in simulated int8;
+        - `fake_quant_accuracy`: of the converted weights, in simulated int8;
         - `int8_accuracy`: of the int8 network, on the CPU;
-        - `float_bytes`, `int8_bytes`: sizes of the files of weights;
+        - `float_bytes`, `int8_bytes`: sizes of the weight files;
         - `checkpoint`: the checkpoint that was scored, or `last` for the weights at the end;
-        - `float_path`, `int8_path`: the files of weights;
-        - `exported`: for each file that was written, its `accuracy` in its runtime, and its `bytes`.
+        - `float_path`, `int8_path`: the weight files;
+        - `exported`: for each int8 file its `accuracy` in its runtime and its `bytes`.
 
     Raises:
-        ValueError: If `num_classes` is not the data's, there is no int8 to try with `preflight=only`, or
+        ValueError: `num_classes` differs from the data, `preflight=only` comes with `backend=float`, or
             `resume` is wrong.
-        RuntimeError: If another process is writing to the output folder, or the float run before this one
-            fails.
-        Exception: What the constructors named in `cfg` raise.
+        RuntimeError: Another process is writing to the output folder, or the float run before this one fails.
+        Exception: A constructor that `cfg` names raises it.
     """
     if cfg.float_first is not None and cfg.weights is None and cfg.preflight != "only":
         cfg.weights = weights_of_float_run(cfg)
@@ -95,7 +94,7 @@ def train(cfg: DictConfig) -> Metrics:
         return start.metrics if getattr(rank_zero_only, "rank", 0) == 0 else {}
     alone = nullcontext() if cfg.preflight == "only" else sole_writer(start.folder)
     with one_job(), alone:
-        _begin_at(start, cfg)
+        _start_from(start, cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         data: LightningDataModule = instantiate(cfg.data, _convert_="all")
         _check_classes(cfg.num_classes, data)
@@ -135,8 +134,8 @@ def _callback(cfg: DictConfig) -> Any:
     return instantiate(cfg.quantization, preflight=bool(cfg.preflight), _convert_="all")
 
 
-def _begin_at(start: Start, cfg: DictConfig) -> None:
-    """Writes the start of the run into the configuration of this and the other processes."""
+def _start_from(start: Start, cfg: DictConfig) -> None:
+    """Sets the folder and the checkpoint to start from, in this process and in the others."""
     if cfg.resume is None:
         return
     found = {"output_dir": str(start.folder), "ckpt_path": start.checkpoint} if start.checkpoint else {}
@@ -154,9 +153,9 @@ def _trainer(cfg: DictConfig, callbacks: list[Callback]) -> Trainer:
 
 
 def _preflight(qat: Any, classifier: LightningModule, data: LightningDataModule) -> None:
-    """Prints what the preflight finds on the first training batch."""
+    """Runs the preflight on the first training batch, and prints the result."""
     if qat is None:
-        raise ValueError("preflight=only tries int8, and backend=float has none. Choose another backend.")
+        raise ValueError("preflight=only tries int8, but backend=float has no int8. Choose another backend.")
     data.prepare_data()
     data.setup("fit")
     images = next(iter(data.train_dataloader()))[0]
@@ -166,7 +165,7 @@ def _preflight(qat: Any, classifier: LightningModule, data: LightningDataModule)
 def _start(
     cfg: DictConfig, qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> Metrics:
-    """Loads the starting weights and scores them, in float and in int8 without training."""
+    """Loads the starting weights, and scores them in float and in int8 without training."""
     network = _network(classifier)
     accuracies = ("float", "post_training", "fake_quant", "int8")
     metrics: Metrics = dict.fromkeys(f"{name}_accuracy" for name in accuracies)
@@ -183,7 +182,7 @@ def _start(
 
 
 def _fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, path: str | None) -> None:
-    """Trains. A checkpoint file is set on the Trainer, so that callbacks see it in their `setup`."""
+    """Trains. A checkpoint is set on the Trainer, because callbacks read it in their `setup`."""
     if path is not None and Path(path).is_file():
         trainer.ckpt_path, path = path, None
     trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
@@ -192,7 +191,7 @@ def _fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, p
 def _without_training(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> float:
-    """Returns the accuracy of int8 by calibration alone, on the first validation batches."""
+    """Returns the accuracy of int8 without training, calibrated on the first validation batches."""
     ptq = PostTrainingQuantization(**vars(qat.settings))
     limit = trainer.limit_val_batches
     batches = min(limit, _CALIBRATION) if isinstance(limit, int) else _CALIBRATION
@@ -219,7 +218,7 @@ def _finish_float(
 def _finish_quantized(
     qat: Any, classifier: LightningModule, data: LightningDataModule, trainer: Trainer
 ) -> tuple[Metrics, Caught]:
-    """Scores the converted weights with fake-quant and the int8 network; also returns network inputs."""
+    """Scores the converted weights in fake-quant and in int8, and returns the networks' inputs, too."""
     checkpoint = str(qat.converted_from or "last")
     _load_checkpoint(classifier, checkpoint)
     metrics: Metrics = {"checkpoint": checkpoint}
@@ -247,13 +246,13 @@ def _score_files(
 
 
 def _report(run: FinishedRun, cfg: DictConfig) -> None:
-    """Writes and prints the report. A failure here loses no results of the run."""
+    """Writes and prints the report. A failure is only a warning, so that the run keeps its results."""
     try:
         log.info(f"Report: {publish(run, Path(cfg.output_dir))}")
     except Exception as error:
         log.warning(
-            f"The report could not be made: {error} ({type(error).__name__}). Everything else is written; "
-            f"`qat-report {cfg.output_dir}` tries again."
+            f"The report could not be made: {error} ({type(error).__name__}). All other files are written. "
+            f"To try again: qat-report {cfg.output_dir}"
         )
 
 
@@ -280,7 +279,7 @@ def _write(cfg: DictConfig, metrics: Metrics) -> None:
 
 
 def _network(classifier: LightningModule) -> nn.Module:
-    """Returns the part of the LightningModule that loads weights: `network`, or all of it."""
+    """Returns the part of the LightningModule that `weights` are loaded into: `network`, or all of it."""
     return getattr(classifier, "network", classifier)
 
 
@@ -294,6 +293,6 @@ def _check_classes(num_classes: int, data: LightningDataModule) -> None:
     found = getattr(data, "num_classes", num_classes)
     if found != num_classes:
         raise ValueError(
-            f"num_classes has to be the data's: {type(data).__name__} has {found}, num_classes is"
-            f" {num_classes}. Set num_classes={found}."
+            f"num_classes must be the number of classes in the data, but {type(data).__name__} has {found} "
+            f"and num_classes is {num_classes}. Set num_classes={found}."
         )

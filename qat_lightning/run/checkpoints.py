@@ -53,7 +53,7 @@ def newest_usable(paths: Iterable[Path], *, weights_only: bool = True) -> str | 
                 "it was written in the middle of a training step, so a run would not resume exactly"
             )
         except _Unusable as reason:
-            rank_zero_info(f"Passing over the checkpoint {path}: {reason}")
+            rank_zero_info(f"Skipping the checkpoint {path}: {reason}")
     if inexact is not None:
         rank_zero_info(f"Using {inexact} anyway, since no checkpoint resumes exactly")
     return inexact

@@ -30,8 +30,8 @@ def is_between_steps(checkpoint: Mapping[str, Any]) -> bool:
     return bool(current["ready"] == current["processed"])
 
 
-def record_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Marks a validation as next in a checkpoint, if one is due.
+def store_due_validation(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Stores in a checkpoint that a validation is next, if one is due.
 
     The counters then say that the batch is completed, and that a validation has begun but done no batch.
     """

@@ -1,1 +1,1 @@
-"""What `qat-train` trains: data modules, networks by name, and an image classifier."""
+"""Data modules, networks by name, and an image classifier for `qat-train`."""

@@ -1,4 +1,4 @@
-"""A LightningModule that trains an image classifier; the callback works with any other as well."""
+"""A LightningModule that trains an image classifier. The callback works with any other one as well."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
-#: Weight of each auxiliary classifier's loss, as the GoogLeNet paper has it.
+#: Weight of each auxiliary classifier's loss, from the GoogLeNet paper.
 AUXILIARY_WEIGHT = 0.3
 
 Batch = tuple[Tensor, Tensor]
 
 
 class ImageClassifier(LightningModule):
-    """Cross entropy on logits; logs `train/loss`, `val/loss`, `val/accuracy` and `test/accuracy`.
+    """Trains with cross entropy. Logs `train/loss`, `val/loss`, `val/accuracy` and `test/accuracy`.
 
     Args:
-        network: Maps images (batch x channels x height x width) to logits (batch x classes). While
-            training it may return a tuple of logits (googlenet, inception_v3): the first counts
-            whole, every further one with weight 0.3.
+        network: Maps images (batch x channels x height x width) to logits (batch x classes). In training mode
+            it may return a tuple of logits (googlenet, inception_v3): the first has weight 1, every further
+            one 0.3.
         num_classes: Number of classes.
-        optimizer: Called with the parameters, as `functools.partial(torch.optim.SGD, lr=0.1)`.
-        scheduler: Called with the optimizer; stepped after every epoch. None keeps the rate.
-        label_smoothing: Share of the target that is spread over all classes, 0 to 1; in training.
+        optimizer: Makes the optimizer from the parameters: `functools.partial(torch.optim.SGD, lr=0.1)`.
+        scheduler: Makes the scheduler from the optimizer. It steps after every epoch. None keeps the rate.
+        label_smoothing: Share of the training target that is spread over all classes, 0 to 1.
 
     Raises:
-        ValueError: If `num_classes` is below 2 or `label_smoothing` is outside 0 to 1.
+        ValueError: `num_classes` is below 2 or `label_smoothing` is outside 0 to 1.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"num_classes is at least 2, got {num_classes}.")
+            raise ValueError(f"num_classes must be at least 2, but received {num_classes}.")
         if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}.")
+            raise ValueError(f"label_smoothing must be between 0 and 1, but received {label_smoothing}.")
         self.network = network
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -56,7 +56,7 @@ class ImageClassifier(LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the network's logits; in training mode, whatever the network returns."""
+        """Returns the network's output: logits, or in training mode also a tuple of logits."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -103,8 +103,8 @@ def classification_loss(
     """Returns the cross entropy of logits, or of a tuple of main and auxiliary logits.
 
     Args:
-        outputs: Logits (batch x classes), or a tuple that begins with them and goes on with those
-            of auxiliary classifiers, each weighted 0.3; None among them is left out.
+        outputs: Logits (batch x classes), or a tuple of the main logits and those of auxiliary classifiers.
+            The auxiliary ones have weight 0.3. None among them is skipped.
         labels: Classes (batch), int64.
         label_smoothing: Share of the target that is spread over all classes, 0 to 1.
 

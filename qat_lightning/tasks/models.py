@@ -1,4 +1,4 @@
-"""Networks by name: a small one for digits, torchvision's, and timm's."""
+"""Builds networks by name: a small one for digits, torchvision's, and timm's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qat_lightning.base.errors import MissingExtraError, nearest
 class DigitsCNN(nn.Module):
     """A residual network for digits, 56,554 parameters, in plain float code.
 
-    Two convolutions, a residual block over half the height and width, global average pooling. It
+    It has two convolutions, a residual block at half the height and width, and global average pooling. It
     reaches about 99 % on the digits of scikit-learn.
 
     Args:
         num_classes: Length of the output.
-        width: Channels of the first layer; the later ones have twice as many.
+        width: Channels of the first layer. The later layers have twice as many.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
@@ -50,15 +50,15 @@ def torchvision_model(
     """Builds one of torchvision's float classification networks.
 
     Args:
-        name: As torchvision registers it: `resnet18`, `mobilenet_v2`, `efficientnet_b0`.
-        weights: Published weights to download, such as `DEFAULT` or `IMAGENET1K_V1`; None starts
-            from random ones.
-        num_classes: Length of the output. Where it differs from the published weights' classes, the
-            layers that output those are replaced by new ones.
+        name: Its name in torchvision, such as `resnet18`, `mobilenet_v2`, `efficientnet_b0`.
+        weights: Published weights to download, such as `DEFAULT` or `IMAGENET1K_V1`. None for random
+            weights.
+        num_classes: Length of the output. If the published weights have another number of classes, new layers
+            replace those that output the classes.
         **options: Further arguments of torchvision's builder.
 
     Raises:
-        ValueError: If torchvision has no such network or no such weights; names the nearest.
+        ValueError: torchvision has no such network or no such weights. The message names the nearest.
     """
     _check_known("torchvision network", name, torchvision.models.list_models(torchvision.models))
     return _torchvision(name, name, weights, num_classes, options)
@@ -72,13 +72,12 @@ def torchvision_quantizable(
     Args:
         name: `mobilenet_v2`, `resnet18`, `googlenet`, …: the names in
             `torchvision.models.quantization`.
-        weights: Published float weights to download, such as `IMAGENET1K_V1`; None starts from
-            random ones.
+        weights: Published float weights to download, such as `IMAGENET1K_V1`. None for random weights.
         num_classes: As in `torchvision_model`.
         **options: Further arguments of torchvision's builder.
 
     Raises:
-        ValueError: If torchvision has no such network or no such weights; names the nearest.
+        ValueError: torchvision has no such network or no such weights. The message names the nearest.
     """
     known = torchvision.models.list_models(torchvision.models.quantization)
     names = [each.removeprefix("quantized_") for each in known]
@@ -91,15 +90,15 @@ def timm_model(name: str, *, pretrained: bool = False, num_classes: int = 1000, 
     """Builds one of timm's networks.
 
     Args:
-        name: As timm registers it: `resnet18`, `mobilenetv3_large_100`, also with a tag.
-        pretrained: Whether to download published weights. timm replaces their last layer where
-            `num_classes` differs.
+        name: Its name in timm, such as `resnet18` or `mobilenetv3_large_100`, with or without a tag.
+        pretrained: Whether to download published weights. timm replaces the last layer if `num_classes`
+            differs.
         num_classes: Length of the output.
         **options: Further arguments of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
-        MissingExtraError: If timm is missing.
-        ValueError: If timm has no such network; names the nearest.
+        MissingExtraError: timm is not installed.
+        ValueError: timm has no such network. The message names the nearest.
     """
     try:
         import timm
@@ -114,9 +113,9 @@ def replace_heads(network: nn.Module, old_classes: int, num_classes: int) -> Non
     """Replaces, in place, every layer with `old_classes` outputs by a new one with `num_classes`.
 
     Args:
-        network: A classifier; its auxiliary classifiers, if any, are replaced too.
-        old_classes: Outputs of the layers to replace: `nn.Linear`, or `nn.Conv2d` as in SqueezeNet.
-        num_classes: Outputs of the new ones, which are initialised as PyTorch does by default.
+        network: A classifier. The output layers of its auxiliary classifiers are replaced, too.
+        old_classes: Number of outputs of the layers to replace: `nn.Linear`, or `nn.Conv2d` as in SqueezeNet.
+        num_classes: Number of outputs of the new layers. They get PyTorch's default initialisation.
     """
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and layer.out_features == old_classes:

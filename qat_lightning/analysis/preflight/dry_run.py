@@ -27,7 +27,7 @@ from qat_lightning.quantize.recipe import recipe_of
 
 
 def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
-    """Does a training step, the conversion and an int8 forward, and reports on the result.
+    """Does a training step, the conversion and an int8 forward, and describes the result.
 
     Args:
         name: Name of the network in the LightningModule.
@@ -41,7 +41,7 @@ def dry_run(name: str, prepared: nn.Module, inputs: Inputs) -> NetworkReport:
     recipe = recipe_of(prepared)
     assert recipe is not None
     _train_once(name, prepared, inputs)
-    with torch.no_grad(), stage("evaluation", name, prepared), call_lines(prepared) as lines:
+    with torch.no_grad(), stage("eval forward", name, prepared), call_lines(prepared) as lines:
         expected = prepared(*inputs.args, **inputs.kwargs)
     work = inventory.count_work(prepared, inputs)
     int8, found = _convert_and_run(name, prepared, inputs)

@@ -27,7 +27,7 @@ def preflight(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | torch.Tensor,
     **options: Unpack[ModuleOptions],
 ) -> list[NetworkReport]:
-    """Does a whole run on a copy, in seconds: prepare, a training step, convert, an int8 forward.
+    """Tries a whole run on a copy, in seconds: prepare, a training step, convert, an int8 forward.
 
     The module, its batch-norm statistics, its mode and the random generators do not change. Only the first
     samples of the inputs are used.
@@ -39,7 +39,7 @@ def preflight(
         **options: How networks are prepared, see :class:`qat_lightning.ModuleOptions`.
 
     Returns:
-        A report for each network that the module's forward calls. Other networks are not checked.
+        The result for each network that the module's forward calls. Other networks are not checked.
 
     Raises:
         PreflightError: A network would not train, convert or run; the message names the module, the line
@@ -48,8 +48,8 @@ def preflight(
 
     Example::
 
-        for report in preflight(module, torch.randn(2, 3, 224, 224)):
-            print(report)
+        for result in preflight(module, torch.randn(2, 3, 224, 224)):
+            print(result)
     """
     return preflight_with(Settings.of(options, "preflight"), module, example_inputs)
 

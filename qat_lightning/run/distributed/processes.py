@@ -13,8 +13,8 @@ from qat_lightning.base.errors import RankError
 
 def several_processes() -> bool:
     """Returns whether this process is one of several in a process group."""
-    running = distributed.is_available() and distributed.is_initialized()
-    return running and distributed.get_world_size() > 1
+    initialized = distributed.is_available() and distributed.is_initialized()
+    return initialized and distributed.get_world_size() > 1
 
 
 def gather(value: Any) -> list[Any]:
@@ -43,9 +43,9 @@ def fail_together(doing: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    reports = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    failures = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    for rank, report in enumerate(reports):
-        if report is not None:
-            raise RankError(f"Rank {rank} failed while {doing}, so the run cannot continue. {report}")
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise RankError(f"Rank {rank} failed while {doing}, so the run cannot continue. {message}")

@@ -103,7 +103,7 @@ class Exports(Part):
         parts = path.stem.split(".", 1)
         name = parts[1] if len(parts) > 1 else names[0]
         runtime = load_runtime(path)
-        return replace_submodule(module, name, runtime) if name else _run_by(module, runtime)
+        return replace_submodule(module, name, runtime) if name else _redirect_forward(module, runtime)
 
 
 def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> Any:
@@ -119,7 +119,7 @@ def _arguments(module: nn.Module, name: str, inputs: Mapping[str, Inputs]) -> An
     return arguments_of(module.get_submodule(name), found)
 
 
-def _run_by(module: ModuleT, runtime: nn.Module) -> ModuleT:
-    """Makes a `module` that is a network itself run the runtime's `forward`, in place."""
+def _redirect_forward(module: ModuleT, runtime: nn.Module) -> ModuleT:
+    """Replaces the `forward` of a `module` that is a network itself by the runtime's, in place."""
     module.__class__ = with_forward(type(module), staticmethod(runtime.forward))  # type: ignore[assignment]
     return module

@@ -30,7 +30,7 @@ class FirstBatch(Part):
         store: Whether checkpoints hold the inputs, for a run that is resumed after its last step.
 
     Attributes:
-        reports: The report on each network that the first batch reached, on rank 0.
+        reports: The result of the dry run of each network that the first batch reached, on rank 0.
         inputs: The inputs of each network in the first batch.
     """
 

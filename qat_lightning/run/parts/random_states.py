@@ -47,7 +47,7 @@ class RandomStates(Part):
     ) -> None:
         """Stores the state of every rank. Every rank must call it."""
         checkpoint[_KEY] = gather(random_state.capture())
-        progress.record_due_validation(trainer, checkpoint)
+        progress.store_due_validation(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]

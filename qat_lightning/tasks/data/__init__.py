@@ -1,8 +1,7 @@
-"""Data modules with honest splits, whose training loaders resume exactly.
+"""Data modules with disjoint splits, and with training loaders that resume exactly.
 
-Any LightningDataModule works with the callback. What these add: validation and test images that
-training never saw, the same in every run, and a training order that a checkpoint continues at the
-very next batch.
+Any LightningDataModule works with the callback. These ones add two things: training never sees the validation
+and test images, which are the same in every run, and a checkpoint resumes at the very next batch.
 """
 
 from qat_lightning.tasks.data.base import ImageData, Splits

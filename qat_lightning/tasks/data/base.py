@@ -1,4 +1,4 @@
-"""What all data modules share: three splits and their loaders."""
+"""The base class of all data modules: three splits and their loaders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat_lightning.tasks.data.resumable import ResumableLoader
 
 
 class Splits(NamedTuple):
-    """Disjoint datasets of (image, label): to train on, to select by, and to score with."""
+    """Disjoint datasets of (image, label): for training, for choosing a checkpoint, and for scoring it."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -20,20 +20,19 @@ class Splits(NamedTuple):
 
 
 class ImageData(LightningDataModule):
-    """Loaders of (images, labels) over three disjoint splits, which a subclass makes.
+    """Loaders of (images, labels) over three disjoint splits. A subclass makes the splits.
 
     Images are float32, batch x channels x height x width, normalised; labels are int64 from 0.
 
     Args:
         batch_size: Images per batch and process, at least 1.
-        num_workers: Loader processes; 0 loads in the training process, best where the data is in
+        num_workers: Loader processes. 0 loads in the training process, which is best if the data is in
             memory.
-        seed: Names the order of the training batches and their augmentation, and nothing else.
-            Above all not the split: weights from a run with one seed can be scored in a run with
-            another.
+        seed: Decides the order of the training batches and their augmentation, and nothing else. The split
+            does not depend on it, so weights from a run with one seed can be scored in a run with another.
 
     Raises:
-        ValueError: If `batch_size` is below 1, or `num_workers` or `seed` is negative.
+        ValueError: `batch_size` is below 1, or `num_workers` or `seed` is negative.
     """
 
     #: Number of classes.
@@ -50,35 +49,35 @@ class ImageData(LightningDataModule):
         self._splits: Splits | None = None
 
     def make_splits(self) -> Splits:
-        """Returns the three datasets; called once, on every process."""
+        """Returns the three datasets. It is called once on every process."""
         raise NotImplementedError
 
     @property
     def splits(self) -> Splits:
-        """The three datasets, made at first use."""
+        """The three datasets. They are made at the first use."""
         if self._splits is None:
             self._splits = self.make_splits()
         return self._splits
 
     def setup(self, stage: str | None = None) -> None:
-        """Makes the splits, so that what is wrong with the data shows before training."""
+        """Makes the splits, so that an error in the data is raised before training."""
         _ = self.splits
 
     def train_dataloader(self) -> ResumableLoader:
-        """Returns this process's share of the shuffled training data, exact on resume."""
+        """Returns a loader of this process's share of the shuffled training data. It resumes exactly."""
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         return ResumableLoader(self.splits.train, self.batch_size, seed=self.seed, **share, **self._options())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Returns the validation data in order."""
+        """Returns a loader of the validation data, in order."""
         return self._in_order(self.splits.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Returns the test data in order."""
+        """Returns a loader of the test data, in order."""
         return self._in_order(self.splits.test)
 
     def _in_order(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        # With its own generator, an evaluation leaves the global one as it was.
+        # With its own generator, the loader does not change the global one.
         return DataLoader(dataset, self.batch_size, generator=torch.Generator(), **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -93,4 +92,4 @@ class ImageData(LightningDataModule):
 def check_at_least(name: str, value: int, minimum: int) -> None:
     """Raises a ValueError that names the argument if `value` is below `minimum`."""
     if value < minimum:
-        raise ValueError(f"{name} is at least {minimum}, got {value}.")
+        raise ValueError(f"{name} must be at least {minimum}, but received {value}.")

@@ -14,26 +14,25 @@ from qat_lightning.tasks.data.base import ImageData, Splits, check_at_least
 from qat_lightning.tasks.data.split import stratified_split
 
 _FRACTIONS = (0.6, 0.2, 0.2)
-_MEAN, _STD = 0.305, 0.376  # of the training split, pixels in [0, 1]
+_MEAN, _STD = 0.305, 0.376  # of the training split, with pixels in [0, 1]
 
 
 class DigitsData(ImageData):
-    """Real 8x8 digits, no download: 1,078 to train on, 360 for validation, 359 for test.
+    """Real 8x8 digits without a download: 1,078 for training, 360 for validation, 359 for test.
 
-    The split is stratified and always the same. Training images are shifted at random by up to one
-    pixel.
+    The split is stratified and always the same. Training images are shifted at random by up to one pixel.
 
     Args:
         batch_size: Images per batch and process.
-        num_workers: Loader processes; the data is in memory, so 0 is fastest.
-        seed: Names the order of the training batches and their shifts, not the split.
-        image_size: Height and width; other than 8 the images are resized, for networks that halve
-            often.
+        num_workers: Loader processes. The data is in memory, so 0 is fastest.
+        seed: Decides the order of the training batches and their shifts, but not the split.
+        image_size: Height and width. Images are resized if it is not 8. Use a larger size for networks that
+            halve the image often.
         channels: 1, or 3 for networks that expect colour.
 
     Raises:
-        MissingExtraError: If scikit-learn is missing.
-        ValueError: If a number is too small, or `channels` is not 1 or 3.
+        MissingExtraError: scikit-learn is not installed.
+        ValueError: A number is too small, or `channels` is not 1 or 3.
     """
 
     num_classes = 10
@@ -77,7 +76,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     """Returns images (float32, 1797x1x8x8, in [0, 1]) and labels (int64, 1797) from scikit-learn.
 
     Raises:
-        MissingExtraError: If scikit-learn is missing.
+        MissingExtraError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits as load
@@ -91,7 +90,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 def check_channels(channels: int) -> None:
     """Raises a ValueError if `channels` is neither 1 nor 3."""
     if channels not in (1, 3):
-        raise ValueError(f"channels is 1 (grey) or 3 (grey repeated), got {channels}.")
+        raise ValueError(f"channels must be 1 (grey) or 3 (grey repeated), but received {channels}.")
 
 
 class _Images(Dataset[tuple[Tensor, int]]):

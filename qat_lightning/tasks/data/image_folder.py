@@ -20,26 +20,26 @@ class ImageFolderData(ImageData):
 
     No image both selects a checkpoint and scores it:
 
-    - `train/`, `val/` and `test/` are used as they are;
-    - without `test/`, the images in `val/` are the test split (ImageNet's layout), and the
-      validation split is a stratified share of `train/`, as it is where only `val/` is missing;
-    - with `train/` alone, both are stratified shares of it.
+    - `train/`, `val/` and `test/` are used as they are.
+    - Without `test/`, the images in `val/` are the test split (ImageNet's layout), and the validation split
+      is a stratified share of `train/`.
+    - Without `val/`, the validation split is a stratified share of `train/`.
+    - Without both, each is a stratified share of `train/`.
 
-    Training uses a random resized crop and a flip; otherwise images are resized and cropped at the
+    Training images get a random resized crop and a flip. The other images are resized and cropped at the
     centre. The normalisation is ImageNet's, as torchvision's and most of timm's weights expect.
 
     Args:
         data_dir: Folder that holds `train/`.
         batch_size: Images per batch and process.
-        num_workers: Loader processes; decoding images keeps several busy.
-        seed: Names the order of the training batches and their augmentation, not the split.
+        num_workers: Loader processes. Decoding images keeps several busy.
+        seed: Decides the order of the training batches and their augmentation, but not the split.
         image_size: Height and width after cropping.
         val_fraction: Share of `train/` for each split that has no folder, above 0 and below 0.5.
 
     Raises:
-        FileNotFoundError: If `train/` or its class folders are missing, or a class has no image.
-        ValueError: If a number is out of range, or `val/` or `test/` has other classes than
-            `train/`.
+        FileNotFoundError: `train/` or its class folders are missing, or a class has no image.
+        ValueError: A number is out of range, or `val/` or `test/` has other classes than `train/`.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class ImageFolderData(ImageData):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_at_least("image_size", image_size, 8)
         if not 0 < val_fraction < 0.5:
-            raise ValueError(f"val_fraction is above 0 and below 0.5, got {val_fraction}.")
+            raise ValueError(f"val_fraction must be above 0 and below 0.5, but received {val_fraction}.")
         self.data_dir = Path(data_dir)
         self.image_size = image_size
         self.val_fraction = val_fraction
         if not (self.data_dir / "train").is_dir():
             raise FileNotFoundError(
-                f"Images are expected in {self.data_dir}/train/<class>/, and there is no folder"
+                f"Images are expected in {self.data_dir}/train/<class>/, but there is no folder"
                 f" {self.data_dir / 'train'}. Point data_dir at the folder that holds train/."
             )
         self.num_classes = len(_classes(self.data_dir / "train"))
 
     def make_splits(self) -> Splits:
-        """Returns the splits by the rule in the class's documentation."""
+        """Returns the splits as the class's documentation describes them."""
         augmented, plain = self._folder("train", augment=True), self._folder("train")
         if self._has("val") and self._has("test"):
             return Splits(augmented, self._folder("val"), self._folder("test"))
@@ -93,8 +93,8 @@ class ImageFolderData(ImageData):
         if classes != expected:
             odd = sorted(set(classes) ^ set(expected))
             raise ValueError(
-                f"{self.data_dir / name} has to hold the same class folders as train/;"
-                f" only in one of them: {', '.join(odd[:5])}."
+                f"{self.data_dir / name} must hold the same class folders as train/, but"
+                f" these are only in one of them: {', '.join(odd[:5])}."
             )
 
     def _transform(self, *, augment: bool) -> v2.Compose:

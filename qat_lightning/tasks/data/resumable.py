@@ -1,9 +1,8 @@
-"""Training data whose order and augmentation resume exactly, also within an epoch.
+"""Loads training data in an order, and with an augmentation, that resume exactly, also within an epoch.
 
-Three parts, each useful alone: `EpochSampler` derives the order from (seed, epoch), `SeededDataset`
-derives each sample's random transforms from (seed, epoch, index), and `ResumableLoader` remembers
-how many batches of the epoch were trained on. Nothing here reads or moves a global random
-generator.
+There are three parts, each useful alone. `EpochSampler` derives the order from (seed, epoch). `SeededDataset`
+derives each sample's random transforms from (seed, epoch, index). `ResumableLoader` remembers how many
+batches of the epoch were trained on. None of them reads or changes a global random generator.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and torch's CPU generators for the block and restores them after it.
+    """Seeds Python's, NumPy's and torch's CPU generators inside the block, and restores them after it.
 
     Args:
-        entropy: Integers of at least 0 that together name the random stream, such as seed, epoch,
-            index.
+        entropy: Integers of at least 0 that together decide the random stream, such as seed, epoch, index.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
@@ -43,19 +41,19 @@ def seeded(*entropy: int) -> Iterator[None]:
 class EpochSampler(DistributedSampler[tuple[int, int]]):
     """Yields shuffled (epoch, index) pairs in an order that only seed and epoch determine.
 
-    It is a `DistributedSampler` also on one device, so that Lightning keeps it as it is and calls
-    its `set_epoch`. The last samples are repeated where the ranks would get unequal shares.
+    It is a `DistributedSampler` on a single device too, so that Lightning keeps it and calls its `set_epoch`.
+    Some samples are repeated if the ranks would otherwise get unequal shares.
 
     Args:
-        dataset: What to sample from; only its length is used.
-        seed: Names the sequence of permutations. Has to be the same on all ranks.
+        dataset: The dataset to sample from. Only its length is used.
+        seed: Decides the sequence of permutations. It must be the same on all ranks.
         num_replicas: Number of processes that share the data.
         rank: This process among them, from 0.
     """
 
     def __init__(self, dataset: Sized, *, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)  # type: ignore[arg-type]
-        self.start = 0  # samples that the next pass leaves out at its beginning
+        self.start = 0  # number of samples that the next pass skips at its start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
@@ -66,12 +64,12 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 class SeededDataset(Dataset[Any]):
     """Makes the random transforms of a dataset a function of (seed, epoch, index).
 
-    So a sample is the same whichever worker loads it and whatever was drawn before.
+    A sample then does not depend on the worker that loads it, or on earlier random numbers.
 
     Args:
         dataset: A map-style dataset whose `__getitem__` may draw from Python's, NumPy's or torch's
             generator.
-        seed: Names the sequence of draws.
+        seed: Decides the random numbers.
     """
 
     def __init__(self, dataset: Dataset[Any], *, seed: int = 0) -> None:
@@ -79,8 +77,7 @@ class SeededDataset(Dataset[Any]):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        # Plain indices come from samplers that know no epochs, such as Lightning's for
-        # `overfit_batches`.
+        # Samplers without epochs yield plain indices, such as Lightning's sampler for `overfit_batches`.
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with seeded(self.seed, epoch, index):
             return self.dataset[index]
@@ -92,21 +89,18 @@ class SeededDataset(Dataset[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A shuffling training loader that Lightning's checkpoints resume at the very next batch.
 
-    Its state is `{"epoch": int, "batches": int}`: the batches of that epoch that were handed out,
-    per rank. Batches that workers have prefetched are not counted. Lightning's fit loop saves and
-    loads the state by itself; resuming needs the same batch size and number of processes.
+    Its state is `{"epoch": int, "batches": int}`: an epoch, and how many of its batches this rank has
+    yielded. Batches that workers have prefetched do not count. Lightning's fit loop saves and loads the state
+    by itself. A resumed run needs the same batch size and the same number of processes.
 
     Args:
-        dataset: A map-style dataset, which may transform its samples at random (see
-            `SeededDataset`).
+        dataset: A map-style dataset. It may transform its samples at random (see `SeededDataset`).
         batch_size: Samples per batch and process.
-        seed: Names the order of all epochs and the random transforms.
+        seed: Decides the order in every epoch and the random transforms.
         num_replicas: Number of processes that share the data.
         rank: This process among them, from 0.
-        sampler: Takes the place of `EpochSampler`. The loader then starts every epoch at its
-            beginning.
-        **options: Further options of `torch.utils.data.DataLoader`, such as `num_workers` or
-            `drop_last`.
+        sampler: Replaces the `EpochSampler`. The loader then starts every epoch at its beginning.
+        **options: Further options of `torch.utils.data.DataLoader`, such as `num_workers` or `drop_last`.
 
     Example:
         >>> loader = ResumableLoader(list(range(10)), batch_size=4, collate_fn=list)
@@ -128,23 +122,23 @@ class ResumableLoader(DataLoader[Any]):
         **options: Any,
     ) -> None:
         sampler = sampler or EpochSampler(dataset, seed=seed, num_replicas=num_replicas, rank=rank)
-        # With its own generator, an iteration draws no worker seed from the global one.
+        # With its own generator, the loader does not draw a seed for its workers from the global one.
         options.setdefault("generator", torch.Generator())
         super().__init__(SeededDataset(dataset, seed=seed), batch_size, sampler=sampler, **options)
         self._state = {"epoch": 0, "batches": 0}
         self._resuming = False
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and how many of its batches were handed out."""
+        """Returns the epoch, and how many of its batches were yielded."""
         return dict(self._state)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Makes the next pass, if it is over the same epoch, continue after those batches."""
+        """Makes the next pass start after those batches, if it is over the same epoch."""
         self._state = dict(state_dict)
         self._resuming = True
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator, because Lightning makes the iterator before it sets the epoch.
+        # This is a generator because Lightning makes the iterator before it sets the epoch.
         if isinstance(self.sampler, EpochSampler):
             self._begin_pass(self.sampler)
         for batch in super().__iter__():

@@ -14,16 +14,16 @@ class SyntheticData(ImageData):
     """Noise over one smooth random pattern per class, so that there is something to learn.
 
     Args:
-        num_samples: Training images; validation and test have a quarter of that each, at least one.
-        num_classes: Number of classes; sample i is of class i modulo this.
+        num_samples: Training images. Validation and test have a quarter of that each, at least one.
+        num_classes: Number of classes. Sample i has the class i modulo this number.
         image_size: Height and width.
         channels: Channels of an image.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
-        seed: Names the order of the training batches, not the images.
+        seed: Decides the order of the training batches, but not the images.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: A number is too small.
     """
 
     def __init__(

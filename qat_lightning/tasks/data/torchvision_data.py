@@ -17,7 +17,7 @@ from qat_lightning.tasks.data.split import stratified_split
 
 
 class _Downloaded(ImageData):
-    """A torchvision dataset; a stratified tenth of its training images is for validation."""
+    """A torchvision dataset. A stratified tenth of its training images is the validation split."""
 
     num_classes = 10
     dataset: Callable[..., Any]
@@ -31,19 +31,19 @@ class _Downloaded(ImageData):
         self.image_size = image_size
 
     def prepare_data(self) -> None:
-        """Downloads what `data_dir` lacks, on one process per machine."""
+        """Downloads the files that are missing from `data_dir`, in one process per machine."""
         self.dataset(self.data_dir, train=True, download=True)
         self.dataset(self.data_dir, train=False, download=True)
 
     def make_splits(self) -> Splits:
-        """Returns nine tenths of the training images, the rest of them, and the test images."""
+        """Returns nine tenths of the training images, the last tenth of them, and the test images."""
         augmented = self.dataset(self.data_dir, train=True, transform=self.transform(augment=True))
         plain = self.dataset(self.data_dir, train=True, transform=self.transform(augment=False))
         test = self.dataset(self.data_dir, train=False, transform=self.transform(augment=False))
         return split_train(augmented, plain, test, val_fraction=0.1)
 
     def transform(self, *, augment: bool) -> v2.Compose:
-        """Returns what turns a PIL image into a normalised float32 tensor."""
+        """Returns a transform from a PIL image to a normalised float32 tensor."""
         raise NotImplementedError
 
     def _resize(self, native: int) -> list[v2.Transform]:
@@ -59,12 +59,12 @@ class FashionMNISTData(_Downloaded):
         data_dir: Folder to download into (30 MB) and read from.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
-        seed: Names the order of the training batches and their augmentation, not the split.
-        image_size: Height and width; other than 28 the images are resized.
-        channels: 3, which is what torchvision's networks expect, or 1.
+        seed: Decides the order of the training batches and their augmentation, but not the split.
+        image_size: Height and width. Images are resized if it is not 28.
+        channels: 3, as torchvision's networks expect, or 1.
 
     Raises:
-        ValueError: If a number is too small, or `channels` is not 1 or 3.
+        ValueError: A number is too small, or `channels` is not 1 or 3.
     """
 
     dataset = datasets.FashionMNIST
@@ -90,7 +90,7 @@ class FashionMNISTData(_Downloaded):
         self.channels = channels
 
     def transform(self, *, augment: bool) -> v2.Compose:
-        """Returns crop and flip if `augment`, then tensor, normalisation and channels."""
+        """Returns the steps: with `augment` a crop and a flip, then tensor, normalisation and channels."""
         steps = [v2.RandomCrop(28, padding=2), v2.RandomHorizontalFlip()] if augment else []
         grey = [v2.Grayscale(3)] if self.channels == 3 else []
         mean, std = [0.2860] * self.channels, [0.3530] * self.channels
@@ -106,11 +106,11 @@ class CIFAR10Data(_Downloaded):
         data_dir: Folder to download into (170 MB) and read from.
         batch_size: Images per batch and process.
         num_workers: Loader processes.
-        seed: Names the order of the training batches and their augmentation, not the split.
-        image_size: Height and width; other than 32 the images are resized.
+        seed: Decides the order of the training batches and their augmentation, but not the split.
+        image_size: Height and width. Images are resized if it is not 32.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: A number is too small.
     """
 
     dataset = datasets.CIFAR10
@@ -133,7 +133,7 @@ class CIFAR10Data(_Downloaded):
         )
 
     def transform(self, *, augment: bool) -> v2.Compose:
-        """Returns crop and flip if `augment`, then tensor and normalisation."""
+        """Returns the steps: with `augment` a crop and a flip, then tensor and normalisation."""
         steps = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if augment else []
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         return v2.Compose([*steps, *self._resize(32), *normalised(mean, std)])
@@ -150,12 +150,11 @@ def split_train(augmented: Any, plain: Dataset[Any], test: Dataset[Any], *, val_
     Args:
         augmented: The training data with random transforms and a `targets` list of labels.
         plain: The same samples without random transforms.
-        test: Kept as it is.
-        val_fraction: Share of the training data that becomes the validation split, above 0 and
-            below 1.
+        test: The test data. It is not changed.
+        val_fraction: Share of the training data that becomes the validation split, above 0 and below 1.
 
     Raises:
-        ValueError: If one of the two parts would be empty.
+        ValueError: One of the two parts would be empty.
     """
     labels = [int(label) for label in augmented.targets]
     train, val = stratified_split(labels, [1 - val_fraction, val_fraction])
