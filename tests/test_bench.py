@@ -280,7 +280,7 @@ def test_a_busy_machine_is_spoken_of() -> None:
     idle = Machine("CPU", ("avx_vnni",), 2, 2)
     assert bench._notes([calm], {}, idle) == []
     (note,) = bench._notes([calm, busy], {}, idle)
-    assert "something else uses the CPU" in note
+    assert "something else used the CPU" in note
 
 
 # What runs in float

@@ -78,7 +78,9 @@ def announce(trainer: pl.Trainer, before: Phase | None, phase: Phase) -> list[st
         began.append("observers frozen")
     if phase.freeze_bn and (before is None or not before.freeze_bn):
         rate = trainer_facts.highest_learning_rate(trainer)
-        high = ". With frozen statistics, such a high rate costs accuracy" if rate > _HIGH_LEARNING_RATE else ""
-        rank_zero_info(f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}{high}")
+        line = f"Batch-norm statistics are frozen {when}, at a learning rate of {rate:.2g}"
+        if rate > _HIGH_LEARNING_RATE:
+            line += ". With frozen statistics, such a high rate costs accuracy"
+        rank_zero_info(line)
         began.append("batch-norm frozen")
     return began

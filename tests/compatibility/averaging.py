@@ -179,7 +179,7 @@ def weight_averaging_of_torchs_own(folder: Path) -> None:
     "callbacks=[qat, StochasticWeightAveraging(0.01)]",
     "works; it adds an epoch for batch-norm statistics, in which the ranges follow, frozen or not; "
     '`convert="last"` converts the averaged weights, and so does `"best"` if they are the best; fractions '
-    "are of the run with that epoch",
+    "refer to the run with that epoch",
 )
 def stochastic_weight_averaging(folder: Path) -> None:
     weights, statistics = Weights(), Statistics()

@@ -76,7 +76,7 @@ def model_checkpoint_last(folder: Path) -> None:
 @row(
     "ModelCheckpoint",
     "ModelCheckpoint(save_weights_only=True)",
-    "works; such a file is converted and evaluated; as in float training, no run resumes from it",
+    "works; such a file is converted and evaluated; as in float training, a run cannot resume from it",
 )
 def model_checkpoint_weights_only(folder: Path) -> None:
     checkpoint = best_two(folder, save_weights_only=True)
@@ -91,7 +91,7 @@ def model_checkpoint_weights_only(folder: Path) -> None:
 @row(
     "EarlyStopping",
     'EarlyStopping("score", mode="max", patience=1)',
-    "works; the weights at the stop are converted; fractions are of the length that was asked for",
+    "works; the weights at the stop are converted; fractions refer to the requested length",
 )
 def early_stopping(folder: Path) -> None:
     phases = Phases()
@@ -120,7 +120,7 @@ def learning_rate_monitor(folder: Path) -> None:
 @row(
     "GradientAccumulationScheduler",
     "GradientAccumulationScheduler({1: 3})",
-    "works; fractions are of the optimizer steps",
+    "works; fractions refer to optimizer steps",
 )
 def gradient_accumulation_scheduler(folder: Path) -> None:
     phases = Phases()
@@ -150,7 +150,7 @@ def device_stats_monitor(folder: Path) -> None:
 @row(
     "ModelSummary",
     "ModelSummary(max_depth=2)",
-    "works; it lists the prepared network, and its example input moves no range",
+    "works; it lists the prepared network, and its example input changes no range",
 )
 def model_summary(folder: Path) -> None:
     class Listing(ModelSummary):

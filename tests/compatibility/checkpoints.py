@@ -31,7 +31,7 @@ def saved(folder: Path) -> tuple[Run, str]:
 @row(
     "validate, test, predict before fit",
     "Trainer(callbacks=[qat]).test(module)",
-    "works; the module is float and stays float, and fit is as without it",
+    "works; the module is float and stays float, and a later fit does not change",
 )
 def evaluation_before_fit(folder: Path) -> None:
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def evaluation_before_fit(folder: Path) -> None:
 @row(
     "validate, test, predict after fit",
     'trainer.test(module), trainer.test(ckpt_path="best")',
-    "works, with the fake-quantized network; no range moves",
+    "works, with the fake-quantized network; no range changes",
 )
 def evaluation_after_fit(folder: Path) -> None:
     checkpoint = best_two(folder)
@@ -132,7 +132,7 @@ class Loose(TinyModule):
 
 @row(
     "A QAT checkpoint in a new process",
-    "the same, where the module has layers of its own",
+    "the same, where the module has layers itself",
     "refused: the error names `load_qat_checkpoint`, which reads it",
 )
 def checkpoint_path_of_loose_layers(folder: Path) -> None:
@@ -174,7 +174,7 @@ def save_checkpoint(folder: Path) -> None:
 @row(
     "A second fit",
     "trainer.fit(module) again",
-    "works; it goes on from the prepared network and converts again",
+    "works; it continues from the prepared network and converts again",
 )
 def second_fit(folder: Path) -> None:
     run = fit(folder)

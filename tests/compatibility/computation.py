@@ -59,7 +59,7 @@ def precision_bf16_mixed(folder: Path) -> None:
 @row(
     "precision",
     'Trainer(precision="16-mixed")',
-    "works; on a CPU Lightning takes bf16-mixed instead, and says so",
+    "works; on a CPU Lightning uses bf16-mixed instead, and warns",
 )
 def precision_16_mixed(folder: Path) -> None:
     with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
@@ -106,7 +106,7 @@ class Adversaries(TinyModule):
 @row(
     "Manual optimization",
     "automatic_optimization = False, two optimizers",
-    "works; fractions are of the batches, however often each optimizer steps",
+    "works; fractions refer to batches, however often each optimizer steps",
 )
 def manual_optimization(folder: Path) -> None:
     phases = Phases()

@@ -54,7 +54,8 @@ def tensorboard_logger(folder: Path) -> None:
 @row(
     "TensorBoardLogger",
     "TensorBoardLogger(..., log_graph=True)",
-    "refused: TorchScript cannot trace a prepared network; a graph of the float one can be logged before fit",
+    "refused: TorchScript cannot trace a prepared network; a graph of the float network can be logged before "
+    "fit",
 )
 def tensorboard_graph(folder: Path) -> None:
     pytest.importorskip("tensorboard")

@@ -82,7 +82,7 @@ def gradient_clip_by_value(folder: Path) -> None:
 @row(
     "accumulate_grad_batches",
     "Trainer(accumulate_grad_batches=3)",
-    "works; observers see every batch, and fractions are of the optimizer steps",
+    "works; observers see every batch, and fractions refer to optimizer steps",
 )
 def accumulate_grad_batches(folder: Path) -> None:
     phases = Phases()
@@ -108,7 +108,7 @@ def overfit_batches(folder: Path) -> None:
 @row(
     "limit_train_batches, limit_val_batches, limit_test_batches",
     "Trainer(limit_train_batches=0.5, limit_val_batches=1, limit_test_batches=2)",
-    "works; fractions are of the limited run",
+    "works; fractions refer to the limited run",
 )
 def limit_batches(folder: Path) -> None:
     module, phases = Counted(), Phases()
@@ -120,7 +120,7 @@ def limit_batches(folder: Path) -> None:
     check(run)
 
 
-@row("val_check_interval", "Trainer(val_check_interval=100)", "works; no validation moves a range")
+@row("val_check_interval", "Trainer(val_check_interval=100)", "works; no validation changes a range")
 def val_check_interval_in_batches(folder: Path) -> None:
     module, still = Counted(), Still()
     run = fit(folder, before=(still,), module=module, val_check_interval=4, check_val_every_n_epoch=None)
@@ -149,7 +149,7 @@ def check_val_every_n_epoch(folder: Path) -> None:
 @row(
     "num_sanity_val_steps",
     "Trainer(num_sanity_val_steps=0)",
-    "works; the run is the same with and without them",
+    "works; the run is the same with and without sanity checks",
 )
 def num_sanity_val_steps(folder: Path) -> None:
     module = Counted()
@@ -168,7 +168,7 @@ def reload_dataloaders(folder: Path) -> None:
     check(run)
 
 
-@row("max_steps", "Trainer(max_epochs=-1, max_steps=1000)", "works; fractions are of the steps")
+@row("max_steps", "Trainer(max_epochs=-1, max_steps=1000)", "works; fractions refer to the steps")
 def max_steps(folder: Path) -> None:
     phases = Phases()
     qat = callback(freeze_bn_at=0.75)
@@ -182,7 +182,7 @@ def max_steps(folder: Path) -> None:
 @row(
     "max_time",
     'Trainer(max_time="00:08:00:00", max_epochs=90)',
-    "works; fractions are of max_epochs or max_steps, even if the time ends the run before",
+    "works; fractions refer to max_epochs or max_steps, even if the time limit ends the run earlier",
 )
 def max_time(folder: Path) -> None:
     at_once = callback(calibration_steps=0)  # it ends after a step

@@ -59,8 +59,8 @@ model:
 @row(
     "LightningCLI",
     "python main.py fit --config config.yaml",
-    "works; the file may have every argument of the callback; in it, `keep_float` takes names, globs and "
-    "functions by name, and no types",
+    "works; the file can set every argument of the callback; there, `keep_float` takes names, globs and "
+    "functions by name, but no types",
 )
 def lightning_cli(folder: Path) -> None:
     pytest.importorskip("jsonargparse")

@@ -50,7 +50,7 @@ class WithBackbone(TinyModule):
 @row(
     "LearningRateFinder",
     "LearningRateFinder()",
-    "works; weights, ranges and random state are put back after it, bit for bit",
+    "works; it restores weights, ranges and random state afterwards, bit for bit",
 )
 def learning_rate_finder(folder: Path) -> None:
     plain = fit(folder)
@@ -66,7 +66,9 @@ def learning_rate_finder(folder: Path) -> None:
 
 
 @row(
-    "LearningRateFinder", "LearningRateFinder(update_attr=True)", "works; the run trains with what was found"
+    "LearningRateFinder",
+    "LearningRateFinder(update_attr=True)",
+    "works; the run trains with the rate that was found",
 )
 def learning_rate_finder_updates(folder: Path) -> None:
     finder = LearningRateFinder(num_training_steps=20, min_lr=1e-3, early_stop_threshold=None)
@@ -86,7 +88,7 @@ class Seed(pl.Callback):
 @row(
     "Tuner",
     "Tuner(trainer).lr_find(module)",
-    "works; it prepares the module, converts nothing, and fit goes on",
+    "works; it prepares the module, converts nothing, and fit continues",
 )
 def tuner(folder: Path) -> None:
     qat = callback()
@@ -101,7 +103,7 @@ def tuner(folder: Path) -> None:
     check(Run(runner, module, qat))
 
 
-@row("BatchSizeFinder", "BatchSizeFinder()", "works; everything is put back after it, bit for bit")
+@row("BatchSizeFinder", "BatchSizeFinder()", "works; it restores everything afterwards, bit for bit")
 def batch_size_finder(folder: Path) -> None:
     plain = fit(folder, module=Sized)
     same = fit(folder, BatchSizeFinder(init_val=4, max_val=8), module=Sized)
@@ -166,7 +168,7 @@ def pruning_before(folder: Path) -> None:
 @row(
     "ModelPruning during",
     "callbacks=[qat, ModelPruning(...)]",
-    "refused: it leaves out every convolution that is fused with its batch-norm",
+    "refused: it skips every convolution that is fused with its batch-norm",
 )
 def pruning_during(folder: Path) -> None:
     match = "ModelPruning skips containers, and takes every convolution.*Prune in a float run"
