@@ -230,7 +230,7 @@ def test_preflight_is_true_false_or_only(tmp_path: Path) -> None:
 
 
 def test_num_classes_has_to_be_the_datas(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has 10, num_classes is 7\. Set num_classes=10"):
+    with pytest.raises(ValueError, match=r"has 10 and num_classes is 7\. Set num_classes=10"):
         run(tmp_path, "num_classes=7")
 
 

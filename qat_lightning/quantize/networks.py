@@ -76,7 +76,7 @@ def prepare_module(
     """
     names = network_names(module, settings)
     examples = Examples(module, known, names)
-    if len(names) > 1:  # or a failure of the second would leave the first one prepared
+    if len(names) > 1:  # otherwise, if the second fails, the first would stay prepared
         with random_state.preserved():
             _prepare_all(trial_copy(module), names, settings, examples)
     return _prepare_all(module, names, settings, examples)
@@ -93,7 +93,7 @@ def _prepare_all(
         if name not in own
         else _prepare(module, name, network, own[name], examples)
         for name, network in zip(names, networks, strict=True)
-        if not (name and calls(module, name))  # the module's own graph, prepared first, has taken it in
+        if not (name and calls(module, name))  # else it is part of the module's own graph, which comes first
     ]
 
 

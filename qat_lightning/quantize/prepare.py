@@ -43,14 +43,14 @@ def prepare(
     (https://docs.pytorch.org/docs/stable/quantization.html).
 
     Args:
-        network: A float network. It is used up: the result shares its parameters, and in eager mode
-            is the same object.
+        network: A float network. Do not use it afterwards: the result shares its parameters, and in eager
+            mode it is the same object.
         example_inputs: An example of a call: a tuple of positional arguments, a mapping of keyword
             arguments, or a tensor. In fx mode the graph is captured while a copy runs on it. The forward may
             then decide by sizes, optional arguments and values: the graph takes the example's path, and an
             input that would take another raises :class:`qat_lightning.GuardError`. Without an example the
             forward is traced symbolically, and its path may depend on nothing but the mode. Eager mode needs
-            an example only where the network cannot be traced. Two samples are enough.
+            an example only if the network cannot be traced. Two samples are enough.
         **options: How the network is prepared: backend, qconfig, mode, keep_float, fuse, replace_relu6,
             overrides and untraceable, see :class:`qat_lightning.PrepareOptions`.
 
@@ -81,7 +81,7 @@ def _prepare_as(network: nn.Module, settings: Settings, example: Inputs | None) 
 
 
 def trial_copy(network: nn.Module) -> nn.Module:
-    """Returns a structural copy with its own batch-norm scales, of which preparing may replace zeros."""
+    """Returns a structural copy with its own batch-norm scales, since preparing may replace zeros in them."""
     copy = structural_copy(network)
     for module in copy.modules():
         scale = parameters_of(module).get("weight") if isinstance(module, BatchNorm) else None
