@@ -87,11 +87,11 @@ def _prepare_all(
 ) -> list[Prepared]:
     networks = [module.get_submodule(name) for name in names]
     floating = {name: n for name, n in zip(names, networks, strict=True) if recipe_of(n) is None}
-    own = _split(floating, settings, examples) if floating else {}
+    settings_of = _split(floating, settings, examples) if floating else {}
     return [
         _again(name, network, settings)
-        if name not in own
-        else _prepare(module, name, network, own[name], examples)
+        if name not in settings_of
+        else _prepare(module, name, network, settings_of[name], examples)
         for name, network in zip(names, networks, strict=True)
         if not (name and calls(module, name))  # else it is part of the module's own graph, which comes first
     ]

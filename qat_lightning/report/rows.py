@@ -36,8 +36,8 @@ def metric_names(scores: Sequence[Score]) -> list[str]:
 def base_of(scores: Sequence[Score], score: Score) -> Score | None:
     """Returns the float score to compare with: the one on the same runtime, else the first."""
     floats = [each for each in scores if each.network == "float" and each.split == score.split]
-    own = [each for each in floats if each.runtime == score.runtime]
-    return next(iter([*own, *floats]), None)
+    same_runtime = [each for each in floats if each.runtime == score.runtime]
+    return next(iter([*same_runtime, *floats]), None)
 
 
 def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:

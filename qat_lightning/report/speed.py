@@ -127,8 +127,8 @@ def _timed(
 
 def _speeds(group: Sequence[Candidate], batch: int, times: list[list[float]]) -> Iterator[Speed]:
     for index, each in enumerate(group):
-        own = [1e3 * round_[index] for round_ in times]
-        lower, middle, upper = statistics.quantiles(own, n=4, method="inclusive")
+        durations = [1e3 * round_[index] for round_ in times]
+        lower, middle, upper = statistics.quantiles(durations, n=4, method="inclusive")
         ratios = [round_[0] / round_[index] for round_ in times]
         yield Speed(
             name=each.name,

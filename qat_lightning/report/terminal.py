@@ -55,8 +55,8 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     return table
 
 
-def _text(words: str) -> Text:
-    return Text(formats.printable(words))
+def _text(text: str) -> Text:
+    return Text(formats.printable(text))
 
 
 def _findings(report: Report) -> Table:

@@ -86,7 +86,7 @@ def check_output(trainer: pl.Trainer, folder: Path | None) -> None:
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Raises a `MisconfigurationException` if another callback prunes, or averages the float layers."""
-    callbacks, own = trainer_facts.callbacks(trainer), type(callback).__name__
+    callbacks, qat = trainer_facts.callbacks(trainer), type(callback).__name__
     for i, other in enumerate(callbacks):
         name = type(other).__name__
         if isinstance(other, ModelPruning):
@@ -97,8 +97,8 @@ def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
             )
         if isinstance(other, WeightAveraging | StochasticWeightAveraging) and i < callbacks.index(callback):
             raise MisconfigurationException(
-                f"{name} comes before {own}, so it would average the float layers, which {own} replaces. "
-                f"Pass it after: Trainer(callbacks=[{own}(...), {name}(...)])."
+                f"{name} comes before {qat}, so it would average the float layers, which {qat} replaces. "
+                f"Pass it after: Trainer(callbacks=[{qat}(...), {name}(...)])."
             )
 
 

@@ -50,7 +50,7 @@ def overflow(recipes: Iterable[Recipe]) -> str | None:
 
 
 def warn_of_unreached(
-    trainer: pl.Trainer, asked: Schedule, resolved: ResolvedSchedule, warned: set[str]
+    trainer: pl.Trainer, requested: Schedule, resolved: ResolvedSchedule, warned: set[str]
 ) -> None:
     """Warns once of each moment that lies beyond the end of the run. `warned` holds the names so far."""
     epochs = trainer_facts.epochs(trainer)
@@ -58,8 +58,8 @@ def warn_of_unreached(
         if name not in warned:
             warned.add(name)
             rank_zero_warn(
-                f"{name}={getattr(asked, name)} lies beyond the end of this run ({epochs:g} epochs), so it "
-                "will not happen."
+                f"{name}={getattr(requested, name)} lies beyond the end of this run ({epochs:g} epochs), "
+                "so it will not happen."
             )
 
 

@@ -133,8 +133,8 @@ def layer_plots(prefix: str, layers: Sequence[Layer]) -> list[Plot]:
 
 
 def _layers_note(shown: int, total: int, exact: int) -> str:
-    words = f"The {shown} worst of {total} layers" if shown < total else "All layers"
-    return f"{words}, the worst first" + (f"; {exact} are exact." if exact else ".")
+    heading = f"The {shown} worst of {total} layers" if shown < total else "All layers"
+    return f"{heading}, the worst first" + (f"; {exact} are exact." if exact else ".")
 
 
 def histograms(prefix: str, layers: Sequence[Layer]) -> list[Plot]:

@@ -207,8 +207,8 @@ class _Stored:
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Compares the recipes. `module` is the hooked module or a copy of it."""
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        stored = recipes_in(own)
+        state = {key.removeprefix(prefix): each for key, each in state_dict.items() if key.startswith(prefix)}
+        stored = recipes_in(state)
         if not stored:
             return
         self.loaded = tuple(dict.fromkeys(chain.from_iterable(r.keep_float for r in stored.values())))

@@ -154,13 +154,13 @@ class Teaching(Part):
 
     def _check_resumed(self) -> None:
         resumed, self._resumed = self._resumed, []
-        own = self._identity()
-        if not resumed or resumed[0] == own:
+        present = self._identity()
+        if not resumed or resumed[0] == present:
             return
         raise ValueError(
             "A resumed run has to continue with the teacher that it started with, but it started with "
-            f"{_describe(resumed[0])}, and this one has {_describe(own)}. Pass the same arguments, and build "
-            "the module with the weights that the run started from, before the checkpoint is loaded. Or "
+            f"{_describe(resumed[0])}, and this one has {_describe(present)}. Pass the same arguments, and "
+            "build the module with the weights that the run started from, before the checkpoint is loaded. Or "
             "start a new run from the checkpoint's weights, without ckpt_path."
         )
 

@@ -79,11 +79,11 @@ class Phases(Part):
         if state["schedule"] is not None:
             self._resolved = ResolvedSchedule.from_state_dict(state["schedule"])
         now = asdict(self._schedule)
-        asked = now | state.get("asked", {})
-        if asked != now:
+        started_with = now | state.get("asked", {})
+        if started_with != now:
             rank_zero_warn(
-                f"The run was started with the schedule {asked} and keeps it. The schedule passed now, "
-                f"{now}, has no effect. To change it, start anew from the weights."
+                f"The run was started with the schedule {started_with} and keeps it. The schedule passed "
+                f"now, {now}, has no effect. To change it, start anew from the weights."
             )
 
     def _enter(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
