@@ -160,8 +160,8 @@ class Teaching(Part):
         raise ValueError(
             "A resumed run has to continue with the teacher that it started with, but it started with "
             f"{_describe(resumed[0])}, and this one has {_describe(present)}. Pass the same arguments, and "
-            "build the module with the weights that the run started from, before the checkpoint is loaded. Or "
-            "start a new run from the checkpoint's weights, without ckpt_path."
+            "build the module with the weights that the run started from, before the checkpoint is loaded. "
+            "Or start a new run from the checkpoint's weights, without ckpt_path."
         )
 
     # At every training batch. Hooks are removed after each, since copies of the networks would keep them.
