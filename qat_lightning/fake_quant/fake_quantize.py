@@ -92,6 +92,8 @@ class FakeQuantize(ao.FakeQuantize):
         self.zero_point.fill_(self.initial_zero_point)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
+        if not X.is_floating_point():  # lengths, ids and masks have no range, and convert drops the rounding
+            return X
         observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
         extremes = self.observe(X.detach()) if observed else None
         if not self.rounding or X.numel() == 0:

@@ -48,22 +48,34 @@ def has_seen_data(fake_quantize: Any) -> bool:
     return bool(low.numel() and torch.isfinite(low).all())
 
 
-def check_observed(module: nn.Module) -> list[str]:
-    """Returns the names of the activation fake-quantizes in a prepared `module` that never saw data.
-
-    Raises:
-        ConversionError: None of them saw data, so that there is no range to convert with.
-    """
-    activations = {
-        name: child
+def _ranges_of_activations(module: nn.Module) -> dict[str, bool]:
+    """Returns, for each fake-quantize of an activation, whether it saw data."""
+    return {
+        name: has_seen_data(child)
         for name, child in fake_quantizes(module)
         if not name.endswith("weight_fake_quant") and has_range(child)
     }
-    unseen = [name for name, child in activations.items() if not has_seen_data(child)]
-    if activations and len(unseen) == len(activations):
+
+
+def unseen_in(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the fake-quantizes that saw no data in a `module` that did.
+
+    What they are given is no floating-point tensor, or empty. In a `module` that saw no data there are none.
+    """
+    seen = _ranges_of_activations(module)
+    return tuple(name for name, has_seen in seen.items() if not has_seen) if any(seen.values()) else ()
+
+
+def check_observed(module: nn.Module) -> None:
+    """Raises if no fake-quantize of an activation in a prepared `module` saw data.
+
+    Raises:
+        ConversionError: There is no range to convert with.
+    """
+    seen = _ranges_of_activations(module)
+    if seen and not any(seen.values()):
         raise ConversionError(
             "A prepared network can be converted once its observers have seen data, but no batch "
             "has passed through it in training mode. Train it for at least one step, or load a "
             "checkpoint of a QAT run."
         )
-    return unseen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -78,5 +78,10 @@ class Mode(Protocol):
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses `network` and inserts fake-quantizes. The result may share modules with `network`."""
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        """Converts a prepared network, which is in eval mode on the CPU, in place or into a new one."""
+    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
+        """Converts a prepared network, which is in eval mode on the CPU, in place or into a new one.
+
+        Args:
+            prepared: The network.
+            unseen: Names of the fake-quantizes that saw no floating-point data, and so round nothing.
+        """

@@ -11,7 +11,7 @@ from qat_lightning.base.backends import engine, run_on_engine
 from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.phases import set_eval
-from qat_lightning.fake_quant.ranges import check_observed
+from qat_lightning.fake_quant.ranges import check_observed, unseen_in
 from qat_lightning.modes import MODES
 from qat_lightning.modes.layers.kernels import pack_weights
 from qat_lightning.modes.layers.training_classes import use_torch_ao_classes
@@ -65,9 +65,10 @@ def convert_in_place(module: ModuleT) -> ModuleT:
             continue
         restore_batch_norms(network)
         with quiet_torch_ao(), engine(recipe.backend):
-            converted = MODES[recipe.mode].convert(network)
+            unseen = recipe.unseen or unseen_in(network)  # a file's recipe names them
+            converted = MODES[recipe.mode].convert(network, unseen)
         pack_weights(converted, recipe.backend)
-        attach(converted, dataclasses.replace(recipe, int8=True))
+        attach(converted, dataclasses.replace(recipe, int8=True, unseen=unseen))
         run_on_engine(converted, recipe.backend)
         module = replace_submodule(module, name, converted.eval())
     return module

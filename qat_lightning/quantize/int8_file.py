@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides
 from qat_lightning.quantize.convert import convert_in_place
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.prepare import prepare
-from qat_lightning.quantize.recipe import STATE_KEY, Recipe, quantized_networks, recipes_in
+from qat_lightning.quantize.recipe import STATE_KEY, Recipe, attach, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import resolve_overrides, split_overrides
 from qat_lightning.quantize.stored_example import restore
 
@@ -261,5 +262,8 @@ def _prepare_all(
             example_inputs=None if recipe.example is None else restore(recipe.example),
             **user_defined[name],
         )
+        own = recipe_of(prepared)
+        assert own is not None
+        attach(prepared, replace(own, unseen=recipe.unseen))
         module = replace_submodule(module, name, prepared)
     return module

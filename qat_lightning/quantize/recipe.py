@@ -46,6 +46,8 @@ class Recipe:
         example: The example that the graph was captured from, see
             :mod:`qat_lightning.quantize.stored_example`. None if it was traced symbolically, in eager mode,
             or if the example cannot be stored. Not compared.
+        unseen: In an int8 network, the fake-quantizes that saw no floating-point data, such as those behind
+            lengths: the network has no rounding there. Not compared.
     """
 
     backend: str
@@ -62,6 +64,7 @@ class Recipe:
     relu6: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     example: str | None = None
+    unseen: tuple[str, ...] = ()
 
     @property
     def fills_bytes(self) -> bool:
@@ -77,7 +80,7 @@ class Recipe:
         """Reads a recipe that `to_json` wrote, and ignores fields that later versions have added."""
         values: dict[str, Any] = json.loads(text)
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name in ("keep_float", "layers", "untraceable"):
+        for name in ("keep_float", "layers", "untraceable", "unseen"):
             fields[name] = tuple(fields.get(name, ()))
         if not isinstance(fields["fuse"], str):
             fields["fuse"] = tuple(tuple(group) for group in fields["fuse"])

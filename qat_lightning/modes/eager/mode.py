@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +98,7 @@ class EagerMode:
             module.training = training
         return ModeResult(network, relu6=relu6)
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
+    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
         """Converts a prepared network in place."""
         return ao.convert(prepared, _CONVERTED, inplace=True)
 

@@ -7,6 +7,7 @@ package's trace, which keeps the differences between training and eval mode.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from qat_lightning.base.inputs import Inputs, device_of
 from qat_lightning.base.torch_internals import tree_map_only
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
-from qat_lightning.modes.fx.integers import keep_integers
+from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import share_qparams
 from qat_lightning.modes.fx.unlowered import keep_unlowered
@@ -120,14 +121,14 @@ class FxMode:
         _place_on_device(prepared)
         return prepared
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
+    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
         """Converts a prepared graph into an int8 one, which runs only what eval mode runs."""
         if graft.is_grafted(prepared):
-            graft.regraft(prepared, _int8(graft.ungraft(prepared)))
+            graft.regraft(prepared, _int8(graft.ungraft(prepared), unseen))
             return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
-        return _finish(_int8(prepared), kept, kept[_NAME])
+        return _finish(_int8(prepared, unseen), kept, kept[_NAME])
 
     def _mapping(self, options: Options) -> QConfigMapping:
         mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # may be the user's
@@ -195,9 +196,10 @@ def _check_own_forward(network: nn.Module) -> None:
         )
 
 
-def _int8(prepared: fx.GraphModule) -> fx.GraphModule:
+def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     """Converts a prepared graph, and consumes it."""
     evaluate_only(prepared)
+    drop_unseen(prepared, unseen)
     restore_relus(prepared)
     copy_reused_modules(prepared)
     keep_unlowered(prepared)

@@ -78,7 +78,7 @@ def check_tensor(value: Any, expected: Any, name: str) -> None:
 
 def _kind(facts: Any) -> str:
     dimensions, floating = facts
-    return f"a {'floating-point' if floating else 'integer or bool'} tensor of {dimensions} dimensions"
+    return f"{'a floating-point' if floating else 'an integer or bool'} tensor of {dimensions} dimensions"
 
 
 GUARDS: tuple[Any, ...] = (check_decision, check_argument, check_tensor)

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import convolve, forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.fake_quant.ranges import has_range, has_seen_data
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
+from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.nodes import fake_quantize_of
 from qat_lightning.modes.layers.training_classes import store_rounded_bias
 from qat_lightning.modes.torch_ao_internals import quantized_decomposed
@@ -137,11 +139,11 @@ def _rebuilt(
     weights: dict[nn.Module, torch.Tensor] = {}
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):
-            evaluate_only(network)
+            _keep_what_a_file_holds(network)
             weights |= _rounded_weights(network)
         elif is_grafted(network):
             graph_module = ungraft(network)
-            evaluate_only(graph_module)
+            _keep_what_a_file_holds(graph_module)
             weights |= _rounded_weights(graph_module)
             regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
@@ -150,6 +152,11 @@ def _rebuilt(
             module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, weights.get(m))
         )
     return module
+
+
+def _keep_what_a_file_holds(graph_module: fx.GraphModule) -> None:
+    remove_guards(graph_module)
+    evaluate_only(graph_module)
 
 
 def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
@@ -181,7 +188,7 @@ def _float_layer(child: Any) -> nn.Module:
 
 
 def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:
-    if not bool(child.fake_quant_enabled.any()):
+    if not bool(child.fake_quant_enabled.any()) or (has_range(child) and not has_seen_data(child)):
         return nn.Identity()
     return QuantizeDequantize(child) if weight is None else ReferenceWeight(child, weight)
 
