@@ -19,6 +19,7 @@ from qat_lightning.quantize.options import ModuleOptions, Settings
 from qat_lightning.report.curves import Curves
 from qat_lightning.run import checks, messages, trainer_facts
 from qat_lightning.run.conversion import convert_on_all_ranks
+from qat_lightning.run.distributed.graphs_check import check_same_graphs
 from qat_lightning.run.distributed.processes import fail_together
 from qat_lightning.run.forwarding import ForwardingCallback
 from qat_lightning.run.parts import averaging
@@ -166,6 +167,7 @@ class QuantizationAwareTraining(ForwardingCallback):
         settings = self._search.choose(trainer, pl_module, self.settings, self._networks.values())
         with fail_together("preparing the networks"):
             self._adopt(trainer, pl_module, settings)
+        check_same_graphs(self._networks)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle(trainer, pl_module)

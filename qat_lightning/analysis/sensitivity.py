@@ -15,8 +15,8 @@ from qat_lightning.analysis.sensitivity_table import LayerSensitivity, Sensitivi
 from qat_lightning.analysis.simulation import Simulation, simulate
 from qat_lightning.base import random_state
 from qat_lightning.base.inputs import Inputs, first_samples
+from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
 from qat_lightning.modes.layers.layer_fake_quantizes import layer_fake_quantizes
 from qat_lightning.quantize.options import ModuleOptions, Settings
@@ -175,7 +175,7 @@ class _Probe:
     def _outputs(self) -> Tensor:
         """Returns all floating-point outputs in one flat tensor."""
         outputs = [self.network(*inputs.args, **inputs.kwargs) for inputs in self.inputs]
-        leaves = [v for v in tree_leaves(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
+        leaves = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
         return torch.cat([leaf.flatten().float() for leaf in leaves])
 
 
@@ -189,5 +189,5 @@ def _limited(calls: Sequence[Inputs], samples: int) -> Iterator[Inputs]:
 
 
 def _first(call: Inputs, samples: int) -> Inputs:
-    device = next((v.device for v in tree_leaves(call) if isinstance(v, Tensor)), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors_in(call)), torch.device("cpu"))
     return Inputs(*move_data_to_device(first_samples(tuple(call), samples), device))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qat_lightning.base.torch_internals import tree_leaves, tree_map
+from qat_lightning.base.nested import map_tensors, tensors_in
 
 
 class Inputs(NamedTuple):
@@ -73,16 +73,14 @@ def first_samples(values: Any, samples: int = 2) -> Any:
 
     The batch size is the first dimension of the first tensor.
     """
-    shapes = [v.shape for v in tree_leaves(values) if isinstance(v, torch.Tensor) and v.ndim]
+    shapes = [tensor.shape for tensor in tensors_in(values) if tensor.ndim]
     size = shapes[0][0] if shapes else 0
 
-    def copied(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def copied(value: torch.Tensor) -> torch.Tensor:
         batched = value.ndim > 0 and value.shape[0] == size
         return (value.detach()[:samples] if batched else value.detach()).cpu().clone()
 
-    return tree_map(copied, values)
+    return map_tensors(values, copied)
 
 
 def arguments_of(network: nn.Module, inputs: Inputs) -> Any:

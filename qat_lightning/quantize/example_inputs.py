@@ -10,7 +10,7 @@ from torch import nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.inputs import Catcher, Inputs, device_of
-from qat_lightning.base.torch_internals import tree_map_only
+from qat_lightning.base.nested import map_tensors
 from qat_lightning.quantize.copies import copy_of
 
 
@@ -57,7 +57,7 @@ class Examples:
     def _run(self) -> dict[str, Inputs]:
         twin = copy_of(self._module).eval()
         device = device_of(twin)
-        inputs = as_inputs(tree_map_only(torch.Tensor, lambda v: v.to(device, copy=True), self._array))
+        inputs = as_inputs(map_tensors(self._array, lambda tensor: tensor.to(device, copy=True)))
         networks = {name: twin.get_submodule(name) for name in self._names}
         try:
             with torch.no_grad(), random_state.preserved(), Catcher(networks.values()) as catcher:

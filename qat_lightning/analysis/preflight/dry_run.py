@@ -17,8 +17,8 @@ from qat_lightning.analysis.preflight.diagnosis import explain
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.convert import convert_in_place
@@ -101,14 +101,10 @@ def stage(what: str, name: str, network: nn.Module) -> Iterator[None]:
 
 def _surrogate_loss(outputs: Any) -> torch.Tensor:
     """Returns a loss that depends on all outputs. The user's own loss may need labels."""
-    terms = [v.float().square().mean() for v in tree_leaves(outputs) if _has_gradient(v)]
+    terms = [v.float().square().mean() for v in tensors_in(outputs) if v.requires_grad]
     if not terms:
         raise RuntimeError("its outputs hold no tensor with a gradient")
     return torch.stack(terms).sum()
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _check_eval(int8: nn.Module) -> None:
@@ -131,7 +127,7 @@ def _sqnr(expected: Any, found: Any) -> float:
     """Returns the SQNR between two nested outputs, over all floating-point tensors."""
     pairs = [
         (a.float().flatten(), b.float().flatten())
-        for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True)
-        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        for a, b in zip(tensors_in(expected), tensors_in(found), strict=True)
+        if a.is_floating_point()
     ]
     return sqnr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.modes.capture.proxies import map_tensors
+from qat_lightning.base.nested import tensors_in
 
 SIMPLE = (type(None), bool, int, float, str)
 
@@ -62,9 +61,7 @@ def arguments_of_call(network: nn.Module, example: Inputs) -> list[Argument]:
 def _argument(
     name: str, value: Any, parameter: inspect.Parameter, default: Any = inspect.Parameter.empty
 ) -> Argument:
-    tensors: list[torch.Tensor] = []
-    map_tensors(value, tensors.append)
-    return Argument(name, value, True, default, parameter.kind, bool(tensors))
+    return Argument(name, value, True, default, parameter.kind, bool(tensors_in(value)))
 
 
 def call_with(arguments: list[Argument], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

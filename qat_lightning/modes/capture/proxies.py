@@ -8,71 +8,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.overrides import is_tensor_method_or_property
 
+from qat_lightning.base.nested import map_nested
+
 _PLAIN = frozenset({"ndim", "layout", "is_nested", "is_sparse", "is_quantized", "is_mkldnn", "names"})
 """Attributes of a tensor that an operation never changes for another input: answered by the value."""
-
-
-def map_nested(value: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
-    """Applies `function` to each leaf in nested tuples, lists, dicts, slices and dataclasses."""
-    if is_leaf(value):
-        return function(value)
-    kind = type(value)
-
-    def mapped(each: Any) -> Any:
-        return map_nested(each, is_leaf, function)
-
-    if kind is ValueProxy:
-        return value
-    if kind in (tuple, torch.Size):
-        return tuple(mapped(each) for each in value)
-    if kind is list:
-        return [mapped(each) for each in value]
-    if kind is slice:
-        return slice(mapped(value.start), mapped(value.stop), mapped(value.step))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(mapped(each) for each in value))
-    if is_structure(value):
-        found = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
-        changed = {name: mapped(each) for name, each in found.items()}
-        return value if all(changed[name] is found[name] for name in found) else kind(**changed)
-    if isinstance(value, dict):
-        changed = {key: mapped(each) for key, each in value.items()}
-        return changed if kind is dict else _same_kind(value, changed)
-    return value
-
-
-def is_structure(value: Any) -> bool:
-    """Whether `value` is a dataclass, such as a ModelOutput of transformers."""
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-def _same_kind(value: Any, changed: dict[Any, Any]) -> Any:
-    """Returns `changed` as the class of `value`, such as an OrderedDict, where that takes a dict."""
-    if all(changed[key] is each for key, each in value.items()):
-        return value
-    try:
-        return type(value)(changed)
-    except TypeError:
-        return changed
 
 
 def map_proxies(value: Any, function: Callable[[ValueProxy], Any]) -> Any:
     """Applies `function` to each proxy in a nested `value`."""
     return map_nested(value, lambda each: type(each) is ValueProxy, function)
-
-
-def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Applies `function` to each tensor, which is no proxy, in a nested `value`."""
-    return map_nested(
-        value, lambda each: type(each) is not ValueProxy and isinstance(each, torch.Tensor), function
-    )
 
 
 def values_of(value: Any) -> Any:
@@ -83,7 +33,12 @@ def values_of(value: Any) -> Any:
 def proxies_in(value: Any) -> list[ValueProxy]:
     """Returns the proxies in `value`."""
     found: list[ValueProxy] = []
-    map_proxies(value, found.append)
+
+    def keep(proxy: ValueProxy) -> ValueProxy:
+        found.append(proxy)
+        return proxy
+
+    map_proxies(value, keep)
     return found
 
 

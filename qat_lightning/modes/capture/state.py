@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.torch_internals import buffers_of
-from qat_lightning.modes.capture.proxies import ValueProxy, map_tensors, proxies_in, values_of
+from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
 from qat_lightning.modes.trace.purity import Impure
 
 _SKIPPED = frozenset({"training", "_buffers", "_parameters", "_modules"})
@@ -89,9 +90,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 def same_values(left: Any, right: Any) -> bool:
     """Whether two outputs hold equal tensors."""
-    tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for values, found in zip((left, right), tensors, strict=True):
-        map_tensors(values, found.append)
-    return len(tensors[0]) == len(tensors[1]) and all(
-        a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(*tensors, strict=True)
+    a, b = tensors_in(left), tensors_in(right)
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x, y, equal_nan=True) for x, y in zip(a, b, strict=True)
     )

@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base import random_state
+from qat_lightning.base.nested import fields_of, is_structure, map_tensors
 from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.capture.aliases import Aliases
 from qat_lightning.modes.capture.call import SIMPLE, Argument, call_with
 from qat_lightning.modes.capture.constructors import recorded_constructors
-from qat_lightning.modes.capture.proxies import ValueProxy, is_structure, map_tensors, values_of
+from qat_lightning.modes.capture.proxies import ValueProxy, values_of
 from qat_lightning.modes.capture.state import Attributes
 from qat_lightning.modes.capture.telling import telling_modules
 from qat_lightning.modes.graph.guards import check_argument, check_decision, check_tensor
@@ -106,17 +107,6 @@ class CaptureTracer(NetworkTracer):
             self._reads[name] = self._proxy(self.create_node("get_attr", name, (), {}), value)
         return self._reads[name]
 
-    def record_call(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Records a call of `m`; a module that the forward makes, as the functions that it calls."""
-        if m in self._paths:
-            return super().record_call(m, forward, args, kwargs)
-        if any(True for _ in m.parameters()) or any(True for _ in m.buffers()):
-            raise TypeError(
-                f"its forward makes a {type(m).__name__}, with parameters or buffers, anew at every call. "
-                "Make it once, in __init__"
-            )
-        return type(m).forward(m, *args, **kwargs)
-
     def path_of_module(self, mod: nn.Module) -> str:
         return self._paths[mod]
 
@@ -170,11 +160,13 @@ class CaptureTracer(NetworkTracer):
 
     def assign_item(self, proxy: ValueProxy, key: Any, value: Any) -> None:
         """Records `proxy[key] = value` as a new tensor, which takes the place of the old one."""
+        self._aliases.settle(proxy.__dict__["node"], self.create_arg(key), self.create_arg(value))
         self.replace(proxy, self.create_proxy("call_function", set_item, (proxy, key, value), {}))
 
     def replace(self, proxy: ValueProxy, new: ValueProxy) -> ValueProxy:
         """Makes `proxy`, whose tensor is written to, stand for `new`."""
         self._aliases.written(proxy.__dict__["node"], proxy.__dict__["value"])
+        self._aliases.wrote(proxy.__dict__["node"], new.__dict__["node"])
         proxy.__dict__.update(node=new.__dict__["node"], value=new.__dict__["value"])
         return proxy
 
@@ -195,12 +187,15 @@ class CaptureTracer(NetworkTracer):
             return self._structure(a)
         if isinstance(a, dict):
             return {key: self.create_arg(each) for key, each in a.items()}
+        if isinstance(a, nn.Parameter) and id(a) not in self._names:
+            raise TypeError(
+                "its forward makes a layer, or a parameter, anew at every call. Make it once, in __init__"
+            )
         return super().create_arg(a)
 
     def _structure(self, value: Any) -> fx.Node:
         """Records that a dataclass, such as a ModelOutput, is made of its fields."""
-        given = {name: each for name, each in vars(value).items() if name in value.__dataclass_fields__}
-        given = {name: each for name, each in given.items() if each is not None}
+        given = {name: each for name, each in fields_of(value).items() if each is not None}
         return self.create_node("call_function", type(value), (), self.create_arg(given))
 
     def decide(self, proxy: ValueProxy, value: Any) -> Any:

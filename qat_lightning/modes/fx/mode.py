@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
@@ -21,7 +20,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.inputs import Inputs, device_of
-from qat_lightning.base.torch_internals import tree_map_only
+from qat_lightning.base.nested import map_tensors
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
@@ -170,7 +169,7 @@ def _traced(network: nn.Module, untraceable: str, record: Record) -> _Traced:
 
 def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
     device = device_of(network)
-    return Inputs(*tree_map_only(torch.Tensor, lambda value: value.to(device), tuple(example)))
+    return Inputs(*map_tensors(tuple(example), lambda tensor: tensor.to(device)))
 
 
 @cache
