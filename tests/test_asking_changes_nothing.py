@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from torch.ao.quantization import QConfig
 from torch.nn import functional as F
 from torchvision.models import quantization as quantizable
 
-from qat_lightning import QuantizationAwareTraining, keep_for_target, preflight, prepare, sensitivity
+from qat_lightning import (
+    PreflightError,
+    QuantizationAwareTraining,
+    keep_for_target,
+    preflight,
+    prepare,
+    sensitivity,
+)
 from qat_lightning.base import random_state
-from qat_lightning.modes.trace.purity import same_state
+from qat_lightning.modes import ModeResult, Options
+from qat_lightning.modes.eager.mode import EagerMode
+from qat_lightning.quantize.networks import prepare_module
+from qat_lightning.quantize.options import Settings
 from tests.networks import CASES, Case, Nested, Residual, Stubbed, images
 from tests.runs import TinyModule, trainer
 from tests.test_lightning_modules import Loose
@@ -62,7 +73,7 @@ def asked(network: nn.Module, question: Callable[[], Any]) -> Exception | None:
     except Exception as error:
         after = snapshot(network)
         assert after == before, next(pair for pair in zip(after, before, strict=False) if pair[0] != pair[1])
-        assert same_state(random_state.capture(), random_before)
+        assert random_state.same_state(random_state.capture(), random_before)
         return error
     return None
 
@@ -106,7 +117,13 @@ class Unlucky(nn.Module):
 def test_what_cannot_be_traced_is_as_it_was(kind: str, training: bool) -> None:
     network, x = Unlucky(kind).train(training), images(2)
     assert asked(network, lambda: prepare(network)) is not None
-    assert asked(network, lambda: preflight(network, x)) is not None
+    before = snapshot(network)
+    if kind in ("value", "random"):  # an example decides the path, and shows what is drawn anew
+        with suppress(PreflightError):
+            preflight(network, x)
+        assert snapshot(network) == before
+    else:
+        assert asked(network, lambda: preflight(network, x)) is not None
 
 
 def test_a_norm_of_timm_is_as_it_was() -> None:
@@ -163,6 +180,62 @@ def test_prepare_shares_parameters_and_leaves_the_original_usable() -> None:
     assert {id(p) for p in prepared.parameters()} == {id(p) for p in network.parameters()}
     assert list(network.state_dict()) == keys
     assert torch.equal(network(x), expected)
+
+
+ENGINES: list[str] = []
+
+
+class NotesEngine(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        ENGINES.append(torch.backends.quantized.engine)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "ask", [prepare, lambda network, **options: preflight(network, images(4), **options)]
+)
+def test_the_engine_of_the_process_stays_while_a_network_is_traced(ask: Callable[..., Any]) -> None:
+    ENGINES.clear()
+    ask(NotesEngine(), backend="qnnpack")
+    assert torch.backends.quantized.engine != "qnnpack"
+    assert set(ENGINES) == {torch.backends.quantized.engine}
+
+
+class StubbedPair(TinyModule):
+    def __init__(self) -> None:
+        super().__init__(Stubbed())
+        self.second = Stubbed()
+
+
+def test_each_of_several_networks_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[nn.Module] = []
+    once = EagerMode.prepare
+
+    def counted(self: EagerMode, network: nn.Module, options: Options) -> ModeResult:
+        calls.append(network)
+        return once(self, network, options)
+
+    monkeypatch.setattr(EagerMode, "prepare", counted)
+    module = StubbedPair()
+    prepare_module(module, Settings())
+    assert calls[2:] == [module.model, module.second]
+    assert not {*calls[:2]} & {module.model, module.second}
+
+
+class Gone(Stubbed):
+    """Fails to be fused, after the first network was prepared."""
+
+    def fuse_model(self, is_qat: bool = True) -> None:
+        raise ValueError("no such layer")
+
+
+def test_a_second_network_that_fails_leaves_an_eager_one_float(tmp_path: Path) -> None:
+    module = StubbedPair()
+    module.second = Gone()
+    before = snapshot(module.model), snapshot(module.second)
+    with pytest.raises(ValueError, match="no such layer"):
+        trainer(tmp_path, QuantizationAwareTraining(), max_epochs=1).fit(module)
+    assert (snapshot(module.model), snapshot(module.second)) == before
 
 
 def test_a_qconfig_that_is_refused_changes_nothing() -> None:

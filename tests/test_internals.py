@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch import fx, nn
+from torch.utils import checkpoint
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
@@ -153,6 +155,52 @@ def test_names_in_graphs() -> None:
         assert copy.deepcopy(graph_module).note == "kept"
 
 
+def test_operators() -> None:
+    seen: list[tuple[Any, Any, Any]] = []
+
+    class Watch(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            seen.append((func, torch_internals.written(func, args, kwargs), args))
+            return func(*args, **kwargs)
+
+    x, y = torch.zeros(2), torch.zeros(2)
+    with internal("torch: TorchDispatchMode"), Watch():
+        x.add_(1)
+        torch.add(x, 1, out=y)
+        torch._foreach_add_([x, y], 1)
+        x.uniform_()
+        torch.mul(x, 2)
+    with internal("torch: OpOverload._schema"):
+        written = [{id(tensor) for tensor in each} for _, each, _ in seen]
+        assert written == [{id(x)}, {id(y)}, {id(x), id(y)}, {id(x)}, set()]
+
+
+def test_a_generator_has_a_number() -> None:
+    mine, seen = torch.Generator(), []
+
+    class Watch(torch_internals.DispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(kwargs["generator"])
+            return func(*args, **kwargs)
+
+    with Watch():
+        torch.rand(2, generator=mine)
+    with internal("torch: Generator._cdata"):
+        assert torch_internals.number_of(seen[0]) == torch_internals.number_of(mine)
+        assert torch_internals.number_of(mine) != torch_internals.number_of(torch.Generator())
+
+
+def test_tensors_that_share_memory() -> None:
+    x = torch.zeros(4)
+    with internal("torch: UntypedStorage._cdata"):
+        assert torch_internals.memory_of(x) == torch_internals.memory_of(x[1:].detach()) is not None
+        assert torch_internals.memory_of(x) != torch_internals.memory_of(x.clone())
+        metas = torch.zeros(2, device="meta"), torch.zeros(2, device="meta")
+        assert torch_internals.memory_of(metas[0]) != torch_internals.memory_of(metas[1])
+        assert torch_internals.memory_of(x.to_sparse()) is None
+
+
 def test_a_convolution_with_another_weight() -> None:
     layer, x = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), torch.randn(1, 3, 5, 5)
     with internal("torch: nn.Conv2d._conv_forward"):
@@ -187,6 +235,35 @@ def test_base_classes(layer: nn.Module, base: type[nn.Module], name: str) -> Non
     with internal(f"torch: {name}, a base class of {type(layer).__name__}"):
         assert isinstance(layer, base)
         assert not isinstance(nn.Linear(1, 1), base)
+
+
+def test_what_checkpointing_runs() -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    with internal("torch: utils.checkpoint's generators"):
+        (name, *_) = reversed(torch_internals.checkpoint_generators())
+        with mock.patch.object(checkpoint, name, side_effect=KeyError), pytest.raises(KeyError):
+            checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+
+def test_memory_of_tensors() -> None:
+    x = torch.zeros(3)
+    view = x[:2]
+    with internal("torch: Tensor._base"):
+        assert torch_internals.base_of(view) is x
+        assert torch_internals.base_of(x) is x
+    with internal("torch: Tensor._version"):
+        view.add_(1)
+        assert torch_internals.version_of(x) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_methods_of_torchscript() -> None:
+    network = nn.Sequential(nn.ReLU(), torch.jit.script(nn.ReLU()))
+    with internal("torch: _C.ScriptMethod"):
+        assert torch_internals.is_script_method(network[1].forward)
+        assert not torch_internals.is_script_method(network[0].forward)
+    with internal("torch: ScriptModule._c"):
+        assert torch_internals.script_module_of(network, network[1].forward) == "1"
 
 
 def test_nested_values() -> None:
@@ -247,6 +324,10 @@ class TouchesData(pl.Callback):
             source = lightning_internals.validation_source(trainer)
             assert source.is_defined()
             assert len(source.dataloader()) == 2
+        with internal("lightning: fit_loop._data_source"):
+            assert lightning_internals.training_source(trainer).is_defined()
+        with internal("lightning: validate_loop._data_source"):
+            assert hasattr(lightning_internals.calibration_source(trainer), "dataloader")
         loader: Any = trainer.train_dataloader
         before = loader.iterators
         with internal("lightning: fit_loop._data_fetcher"):
@@ -462,7 +543,7 @@ def hidden_names() -> set[str]:
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     names |= {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
-    return {name for name in names if is_private(name)} - OVERRIDDEN
+    return {name for name in names if is_private(name)} - OVERRIDDEN - NAMED_TUPLES
 
 
 def own_attributes(trees: list[ast.Module]) -> set[str]:

@@ -125,6 +125,46 @@ def test_traceable_networks_are_the_same_either_way() -> None:
     assert left == right
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: torch.jit.script(Scripted()), lambda: torch.jit.trace(Scripted(), torch.randn(1, 8, 4, 4))],
+    ids=["scripted", "traced"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_module_is_one_float_call(build: Any) -> None:
+    network = Mixed(build())
+    with pytest.raises(
+        UntraceableError, match=r"TorchScript module(.|\n)*\.py:\d+(.|\n)*untraceable='float'"
+    ):
+        prepare(network)
+    x = images()
+    prepared = prepare(network, untraceable="float")
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    assert recipe.layers == ("stem.conv", "fc")
+    assert recipe.untraceable[0].startswith("parts.0 (")
+    assert prepared.get_submodule("parts.0") is network.parts[0]
+    train_steps(prepared, ((x,), {}))
+    with torch.no_grad():
+        assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 20
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_torchscript_module_without_weights_is_one_call() -> None:
+    recipe = recipe_of(prepare(Mixed(torch.jit.script(nn.Sequential(nn.SiLU())))))
+    assert recipe is not None
+    assert not recipe.untraceable
+
+
 class Loose(TinyModule):
     def __init__(self) -> None:
         super().__init__(ByValue())

@@ -16,7 +16,7 @@ from qat_lightning.analysis.batches import Batches
 from qat_lightning.analysis.scoring import lone_trainer
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
-from qat_lightning.base.inputs import Catcher, Inputs
+from qat_lightning.base.inputs import BatchInputs, Catcher, Inputs
 from qat_lightning.base.torch_internals import tree_map
 from qat_lightning.modes import choose_mode
 from qat_lightning.modes.trace.tracing import defaults
@@ -46,22 +46,21 @@ def prepare_on_batch(module: nn.Module, settings: Settings, batches: Mapping[str
     """
     names = network_names(module, settings)
     networks = {name: module.get_submodule(name) for name in names}
-    if any(_has_options(network, settings) for network in networks.values()):
-        return prepare_module(module, settings, examples_of_step(module, names, batches))
+    traced = [name for name, network in networks.items() if _is_to_trace(network, settings)]
+    if any(defaults(networks[name]) for name in traced):
+        return prepare_module(module, settings, examples_of_step(module, traced, batches))
     try:
         return prepare_module(module, settings)
     except UntraceableError:
-        examples = examples_of_step(module, names, batches)
+        examples = examples_of_step(module, traced, batches) if traced else {}
         if not examples:
             raise
         return prepare_module(module, settings, examples)
 
 
-def _has_options(network: nn.Module, settings: Settings) -> bool:
-    """Whether a float network is traced, and its forward has arguments that a graph would fix to defaults."""
-    if recipe_of(network) is not None or choose_mode(network, settings.mode)[0] != "fx":
-        return False
-    return bool(defaults(network))
+def _is_to_trace(network: nn.Module, settings: Settings) -> bool:
+    """Whether a network is float, and becomes a graph."""
+    return recipe_of(network) is None and choose_mode(network, settings.mode)[0] == "fx"
 
 
 def examples_of_step(
@@ -121,7 +120,7 @@ def _run(module: LightningModule, names: Sequence[str], step: str, batch: Any) -
         finally:
             for handle in handles:
                 handle.remove()
-    return {name: catcher.caught[n] for name, n in networks.items() if n in catcher.caught}
+    return {name: BatchInputs(*catcher.caught[n]) for name, n in networks.items() if n in catcher.caught}
 
 
 def _step(module: LightningModule, step: str, batch: Any) -> None:

@@ -20,6 +20,10 @@ class Inputs(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class BatchInputs(Inputs):
+    """The arguments of a call on one batch among many. In others, the values of tensors differ."""
+
+
 class Catcher:
     """Copies the first samples of each network's first call to the CPU.
 

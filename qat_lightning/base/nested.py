@@ -35,8 +35,8 @@ def map_nested(value: Any, is_leaf: Callable[[Any], bool], function: Callable[[A
         return [mapped(each) for each in value]
     if kind is slice:
         return slice(mapped(value.start), mapped(value.stop), mapped(value.step))
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(mapped(each) for each in value))
+    if isinstance(value, tuple):
+        return _like_tuple(kind, [mapped(each) for each in value])
     if is_structure(value):
         given = fields_of(value)
         changed = {name: mapped(each) for name, each in given.items()}
@@ -87,6 +87,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy)
+
+
+def _like_tuple(kind: Any, parts: list[Any]) -> Any:
+    """Returns `parts` as a NamedTuple, or as another kind of tuple, such as those of `torch.return_types`."""
+    try:
+        return kind(*parts)
+    except TypeError:
+        return kind(parts)
 
 
 def _same(changed: dict[Any, Any], given: Any) -> bool:

@@ -24,6 +24,19 @@ def capture() -> dict[str, Any]:
     return state
 
 
+def same_state(left: Any, right: Any) -> bool:
+    """Returns whether two random states are equal."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, np.ndarray):
+        return np.array_equal(left, right)
+    if isinstance(left, dict):
+        return all(same_state(value, right[key]) for key, value in left.items())
+    if isinstance(left, list | tuple):
+        return all(same_state(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
 def restore(state: dict[str, Any]) -> None:
     """Restores every generator to a state that :func:`capture` returned."""
     version, internal, gauss = state["python"]

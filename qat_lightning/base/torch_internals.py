@@ -7,7 +7,7 @@ methods that torch expects a subclass to override (`_conv_forward`, `_load_from_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
-from torch.utils import _pytree, checkpoint
+from torch.utils import _python_dispatch, _pytree, checkpoint
 
 # The common base classes of torch.nn's layers of one kind.
 BatchNorm = _BatchNorm
@@ -129,6 +129,59 @@ def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
     """Returns the dict of attributes that survive a deep copy of a graph module."""
     kept: dict[str, Any] = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
     return kept
+
+
+# Operators.
+
+DispatchMode = _python_dispatch.TorchDispatchMode
+"""A mode of one thread, which sees each operator before it runs."""
+
+
+def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Returns the tensors that a call of `operator` writes to."""
+    arguments = operator._schema.arguments
+    values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | {**kwargs}
+    names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    leaves = [leaf for name in names for leaf in tree_leaves(values.get(name))]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def number_of(generator: torch.Generator) -> int:
+    """Returns a number that only `generator` has: operators get it as another Python object."""
+    number: int = generator._cdata  # type: ignore[attr-defined]
+    return number
+
+
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """Returns a number that tensors share if they share memory; None if `tensor` has no memory of its own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # a sparse tensor, or one that wraps another
+        return None
+
+
+# Tensors and TorchScript.
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor that `tensor` is a view of, or `tensor` itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Returns how often `tensor`, or memory that it shares, was written to in place."""
+    return tensor._version
+
+
+def is_script_method(function: Any) -> bool:
+    """Returns whether `function` is a method of a TorchScript module."""
+    return isinstance(function, torch._C.ScriptMethod)
+
+
+def script_module_of(root: nn.Module, method: Any) -> str:
+    """Returns the name of the TorchScript module in `root` that `method` belongs to."""
+    scripts = {n: m for n, m in root.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    return next(name for name, module in scripts.items() if module._c == method.owner)
 
 
 # Parts of a forward.

@@ -29,6 +29,10 @@ def convert(module: ModuleT) -> ModuleT:
     This is step 6 of PyTorch's workflow. The given module does not change: a copy is converted, on the CPU
     and in eval mode. Each int8 network in it runs on the engine of its recipe.
 
+    PyTorch has one quantized engine for the whole process. Packing weights needs the engine of the recipe, so
+    `convert` switches it and switches it back, and so does each forward of an int8 network. Other threads
+    should not run int8 networks of another engine meanwhile.
+
     Args:
         module: A network that :func:`prepare` returned, or a module that holds such networks, such as a
             LightningModule.

@@ -21,7 +21,7 @@ from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import Examples
 from qat_lightning.quantize.floating import check_not_quantized
 from qat_lightning.quantize.options import Settings
-from qat_lightning.quantize.prepare import prepare, trial_copy
+from qat_lightning.quantize.prepare import prepare_with, trial_copy
 from qat_lightning.quantize.recipe import Recipe, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import (
     check_modules,
@@ -76,14 +76,15 @@ def prepare_module(
     """
     names = network_names(module, settings)
     examples = Examples(module, known, names)
-    if len(names) > 1:  # otherwise, if the second fails, the first would stay prepared
+    several = len(names) > 1
+    if several:  # otherwise, if the second fails, the first would stay prepared
         with random_state.preserved():
-            _prepare_all(trial_copy(module), names, settings, examples)
-    return _prepare_all(module, names, settings, examples)
+            _prepare_all(trial_copy(module), names, settings, examples, tried=True)
+    return _prepare_all(module, names, settings, examples, tried=several)
 
 
 def _prepare_all(
-    module: nn.Module, names: Sequence[str], settings: Settings, examples: Examples
+    module: nn.Module, names: Sequence[str], settings: Settings, examples: Examples, *, tried: bool
 ) -> list[Prepared]:
     networks = [module.get_submodule(name) for name in names]
     floating = {name: n for name, n in zip(names, networks, strict=True) if recipe_of(n) is None}
@@ -91,7 +92,7 @@ def _prepare_all(
     return [
         _again(name, network, settings)
         if name not in settings_of
-        else _prepare(module, name, network, settings_of[name], examples)
+        else _prepare(module, name, network, settings_of[name], examples, tried)
         for name, network in zip(names, networks, strict=True)
         if not (name and calls(module, name))  # else it is part of the module's own graph, which comes first
     ]
@@ -204,18 +205,18 @@ def _again(name: str, network: nn.Module, settings: Settings) -> Prepared:
 
 
 def _prepare(
-    module: nn.Module, name: str, network: nn.Module, settings: Settings, examples: Examples
+    module: nn.Module, name: str, network: nn.Module, settings: Settings, examples: Examples, tried: bool
 ) -> Prepared:
     mode, reason = choose_mode(network, settings.mode)
-    options = settings.options | {"mode": mode}
+    settings = replace(settings, mode=mode)
     example = examples.of(name) if mode == "fx" else None
     try:
-        prepared = prepare(network, **options, example_inputs=example)
+        prepared = prepare_with(settings, network, example, tried=tried)
     except UntraceableError:
         example = examples.of(name) if mode == "eager" else None
         if example is None:
             raise
-        prepared = prepare(network, **options, example_inputs=example)
+        prepared = prepare_with(settings, network, example, tried=tried)
     replace_submodule(module, name, prepared)
     recipe = recipe_of(prepared)
     assert recipe is not None

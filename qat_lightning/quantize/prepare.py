@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from qat_lightning.base import random_state
-from qat_lightning.base.backends import engine
 from qat_lightning.base.inputs import Inputs, first_samples
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
@@ -63,20 +62,35 @@ def prepare(
         TypeError: An argument is of the wrong type.
     """
     settings = Settings.of(options, "prepare", one_network=True)
-    example = None if example_inputs is None else Inputs(*first_samples(tuple(as_inputs(example_inputs))))
+    return prepare_with(settings, network, None if example_inputs is None else as_inputs(example_inputs))
+
+
+def prepare_with(
+    settings: Settings, network: nn.Module, example: Inputs | None = None, *, tried: bool = False
+) -> nn.Module:
+    """Prepares like :func:`prepare`, with the settings of a callback.
+
+    Args:
+        settings: How to prepare the network.
+        network: The network.
+        example: An example of a call, or None.
+        tried: Whether the network was tried before, or is the copy to try: it is then prepared only once.
+    """
+    example = None if example is None else type(example)(*first_samples(tuple(example)))
     check_float(network)
     with ONE_AT_A_TIME:
-        return _prepare_as(network, settings, example)
+        return _prepare_as(network, settings, example, tried)
 
 
-def _prepare_as(network: nn.Module, settings: Settings, example: Inputs | None) -> nn.Module:
+def _prepare_as(network: nn.Module, settings: Settings, example: Inputs | None, tried: bool) -> nn.Module:
     mode = MODES[choose_mode(network, settings.mode)[0]]
     resolved = _resolve(network, mode, settings, example)
-    with quiet_torch_ao(), engine(settings.backend):
+    with quiet_torch_ao():
         if not mode.prepares_in_place(network):
             return _prepare_a_copy(network, mode, resolved)
-        with random_state.preserved():
-            _prepare(trial_copy(network), mode, resolved)
+        if not tried:
+            with random_state.preserved():
+                _prepare(trial_copy(network), mode, resolved)
         return _prepare(network, mode, resolved)
 
 

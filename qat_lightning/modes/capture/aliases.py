@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qat_lightning.base.torch_internals import base_of
+
 
 class Aliases:
     """Which nodes stand for views of the same memory, and which of them are out of date."""
@@ -25,11 +27,11 @@ class Aliases:
     def made(self, node: fx.Node, value: object) -> None:
         """Notes the tensor that a node stands for."""
         if isinstance(value, torch.Tensor):
-            self._nodes.setdefault(_base(value), []).append(node)
+            self._nodes.setdefault(base_of(value), []).append(node)
 
     def written(self, node: fx.Node, value: torch.Tensor) -> None:
         """Notes that the tensor of `node` is written to: the other nodes of its memory are out of date."""
-        self._stale.update(other for other in self._nodes.get(_base(value), ()) if other is not node)
+        self._stale.update(other for other in self._nodes.get(base_of(value), ()) if other is not node)
 
     def wrote(self, view: fx.Node, new: fx.Node) -> None:
         """Notes that `new` is what was written to the memory of the node `view`."""
@@ -51,7 +53,3 @@ class Aliases:
                 "its forward writes to a tensor and then reads the same memory through another view, which a "
                 "graph cannot follow. Write to a copy (x.clone()), or take the view afterwards"
             )
-
-
-def _base(value: torch.Tensor) -> torch.Tensor:
-    return value if value._base is None else value._base

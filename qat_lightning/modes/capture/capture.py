@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qat_lightning.base import random_state
-from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.inputs import BatchInputs, Inputs
 from qat_lightning.modes.capture.call import arguments_of_call
 from qat_lightning.modes.capture.isolation import isolated_copy
 from qat_lightning.modes.capture.tracer import CaptureTracer
@@ -16,7 +16,8 @@ from qat_lightning.modes.trace.tracing import NetworkTracer, Record, share_const
 def capturing(example: Inputs) -> Record:
     """Returns a recorder that follows the call of `example`, for `trace`.
 
-    Nothing that the forward does reaches the network: it runs on copies, once in each mode.
+    Nothing that the forward does reaches the network: it runs on copies, once in each mode. The values of a
+    tensor may decide only if the example was made to decide: those of the next batch are other ones.
     """
 
     def record(network: nn.Module, opaque: Opaque) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
@@ -29,7 +30,7 @@ def capturing(example: Inputs) -> Record:
 def _capture(
     network: nn.Module, opaque: Opaque, example: Inputs, *, training: bool
 ) -> tuple[NetworkTracer, fx.Graph]:
-    tracer = CaptureTracer(opaque)
+    tracer = CaptureTracer(opaque, values_decide=not isinstance(example, BatchInputs))
     root = isolated_copy(network, training=training)
     try:
         with random_state.preserved(), opaque.recorded():

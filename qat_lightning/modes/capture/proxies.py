@@ -15,6 +15,7 @@ from torch import fx
 from torch.overrides import is_tensor_method_or_property
 
 from qat_lightning.base.nested import map_nested
+from qat_lightning.base.torch_internals import is_script_method
 
 _PLAIN = frozenset({"ndim", "layout", "is_nested", "is_sparse", "is_quantized", "is_mkldnn", "names"})
 """Attributes of a tensor that an operation never changes for another input: answered by the value."""
@@ -168,7 +169,7 @@ class ValueProxy(fx.Proxy):
         tracer = proxies_in((args, kwargs))[0].__dict__["tracer"]
         if tracer.computing:
             return function(*values_of(args), **values_of(kwargs or {}))
-        if isinstance(function, torch._C.ScriptMethod) or not is_tensor_method_or_property(function):
+        if is_script_method(function) or not is_tensor_method_or_property(function):
             return tracer.create_proxy("call_function", function, args, kwargs or {})
         if function.__name__ == "__get__":
             return getattr(args[0], function.__self__.__name__)

@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base.nested import tensors_in
-from qat_lightning.base.torch_internals import buffers_of
+from qat_lightning.base.torch_internals import buffers_of, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
-from qat_lightning.modes.trace.purity import Impure
+from qat_lightning.modes.trace.impure import Impure
 
-_SKIPPED = frozenset({"training", "_buffers", "_parameters", "_modules"})
+_SKIPPED = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -31,7 +31,7 @@ class Attributes:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.attributes = {(m, n): v for m in root.modules() for n, v in _attributes(m)}
-        self.buffers = {(m, n): (b, b._version) for m in root.modules() for n, b in _buffers(m)}
+        self.buffers = {(m, n): (b, version_of(b)) for m in root.modules() for n, b in _buffers(m)}
 
     def refuse_writes(self, graph: fx.Graph) -> None:
         """Raises :class:`Impure` if the run wrote to a buffer, or counted in a plain attribute.
@@ -42,7 +42,7 @@ class Attributes:
         paths = {module: f"{name}." for name, module in self.root.named_modules()}
         for (module, name), (buffer, version) in self.buffers.items():
             now = buffers_of(module).get(name)
-            if (now is not buffer or buffer._version != version) and not paths[module].startswith(whole):
+            if (now is not buffer or version_of(buffer) != version) and not paths[module].startswith(whole):
                 raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
         for module, name, before, now in self._changes():
             if isinstance(before, _PLAIN) and type(now) in _PLAIN and not paths[module].startswith(whole):

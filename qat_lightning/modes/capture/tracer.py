@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.nested import fields_of, is_structure, map_tensors
-from qat_lightning.base.torch_internals import BatchNorm
+from qat_lightning.base.torch_internals import BatchNorm, is_script_method, script_module_of
 from qat_lightning.modes.capture.aliases import Aliases
 from qat_lightning.modes.capture.call import SIMPLE, Argument, call_with
 from qat_lightning.modes.capture.constructors import recorded_constructors
@@ -22,13 +22,19 @@ from qat_lightning.modes.graph.guards import check_argument, check_decision, che
 from qat_lightning.modes.graph.lines import current_user_line
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import watched_contexts
+from qat_lightning.modes.trace.impure import Impure
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
-from qat_lightning.modes.trace.purity import Impure, same_state
+from qat_lightning.modes.trace.private_generators import PrivateGenerators
 from qat_lightning.modes.trace.tracing import NetworkTracer
+from qat_lightning.modes.trace.writes import draw
 
 
 class CaptureTracer(NetworkTracer):
     """Records the run of a network on an example.
+
+    Args:
+        opaque: What it does not look into.
+        values_decide: Whether the forward may decide by the values of a tensor.
 
     Attributes:
         computing: Whether a value is being computed. Nothing is recorded meanwhile.
@@ -36,8 +42,9 @@ class CaptureTracer(NetworkTracer):
 
     computing = False
 
-    def __init__(self, opaque: Opaque) -> None:
+    def __init__(self, opaque: Opaque, *, values_decide: bool) -> None:
         super().__init__(opaque)
+        self._values_decide = values_decide
         self._aliases = Aliases()
         self._paths: dict[nn.Module, str] = {}
         self._names: dict[int, str] = {}
@@ -52,6 +59,7 @@ class CaptureTracer(NetworkTracer):
         """
         self._begin(root)
         before, random_before = Attributes(root), random_state.capture()
+        generators = PrivateGenerators(root)
         with (
             ONE_AT_A_TIME,
             telling_modules(root, self),
@@ -62,7 +70,9 @@ class CaptureTracer(NetworkTracer):
             args, kwargs = call_with(arguments, {each.name: self._input(each) for each in arguments})
             result = root.forward(*args, **kwargs)
             self.create_node("output", "output", (self.create_arg(result),), {})
-        if not same_state(random_before, random_state.capture()):
+        for module, name in generators.restore():
+            raise draw(name, module)
+        if not random_state.same_state(random_before, random_state.capture()):
             raise Impure(
                 "its forward draws random numbers while it is captured, and a graph would repeat them"
             )
@@ -117,8 +127,8 @@ class CaptureTracer(NetworkTracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
         """Computes an operation on the values, records it, and returns its result."""
-        if isinstance(target, torch._C.ScriptMethod):
-            kind, target, args = "call_module", self._script(target), args[1:]
+        if is_script_method(target):
+            kind, target, args = "call_module", script_module_of(self.root, target), args[1:]
         arguments = self.create_arg(args), self.create_arg(kwargs)
         value = self._compute(kind, target, values_of(args), values_of(kwargs))
         node = self.create_node(kind, target, *arguments)
@@ -132,12 +142,8 @@ class CaptureTracer(NetworkTracer):
             return value
         return self._proxy(node, value)
 
-    def _script(self, method: Any) -> str:
-        """Returns the name of the TorchScript module whose forward is called."""
-        scripts = ((n, m) for n, m in self.root.named_modules() if isinstance(m, torch.jit.ScriptModule))
-        return next(name for name, module in scripts if module._c == method.owner)
-
     def _proxy(self, node: fx.Node, value: Any) -> ValueProxy:
+        node.meta["tensor"] = isinstance(value, torch.Tensor)
         node.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
         if isinstance(value, SIMPLE) or (isinstance(value, torch.Tensor) and not node.meta["floating"]):
             node.meta["no_grad"] = False  # nothing to detach
@@ -201,11 +207,24 @@ class CaptureTracer(NetworkTracer):
     def decide(self, proxy: ValueProxy, value: Any) -> Any:
         """Records the guard of a decision by `proxy`, and returns what it was."""
         node = proxy.__dict__["node"]
+        if not self._values_decide and _tells_values(node, proxy.__dict__["value"]):
+            raise TypeError(
+                "its path depends on the values of a tensor, which differ from batch to batch. If they "
+                "always decide alike, prepare the network yourself, with an example (example_inputs=…)"
+            )
         key = node, repr(value)
         if not self.computing and key not in self._decided:
             self._decided.add(key)
             self.create_node("call_function", check_decision, (node, value, current_user_line()), {})
         return value
+
+
+def _tells_values(node: fx.Node, value: Any) -> bool:
+    """Whether the value of a node depends on the values of a tensor, and not only on sizes."""
+    if isinstance(value, torch.Tensor):
+        return True
+    numbers = [each for each in node.all_input_nodes if not each.meta["tensor"]]
+    return node.target in ("item", "tolist") or any(_tells_values(each, None) for each in numbers)
 
 
 def set_item(x: torch.Tensor, key: Any, value: Any) -> torch.Tensor:

@@ -21,6 +21,7 @@ from qat_lightning.base.torch_internals import (
     tree_leaves,
     tree_map,
 )
+from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.torch_ao_internals import FusedModule
 
 _AVERAGES = (AvgPool, AdaptiveAvgPool)
@@ -34,7 +35,7 @@ def keep_float(module: nn.Module, qconfig: Any) -> None:
         module.__class__ = nn.Sequential  # type: ignore[assignment]  # torch.ao does not look inside a fused one
     module.requantize = ao.QuantStub(qconfig)
     module.register_forward_pre_hook(_dequantize_inputs, with_kwargs=True)
-    if type(module).forward is not nn.Sequential.forward:  # a Sequential runs the stub as its last layer
+    if forward_of(module) is not nn.Sequential.forward:  # a Sequential runs the stub as its last layer
         module.register_forward_hook(_quantize_output)
 
 

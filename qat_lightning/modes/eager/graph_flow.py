@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from qat_lightning.base import random_state
 from qat_lightning.modes.graph.flow import TRANSPARENT, Flow, attributes, is_leaf
+from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.tracing import defaults
 
@@ -46,7 +47,7 @@ def traced_parts(network: nn.Module, keep_float: tuple[str, ...], prefix: str = 
 
 def _check_called_whole(parent: nn.Module, key: str, child: nn.Module) -> None:
     """Raises if `child` is a Sequential and the code of `parent` might call its layers one by one."""
-    if type(child).forward is not nn.Sequential.forward or isinstance(parent, TRANSPARENT):
+    if forward_of(child) is not nn.Sequential.forward or isinstance(parent, TRANSPARENT):
         return
     for kind in type(parent).__mro__[: type(parent).__mro__.index(nn.Module)]:
         nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))))

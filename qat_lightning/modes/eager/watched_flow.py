@@ -33,8 +33,8 @@ def watched(network: nn.Module, inputs: Inputs, keep_float: tuple[str, ...]) -> 
     except Exception as error:
         raise ValueError(
             f"{type(network).__name__} cannot be traced, and it does not run on the example inputs, which "
-            f"would show what to fuse: {error} ({type(error).__name__}). example_inputs must be a tuple of "
-            "the arguments of forward."
+            f"would show what to fuse: {error} ({type(error).__name__}). example_inputs must be the "
+            "arguments of forward: a tuple, a mapping or a tensor."
         ) from error
     return flows
 

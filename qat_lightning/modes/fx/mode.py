@@ -169,7 +169,7 @@ def _traced(network: nn.Module, untraceable: str, record: Record) -> _Traced:
 
 def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
     device = device_of(network)
-    return Inputs(*map_tensors(tuple(example), lambda tensor: tensor.to(device)))
+    return type(example)(*map_tensors(tuple(example), lambda tensor: tensor.to(device)))
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from qat_lightning.base.torch_internals import buffers_of, modules_of, parameters_of
 from qat_lightning.modes.graph.behaviour import LostForward, mark_containers
-from qat_lightning.modes.graph.subclass import with_forward
+from qat_lightning.modes.graph.subclass import forward_of, with_forward
 
 _ATTRIBUTE = "_qat_graft"
 _MARK = "_qat_runs_a_graph"  # an attribute of the classes that `graft` makes
@@ -121,7 +121,7 @@ def _replace(module: nn.Module, graph_module: fx.GraphModule, used: set[str]) ->
     new: dict[nn.Module, nn.Module] = {}
     for name, old in module.named_modules():
         # A ModuleList or ModuleDict stays: it has no forward to lose, and the user's code indexes it.
-        if name and _uses(used, name) and type(old).forward is not nn.Module.forward:
+        if name and _uses(used, name) and forward_of(old) is not nn.Module.forward:
             lost = name not in prepared
             new[old] = LostForward(type(module).__name__, name, _FIX) if lost else prepared[name]
     for old, replacement in new.items():

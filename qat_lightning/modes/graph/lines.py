@@ -14,6 +14,8 @@ from types import FrameType
 import torch
 from torch import fx, nn
 
+from qat_lightning.modes.graph.subclass import forward_of
+
 _PACKAGE = str(Path(__file__).parents[2])
 # The package's own models and data modules count as the user's code: the user can replace them.
 _TASKS = str(Path(_PACKAGE) / "tasks")
@@ -36,7 +38,7 @@ def user_line(error: BaseException, network: nn.Module) -> str:
 
 def forward_line(network: nn.Module) -> str:
     """Returns the line where the forward of `network`'s class begins."""
-    code = getattr(type(network).forward, "__code__", None)
+    code = getattr(forward_of(network), "__code__", None)
     if code is None:
         return "an unknown line"
     line = linecache.getline(code.co_filename, code.co_firstlineno).strip()

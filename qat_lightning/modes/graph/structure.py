@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,6 +40,28 @@ def structural_copy(network: nn.Module) -> nn.Module:
         copier.fill(module)
     twin: nn.Module = copier(network)
     return twin
+
+
+def held(network: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yields what the modules of `network` hold, each once, with the module and the name of its attribute.
+
+    This includes what they hold through containers, functions and objects of the user's classes.
+    """
+    seen: dict[int, Any] = {id(module): module for module in network.modules()}
+    for module in network.modules():
+        for name, value in _named(module):
+            pending = [value]
+            while pending:
+                each = pending.pop()
+                if id(each) not in seen:
+                    seen[id(each)] = each
+                    yield module, name, each
+                    pending += [] if _is_atom(each) else _parts(each)
+
+
+def _named(module: nn.Module) -> list[tuple[str, Any]]:
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [*tensors, *vars(module).items()]
 
 
 class _Copier:

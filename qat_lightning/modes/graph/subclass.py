@@ -1,10 +1,16 @@
-"""Makes a subclass with another `forward`, which changes a single module without a monkeypatch."""
+"""The `forward` of a class, and subclasses with another one, which change a single module."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def forward_of(module: nn.Module) -> Any:
+    """Returns the `forward` of the class of `module`; None for a TorchScript module, whose class has none."""
+    return None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
 
 
 def with_forward(user_class: type[nn.Module], forward: Any) -> type[nn.Module]:

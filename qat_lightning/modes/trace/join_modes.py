@@ -68,7 +68,7 @@ class _Join:
 
     def _copy(self, node: fx.Node) -> None:
         """Copies a node that only eval mode has into the training graph, just before the output."""
-        if node.op == "call_module" and self._would_train_twice(node):
+        if node.op == "call_module" and self._keeps_state(node):
             raise UntraceableError(
                 f"{type(self.network).__name__} calls its layer {node.target!r} in eval mode in a way "
                 f"that training mode does not, at {stack_line(node)}. One graph cannot do both: make "
@@ -82,11 +82,10 @@ class _Join:
         if is_guard(self.network, self.counterpart[node]):
             self._limit(self.counterpart.pop(node), training=False)
 
-    def _would_train_twice(self, node: fx.Node) -> bool:
-        """Whether an eval-mode call would move statistics, or train a layer that training mode calls too."""
+    def _keeps_state(self, node: fx.Node) -> bool:
+        """Whether a layer has statistics or trains, so that a call in both modes would differ from one."""
         layer = self.network.get_submodule(str(node.target))
-        called = any(each.op == "call_module" and each.target == node.target for each in self.graph.nodes)
-        return any(True for _ in layer.buffers()) or (called and any(True for _ in layer.parameters()))
+        return any(True for _ in layer.buffers()) or any(each.requires_grad for each in layer.parameters())
 
     def _limit_guards(self) -> None:
         """Limits the guards that only training mode has to that mode."""

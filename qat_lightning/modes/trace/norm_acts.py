@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.base.torch_internals import ASSERT, buffers_of, modules_of, parameters_of
-from qat_lightning.modes.graph.subclass import with_forward
+from qat_lightning.modes.graph.subclass import forward_of, with_forward
 
 _CHILD = "batch_norm"
 """The name of the child."""
@@ -27,27 +27,21 @@ _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @contextmanager
 def split_norms(network: nn.Module) -> Iterator[None]:
     """Splits such modules in `network` while the block traces it; afterwards they are as before."""
-    found = [module for module in network.modules() if _calls_batch_norm(module)]
-    counters = {module: buffers_of(module)["num_batches_tracked"] for module in found}
-    classes = {module: type(module) for module in found}
+    classes = {module: type(module) for module in network.modules() if _calls_batch_norm(module)}
     try:
-        for module in found:
+        for module in classes:
             module.add_module(_CHILD, _plain(module))
-            counter = counters[module]
-            # The traced forward may increment it.
-            buffers_of(module)["num_batches_tracked"] = None if counter is None else counter.clone()
             module.__class__ = with_forward(type(module), _split_forward(type(module).forward))
         yield
     finally:
-        for module in found:
-            module.__class__ = classes[module]
-            buffers_of(module)["num_batches_tracked"] = counters[module]
+        for module, kind in classes.items():
+            module.__class__ = kind
             modules_of(module).pop(_CHILD, None)
 
 
 def _calls_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is a batch-norm with a user-defined forward that calls `F.batch_norm`."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(forward_of(module), "__code__", None)
     if not isinstance(module, _KINDS) or _CHILD in modules_of(module) or code is None:
         return False
     return not type(module).forward.__module__.startswith("torch.") and "batch_norm" in code.co_names
@@ -71,12 +65,24 @@ def _split_forward(user_forward: Any) -> Any:
         if not isinstance(x, fx.Proxy):
             return user_forward(self, x)
         last = next(iter(reversed(x.node.graph.nodes)))
-        with _ChildInstead(self):
+        with _ChildInstead(self), _counter_of_its_own(self):
             result = user_forward(self, x)
         _erase_checks(last, result.node)
         return result
 
     return forward
+
+
+@contextmanager
+def _counter_of_its_own(module: nn.Module) -> Iterator[None]:
+    """Lets the block increment a copy of the batch-norm's counter: the child increments the counter."""
+    buffers = buffers_of(module)
+    counter = buffers["num_batches_tracked"]
+    buffers["num_batches_tracked"] = None if counter is None else counter.clone()
+    try:
+        yield
+    finally:
+        buffers["num_batches_tracked"] = counter
 
 
 class _ChildInstead(TorchFunctionMode):

@@ -36,23 +36,26 @@ from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.identities import erase_identities
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.mutation import redirect_later_reads
+from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import AutogradFunction, detach_results, watched_contexts
 from qat_lightning.modes.trace.functional import read_metadata_from_buffers, write_out_arguments
+from qat_lightning.modes.trace.impure import Impure
 from qat_lightning.modes.trace.join_modes import join_modes
 from qat_lightning.modes.trace.norm_acts import split_norms
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.own_layers import call_plain_layers
-from qat_lightning.modes.trace.purity import Impure, refuse_side_effects, same_state
+from qat_lightning.modes.trace.purity import refuse_side_effects
 from qat_lightning.modes.trace.transformers import traceable_transformers
+from qat_lightning.modes.trace.writes import refuse_recorded_write
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def reads_training(module: nn.Module) -> bool:
     """Whether the forward of `module`'s class reads `self.training`."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(forward_of(module), "__code__", None)
     return code is not None and any(
         step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and step.argval == "training"
         for step in dis.get_instructions(code)
@@ -79,6 +82,15 @@ def holds_quantizable(module: nn.Module) -> bool:
     return any(isinstance(child, QUANTIZABLE) for child in module.modules())
 
 
+def _is_scripted(module: nn.Module) -> bool:
+    """Whether `module` is a TorchScript module with weights, which cannot be traced."""
+    return isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return holds_quantizable(module) or any(_is_scripted(child) for child in module.modules())
+
+
 class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
     """torch.ao's tracer, with more leaves.
 
@@ -93,8 +105,8 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         "A graph needs a forward whose path does not depend on the values of tensors, on random numbers "
         "or on earlier calls. Either rewrite that line, or pass an example of the call, which decides the "
         "path (example_inputs=…, or the LightningModule's example_input_array), or keep the part float and "
-        "quantize the rest (modules=[…] names the submodules to quantize), or give the network QuantStubs "
-        "and use mode='eager'."
+        "quantize the rest (untraceable='float', or modules=[…] with the submodules to quantize), or give "
+        "the network QuantStubs and use mode='eager'."
     )
 
     def __init__(self, opaque: Opaque) -> None:
@@ -132,7 +144,7 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
             if error is not self.failed[0]:
                 self.failed = error, self.path_of_module(m)
             raise
-        if not self.drew and not same_state(before, random_state.capture()):
+        if not self.drew and not random_state.same_state(before, random_state.capture()):
             self.drew = self.path_of_module(m)
         return result
 
@@ -140,9 +152,27 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self.opaque.modules
-            or isinstance(m, FXFloatFunctional | FusedModule | AutogradFunction)
+            or isinstance(m, FXFloatFunctional | FusedModule | AutogradFunction | torch.jit.ScriptModule)
             or (reads_training(m) and not holds_quantizable(m))
         )
+
+
+class _SymbolicTracer(NetworkTracer):
+    """Records a forward without values. It refuses what only values would show to be harmless."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Records a node, unless it writes into a tensor of the network."""
+        node = super().create_node(*args, **kwargs)
+        refuse_recorded_write(node)
+        return node
+
+    def record_call(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Calls `m`, unless it is a TorchScript module with weights, which would stay float unnoticed."""
+        if _is_scripted(m) and self.path_of_module(m) not in self.opaque.modules:
+            error = TypeError("it calls a TorchScript module, which has no Python code to trace")
+            self.failed = error, self.path_of_module(m)
+            raise error
+        return super().record_call(m, forward, args, kwargs)
 
 
 Record = Callable[[nn.Module, Opaque], tuple[NetworkTracer, fx.Graph, fx.Graph]]
@@ -151,11 +181,11 @@ Record = Callable[[nn.Module, Opaque], tuple[NetworkTracer, fx.Graph, fx.Graph]]
 
 def record_symbolically(network: nn.Module, opaque: Opaque) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
     """Records a network without an example, where its path depends on nothing but its mode."""
-    tracer = NetworkTracer(opaque)
+    tracer = _SymbolicTracer(opaque)
     with _mode(network, training=True):
         graph = _trace_once(tracer, network)
     with _mode(network, training=False):
-        return tracer, graph, _trace_once(NetworkTracer(opaque), network)
+        return tracer, graph, _trace_once(_SymbolicTracer(opaque), network)
 
 
 def trace(network: nn.Module, record: Record = record_symbolically) -> tuple[fx.GraphModule, dict[str, Any]]:
@@ -197,7 +227,7 @@ def _trace_split(network: nn.Module, opaque: Opaque, record: Record) -> tuple[fx
         with traceable_transformers(network):
             tracer, graph, eval_graph = record(network, opaque)
     except UntraceableError as error:
-        more = opaque.with_culprit(error.__cause__, network, holds_quantizable)
+        more = opaque.with_culprit(error.__cause__, network, _holds_layers)
         if more is None:
             raise
         return _trace_split(network, more, record)
@@ -263,7 +293,7 @@ def defaults(network: nn.Module) -> dict[str, Any] | None:
 
 def _part(error: Exception, tracer: NetworkTracer) -> str:
     """Returns the name of the innermost module that caused an error of a trace."""
-    if not isinstance(error, Impure):
+    if error is tracer.failed[0] or not isinstance(error, Impure):
         return tracer.failed[1] if error is tracer.failed[0] else ""
     names = (name for name, module in tracer.root.named_modules() if module is error.module)
     return next(names, tracer.drew)

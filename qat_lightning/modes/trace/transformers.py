@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_lightning.base.torch_internals import feed_forward, self_attention
+from qat_lightning.modes.graph.subclass import forward_of
 
 _Mask = Tensor | None
 
@@ -74,7 +75,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 @contextmanager
 def traceable_transformers(network: nn.Module) -> Iterator[None]:
     """Gives torch.nn's transformer layers in `network` plain forwards while it is traced."""
-    before = {module: type(module) for module in network.modules() if type(module).forward in _PLAIN}
+    before = {module: type(module) for module in network.modules() if forward_of(module) in _PLAIN}
     try:
         for module, cls in before.items():
             plain = {"forward": _PLAIN[cls.forward], "__module__": __name__}

@@ -24,9 +24,9 @@ def check_same_graphs(networks: Mapping[str, nn.Module]) -> None:
         for rank, each in enumerate(digests):
             if each.get(name) != digest:
                 raise RankMismatchError(
-                    f"Rank {rank} captured another graph of the network {name or 'of this module'!r} than rank "
-                    "0: their batches lead through different paths of its forward. Give the LightningModule "
-                    "an example_input_array, which all ranks capture."
+                    f"Rank {rank} and rank 0 captured different graphs of {name or 'this module'!r}: their "
+                    "batches lead through different paths of its forward. Give the LightningModule an "
+                    "example_input_array, which all ranks capture."
                 )
 
 
