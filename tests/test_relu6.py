@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dis
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torchvision.models import quantization as quantizable
 
 from qat_lightning import convert, load_int8, prepare, save_int8
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.modes.eager.relu6_calls import clamps_in
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import CLASSES, images, train_steps
 
@@ -152,33 +150,59 @@ def test_torchvisions_mobilenet_with_calls_equals_the_one_with_modules() -> None
     assert torch.equal(modules(x), calls(x))
 
 
-class Step(NamedTuple):
-    """An instruction, as far as the search reads it."""
+class Listed(nn.Module):
+    """Clamps in a comprehension, a lambda and a static method; three other things are named `relu6`."""
 
-    opname: str
-    argval: Any
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 4, 3) for _ in range(3))
+        self.acts = nn.ModuleDict({"relu6": act})
+        self.relu6 = act
 
+    @staticmethod
+    def clamp(x: Tensor) -> Tensor:
+        return F.relu6(x)
 
-@pytest.mark.parametrize("constant", ["LOAD_CONST", "LOAD_SMALL_INT"])  # up to Python 3.13, and since 3.14
-def test_a_clamp_is_found_in_the_bytecode_of_every_python(constant: str) -> None:
-    def steps(*bounds: float) -> list[Any]:
-        call = [Step("LOAD_GLOBAL", "F"), Step("LOAD_ATTR", "hardtanh"), Step("LOAD_FAST_BORROW", "x")]
-        return [
-            *call,
-            *(Step(constant, bound) for bound in bounds),
-            Step("CALL", 3),
-            Step("RETURN_VALUE", None),
-        ]
-
-    assert list(clamps_in(steps(0, 6))) == ["hardtanh"]
-    assert list(clamps_in(steps(-1, 1))) == []
-    later: Any = Step(constant, 6)
-    assert list(clamps_in([*steps(-1, 1), later])) == []
+    def forward(self, x: Tensor) -> Any:
+        x = self.quant(x)
+        bounded = lambda y: F.hardtanh(y, 0, 6)  # noqa: E731
+        first, second, third = [F.relu6(conv(x)) for conv in self.convs]
+        first = self.clamp(self.relu6(first))
+        return self.dequant(first), self.dequant(bounded(second)), self.dequant(self.acts["relu6"](third))
 
 
-def test_the_bytecode_of_this_python() -> None:
-    def clamped(x: Tensor) -> Tensor:
-        return F.hardtanh(x, 0, 6)
+@pytest.mark.parametrize(("act", "count"), [(nn.ReLU, 3), (nn.ReLU6, 5)])  # a module counts for each name
+def test_clamps_are_found_in_the_functions_of_a_forward_and_names_are_not_clamps(
+    act: Any, count: int
+) -> None:
+    prepared = prepare(Listed(act()))
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    assert recipe.relu6 == count
+    assert all(y.max() > 10 for y in prepared(1000 * images()))
 
-    assert list(clamps_in(dis.get_instructions(clamped))) == ["hardtanh"]
-    assert not list(clamps_in(dis.get_instructions(lambda x: F.hardtanh(x, -1.0, 1.0))))
+
+class Named(nn.Module):
+    """Has a user-defined function and a method with the name of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant, self.conv = QuantStub(), DeQuantStub(), nn.Conv2d(3, 4, 3)
+
+    def hardtanh(self, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dequant(self.conv(self.quant(x)))
+        return self.hardtanh(relu6(x), 0, 6)
+
+
+def relu6(x: Tensor) -> Tensor:
+    return x.clamp(0, 6)
+
+
+def test_a_users_functions_with_torchs_names_are_the_users() -> None:
+    recipe = recipe_of(prepare(Named()))
+    assert recipe is not None
+    assert recipe.relu6 == 0

@@ -5,11 +5,10 @@ There is no graph to edit, so that modules with such a call run their forward un
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat_lightning.modes.eager.bytecode import Load, closure_of, code_within, loads_of
 from qat_lightning.modes.graph.relu6 import clamped_to_six, is_inside
 from qat_lightning.modes.graph.subclass import with_forward
 
@@ -45,13 +45,12 @@ def replace_relu6_calls(network: nn.Module, kept: tuple[str, ...]) -> int:
     """
     count = 0
     for name, module in network.named_modules():
-        calls = [
-            called for code in _code_of(type(module)) for called in clamps_in(dis.get_instructions(code))
-        ]
-        if calls:
+        functions = _functions_of(type(module))
+        clamps = sum(_is_clamp(load) for function in functions for load in loads_of(function))
+        if clamps:
             stays = is_inside(name, kept)
             _run_under(module, _AsItIs if stays else _AsRelu)
-            count += 0 if stays else len(calls)
+            count += 0 if stays else clamps
     return count
 
 
@@ -60,7 +59,7 @@ def hard_sigmoids(network: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in network.named_modules()
-        if any("add_scalar" in code.co_names for code in _code_of(type(module)))
+        if any("add_scalar" in _names_in(function) for function in _functions_of(type(module)))
     )
 
 
@@ -76,38 +75,34 @@ def _run_under(module: nn.Module, mode: type[TorchFunctionMode]) -> None:
     module.__class__ = with_forward(user_class, forward)
 
 
-def _code_of(kind: type[nn.Module]) -> Iterator[CodeType]:
-    """Yields the code of the user's methods, and of the user's functions that they call."""
+def _functions_of(kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """Yields the user's methods, and the user's functions that they call."""
     user_classes = [each for each in kind.__mro__ if not _is_torchs(each.__module__)]
-    pending = [value for each in user_classes for value in vars(each).values() if inspect.isfunction(value)]
+    members = [value for each in user_classes for value in vars(each).values()]
+    pending = [getattr(member, "__func__", member) for member in members]  # also static and class methods
     seen: set[FunctionType] = set()
     while pending:
         function = pending.pop()
-        if function in seen or _is_torchs(function.__module__):
+        if not inspect.isfunction(function) or function in seen or _is_torchs(function.__module__):
             continue
         seen.add(function)
-        yield function.__code__
-        globals_ = [function.__globals__.get(name) for name in function.__code__.co_names]
-        pending += [value for value in globals_ if inspect.isfunction(value)]
+        yield function
+        values = {**function.__globals__, **closure_of(function)}
+        pending += [values.get(name) for name in _names_in(function)]
+
+
+def _names_in(function: FunctionType) -> set[str]:
+    """Returns the names of the globals, attributes and enclosing variables in a function's code."""
+    codes = code_within(function.__code__)
+    return {name for code in codes for name in (*code.co_names, *code.co_freevars)}
 
 
 def _is_torchs(module: str | None) -> bool:
     return (module or "").split(".")[0] in ("torch", "builtins")
 
 
-def clamps_in(instructions: Iterable[dis.Instruction]) -> Iterator[str]:
-    """Yields the clamps to 0…6 that bytecode calls; a `hardtanh` is one if its statement loads a 6.
-
-    Python 3.14 loads small integers by an instruction of their own, earlier versions as any constant.
-    """
-    open_call = ""
-    for instruction in instructions:
-        if instruction.argval == "relu6":
-            yield "relu6"
-        elif instruction.argval in ("hardtanh", "hardtanh_"):
-            open_call = instruction.argval
-        elif open_call and instruction.opname.startswith("LOAD_") and instruction.argval == 6:
-            yield open_call
-            open_call = ""
-        elif instruction.opname.startswith(("STORE_", "RETURN_", "POP_TOP")):
-            open_call = ""
+def _is_clamp(load: Load) -> bool:
+    """Whether code loads a clamp to 0…6: `F.relu6`, or `F.hardtanh` in a call with the literals 0 and 6."""
+    if load.value is F.hardtanh or load.value is F.hardtanh_:
+        return load.numbers >= {0, 6}
+    return load.value is F.relu6
