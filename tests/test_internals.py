@@ -6,9 +6,11 @@ more. Everything else in the package uses public names only.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import hydra
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.compile import from_compiled
@@ -500,6 +504,46 @@ def test_a_value_with_its_interpolations() -> None:
     config = OmegaConf.create({"name": "run", "folder": "out/${name}"})
     with internal("omegaconf: DictConfig._get_node and _value"):
         assert hydra_internals.unresolved(config, "folder") == "out/${name}"
+
+
+def test_help_that_is_written_when_it_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier Pythons check help as Python 3.14 does, by a made-up check."""
+    hydra_main: Any = sys.modules["hydra.main"]
+    add_argument = argparse.ArgumentParser.add_argument
+
+    def check_help(self: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if action.help and not isinstance(action.help, str):
+            raise ValueError("badly formed help string")
+
+    def checked(self: Any, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = add_argument(self, *args, **kwargs)
+        self._check_help(action)
+        return action
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check_help, raising=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", checked)
+    monkeypatch.setattr(hydra_main, "get_args_parser", get_args_parser)
+    monkeypatch.setattr(sys, "argv", ["command", "--version"])
+    command = hydra.main(version_base="1.3", config_path=None)(lambda cfg: None)
+    with pytest.raises(ValueError, match="badly formed help string"):
+        command()
+    with internal("hydra: main.get_args_parser and argparse: ArgumentParser._check_help"):
+        hydra_internals.accept_lazy_help()
+        with pytest.raises(SystemExit):
+            command()
+        assert capsys.readouterr().out.startswith("Hydra ")
+        assert argparse.ArgumentParser._check_help is check_help  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="argparse checks help")
+def test_hydra_is_left_alone_where_argparse_checks_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    hydra_main: Any = sys.modules["hydra.main"]
+    monkeypatch.setattr(hydra_main, "get_args_parser", get_args_parser)
+    with internal("hydra: main.get_args_parser"):
+        hydra_internals.accept_lazy_help()
+        assert hydra_main.get_args_parser is get_args_parser
 
 
 # Every name has a test, and no other file has one

@@ -27,6 +27,7 @@ from qat_lightning.cli.auto_resume import METRICS, SameStart, Start, find_start,
 from qat_lightning.cli.console import ignore_advice, percent, print_preflight, print_results
 from qat_lightning.cli.float_first import weights_of_float_run
 from qat_lightning.cli.float_weights import load_weights
+from qat_lightning.cli.hydra_internals import accept_lazy_help
 from qat_lightning.cli.launch import leave_process_group, one_job, pass_on
 from qat_lightning.cli.lock import sole_writer
 from qat_lightning.cli.report_of_run import Caught, caught, finished_run
@@ -37,6 +38,7 @@ from qat_lightning.report.build import FinishedRun, publish
 from qat_lightning.run.requeue import RequeueBetweenSteps
 
 resolvers.register()
+accept_lazy_help()
 
 log = logging.getLogger(__name__)
 
