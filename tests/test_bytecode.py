@@ -74,6 +74,9 @@ def test_a_name_is_what_it_means_where_it_stands() -> None:
 
         return y + functions.relu6(x), torch.nn.functional.relu6(x)
 
+    def on_one_line(x: Any) -> Any:
+        import torch.nn.functional as G; H = x; G.relu6(H.relu6(H))  # noqa: E702, I001  # fmt: skip
+
     def shadowed(relu6: Any, F: Any) -> Any:
         return relu6(F.relu6(0), F.hardtanh(0, 6))
 
@@ -85,7 +88,7 @@ def test_a_name_is_what_it_means_where_it_stands() -> None:
     assert relu6s(lambda x: [F.relu6(y) for y in x]) == 1
     assert relu6s(lambda x: enclosing.relu6(torch.nn.functional.relu6(nn.functional.relu6(x)))) == 3
     assert relu6s(lambda x: relu6(x)) == 1
-    assert [relu6s(each) for each in (inside, function, dotted)] == [2, 1, 2]
+    assert [relu6s(each) for each in (inside, function, dotted, on_one_line)] == [2, 1, 2, 1]
     assert [relu6s(each) for each in (shadowed, attributes)] == [0, 0]
 
 
@@ -93,8 +96,9 @@ def test_a_name_of_a_high_index() -> None:
     names = ", ".join(f"f.name_{index}" for index in range(300))
     scope: dict[str, Any] = {"F": F}
     exec(f"def long(f): return ({names}, F.relu6)", scope)
+    exec(f"def late(f): {names}; import torch.nn.functional; torch.nn.functional.relu6(f)", scope)
     assert any(step.opname == "EXTENDED_ARG" for step in dis.get_instructions(scope["long"]))
-    assert relu6s(scope["long"]) == 1
+    assert [relu6s(scope[name]) for name in ("long", "late")] == [1, 1]
 
 
 def test_an_enclosing_variable_without_a_value_yet() -> None:

@@ -22,7 +22,7 @@ class Load(NamedTuple):
     """A value that code loads by name.
 
     Attributes:
-        value: The value; None if it is not known before the code runs.
+        value: The value, which is known before the code runs.
         numbers: The literal numbers in the expression around it, such as the arguments of its call. Without
             columns in the bytecode (`python -X no_debug_ranges`), every number after it.
     """
@@ -50,7 +50,7 @@ def closure_of(function: FunctionType) -> dict[str, Any]:
 
 def loads_of(function: FunctionType) -> Iterator[Load]:
     """Yields what a function loads, the comprehensions, lambdas and functions in it included."""
-    codes = [list(dis.get_instructions(code)) for code in code_within(function.__code__)]
+    codes = [_steps_of(dis.get_instructions(code)) for code in code_within(function.__code__)]
     local: dict[str, Any] = {}
     for steps in codes:
         local |= _imports_in(steps)
@@ -66,12 +66,16 @@ def loads_in(instructions: Iterable[dis.Instruction], scopes: _Scopes) -> Iterat
         instructions: The bytecode.
         scopes: The values of names, by what `LOAD_` opcodes call the kind of name: FAST, DEREF and GLOBAL.
     """
-    steps = [step for step in instructions if step.opname not in _SKIPPED]
+    steps = _steps_of(instructions)
     value: Any = None
     for index, step in enumerate(steps):
         value = _value_of(step, value, scopes)
         if value is not None:
             yield Load(value, _numbers_around(step, steps[index + 1 :]))
+
+
+def _steps_of(instructions: Iterable[dis.Instruction]) -> list[dis.Instruction]:
+    return [step for step in instructions if step.opname not in _SKIPPED]
 
 
 def _value_of(step: dis.Instruction, before: Any, scopes: _Scopes) -> Any:
@@ -80,9 +84,13 @@ def _value_of(step: dis.Instruction, before: Any, scopes: _Scopes) -> Any:
         return vars(before).get(step.argval) if isinstance(before, ModuleType) else None
     for kind, values in scopes.items():
         if f"LOAD_{kind}" in step.opname:
-            # Python 3.13 loads two local variables in one instruction.
-            return values.get(step.argval[-1] if isinstance(step.argval, tuple) else step.argval)
+            return values.get(_names(step)[-1])
     return None
+
+
+def _names(step: dis.Instruction) -> Sequence[str]:
+    """Returns what an instruction stores or loads; Python 3.13 stores or loads two local variables in one."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
 
 
 def _numbers_around(load: dis.Instruction, later: Sequence[dis.Instruction]) -> frozenset[float]:
@@ -120,7 +128,7 @@ def _imports_in(steps: Iterable[dis.Instruction]) -> dict[str, Any]:
         elif step.opname == "IMPORT_FROM":
             value = getattr(value, step.argval, None)
         elif step.opname.startswith("STORE_") and module is not None:
-            found[step.argval], value = value, module
-        elif step.opname.startswith("LOAD_"):
+            found[_names(step)[0]], value = value, module
+        if "LOAD_" in step.opname:
             module = None
     return found
