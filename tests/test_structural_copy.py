@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning import prepare
-from qat_lightning.modes.graph.structure import structural_copy
+from qat_lightning.modes.purity.structure import structural_copy
 
 Call = Callable[[Tensor], Tensor]
 Pair = namedtuple("Pair", ["apply", "rate"])

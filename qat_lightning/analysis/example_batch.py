@@ -19,7 +19,7 @@ from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.inputs import BatchInputs, Catcher, Inputs
 from qat_lightning.base.torch_internals import tree_map
 from qat_lightning.modes import choose_mode
-from qat_lightning.modes.trace.tracing import defaults
+from qat_lightning.modes.trace.symbolic import defaults
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.networks import Prepared, network_names, prepare_module
 from qat_lightning.quantize.options import Settings

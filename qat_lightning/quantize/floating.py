@@ -6,7 +6,7 @@ from torch import nn
 
 from qat_lightning.base import torch_internals
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
-from qat_lightning.modes.trace.tracing import holds_quantizable
+from qat_lightning.modes.graph.quantizable import holds_quantizable
 from qat_lightning.quantize.recipe import recipe_of
 
 

@@ -15,8 +15,8 @@ from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
-from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.zero_scale import replace_zero_scales
+from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import describe, qconfig_name
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 from qat_lightning.quantize.batch_norms import store_batch_norm_classes

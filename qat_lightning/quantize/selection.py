@@ -13,9 +13,9 @@ from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.base.errors import nearest
 from qat_lightning.modes.graph.functions import function_name
+from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import is_inside
 from qat_lightning.modes.qconfig import Override, Overrides, check_override
-from qat_lightning.modes.trace.tracing import QUANTIZABLE, holds_quantizable
 
 FloatPattern = str | type[nn.Module] | Callable[..., Any]
 Functions = Callable[[nn.Module], frozenset[str] | None]

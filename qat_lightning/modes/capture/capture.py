@@ -6,11 +6,14 @@ from torch import fx, nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.inputs import BatchInputs, Inputs
+from qat_lightning.base.torch_internals import is_traced_constant, modules_of
 from qat_lightning.modes.capture.call import arguments_of_call
 from qat_lightning.modes.capture.isolation import isolated_copy
 from qat_lightning.modes.capture.tracer import CaptureTracer
 from qat_lightning.modes.trace.calls import Opaque
-from qat_lightning.modes.trace.tracing import NetworkTracer, Record, share_constants, untraceable_error
+from qat_lightning.modes.trace.contexts import AutogradFunction
+from qat_lightning.modes.trace.network_tracer import NetworkTracer, untraceable_error
+from qat_lightning.modes.trace.tracing import Record
 
 
 def capturing(example: Inputs) -> Record:
@@ -37,5 +40,15 @@ def _capture(
             graph = tracer.capture(root, arguments_of_call(root, example))
     except Exception as error:
         raise untraceable_error(network, tracer, error) from error
-    share_constants(root, network)
+    _share_constants(root, network)
     return tracer, graph
+
+
+def _share_constants(traced: nn.Module, network: nn.Module) -> None:
+    """Gives `network` the constants and autograd functions that a trace of its copy `traced` met."""
+    for name, value in vars(traced).items():
+        if is_traced_constant(name):
+            vars(network)[name] = value
+    for name, module in traced.named_children():
+        if isinstance(module, AutogradFunction) and name not in modules_of(network):
+            network.add_module(name, module)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qat_lightning.base.torch_internals import buffers_of
-from qat_lightning.modes.graph.structure import structural_copy
+from qat_lightning.modes.purity.structure import structural_copy
 
 
 def isolated_copy(network: nn.Module, *, training: bool) -> nn.Module:

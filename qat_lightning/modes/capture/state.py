@@ -15,7 +15,7 @@ from torch import fx, nn
 from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.torch_internals import buffers_of, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
-from qat_lightning.modes.trace.impure import Impure
+from qat_lightning.modes.purity.impure import Impure
 
 _SKIPPED = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))

@@ -20,13 +20,13 @@ from qat_lightning.modes.capture.state import Attributes
 from qat_lightning.modes.capture.telling import telling_modules
 from qat_lightning.modes.graph.guards import check_argument, check_decision, check_tensor
 from qat_lightning.modes.graph.lines import current_user_line
+from qat_lightning.modes.purity.impure import Impure
+from qat_lightning.modes.purity.private_generators import PrivateGenerators
+from qat_lightning.modes.purity.writes import draw
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import watched_contexts
-from qat_lightning.modes.trace.impure import Impure
+from qat_lightning.modes.trace.network_tracer import NetworkTracer
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
-from qat_lightning.modes.trace.private_generators import PrivateGenerators
-from qat_lightning.modes.trace.tracing import NetworkTracer
-from qat_lightning.modes.trace.writes import draw
 
 
 class CaptureTracer(NetworkTracer):

@@ -14,7 +14,7 @@ from qat_lightning.base import random_state
 from qat_lightning.modes.graph.flow import TRANSPARENT, Flow, attributes, is_leaf
 from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
-from qat_lightning.modes.trace.tracing import defaults
+from qat_lightning.modes.trace.symbolic import defaults
 
 
 def traced(network: nn.Module, keep_float: tuple[str, ...], prefix: str = "") -> list[Flow]:

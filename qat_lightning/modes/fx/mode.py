@@ -30,22 +30,17 @@ from qat_lightning.modes.fx.unlowered import keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
 from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
-from qat_lightning.modes.graph.hooks import check_hooks
+from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
-from qat_lightning.modes.graph.structure import structural_copy
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.layers.training_classes import use_training_classes
+from qat_lightning.modes.purity.hooks import check_hooks
+from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.trace.functional import write_out_padding
-from qat_lightning.modes.trace.tracing import (
-    QUANTIZABLE,
-    Record,
-    evaluate_only,
-    holds_quantizable,
-    record_symbolically,
-    trace,
-)
+from qat_lightning.modes.trace.symbolic import record_symbolically
+from qat_lightning.modes.trace.tracing import Record, evaluate_only, trace
 from qat_lightning.modes.trace.untraceable import trace_around
 
 _NAME = "_network_name"  # a deep copy of a graph module loses the name of its class

@@ -48,10 +48,11 @@ def check_argument(value: Any, expected: Any, name: str) -> None:
         GuardError: It is something else.
     """
     if value is not expected and (type(value) is not type(expected) or value != expected):
+        given = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
         raise GuardError(
-            f"The network was captured with {name}={expected!r}, which may decide its path, but is called "
-            f"with {name}={value!r}. Call it as in the example, or capture it with an example of this call "
-            "(example_inputs=…)."
+            f"The graph of this network holds the path of its forward for {name}={expected!r}, but it is "
+            f"called with {name}={given}. Call it with {name}={expected!r}, or prepare it with an example of "
+            "this call (example_inputs=…)."
         )
 
 

@@ -18,7 +18,7 @@ from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
-from qat_lightning.modes.trace.tracing import defaults
+from qat_lightning.modes.trace.symbolic import defaults
 
 # Operations that return values of their first argument, or 0: the same qparams represent them.
 _KEEPS_QPARAMS: frozenset[Any] = frozenset(

@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.modes.trace.calls import Opaque
-from qat_lightning.modes.trace.tracing import Record, record_symbolically, trace_with
+from qat_lightning.modes.trace.symbolic import record_symbolically
+from qat_lightning.modes.trace.tracing import Record, trace_with
 
 
 def trace_around(

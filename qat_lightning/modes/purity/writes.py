@@ -19,8 +19,8 @@ from qat_lightning.base.torch_internals import (
     number_of,
     written,
 )
-from qat_lightning.modes.graph.structure import held
-from qat_lightning.modes.trace.impure import Impure
+from qat_lightning.modes.purity.impure import Impure
+from qat_lightning.modes.purity.structure import held
 
 _FIX = "with untraceable='float', the write stays"
 _VIEWS = (

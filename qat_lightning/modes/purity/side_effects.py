@@ -16,9 +16,9 @@ from torch import fx, nn
 
 from qat_lightning.base import random_state
 from qat_lightning.base.torch_internals import buffers_of
-from qat_lightning.modes.trace.impure import Impure
-from qat_lightning.modes.trace.private_generators import PrivateGenerators
-from qat_lightning.modes.trace.writes import RefusedWrites, draw
+from qat_lightning.modes.purity.impure import Impure
+from qat_lightning.modes.purity.private_generators import PrivateGenerators
+from qat_lightning.modes.purity.writes import RefusedWrites, draw
 
 _PLAIN = (bool, int, float, str, type(None))
 

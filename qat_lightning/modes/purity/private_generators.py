@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qat_lightning.base.random_state import same_state
-from qat_lightning.modes.graph.structure import held
+from qat_lightning.modes.purity.structure import held
 
 
 class PrivateGenerators:

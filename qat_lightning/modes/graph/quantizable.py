@@ -1,0 +1,12 @@
+"""The layers that become int8: convolutions and linear layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def holds_quantizable(module: nn.Module) -> bool:
+    """Whether `module` is or contains a convolution or a linear layer."""
+    return any(isinstance(child, QUANTIZABLE) for child in module.modules())
