@@ -95,12 +95,12 @@ def test_hooks() -> None:
     with internal("torch: nn.Module._forward_hooks"):
         handle = module.register_forward_hook(hook)
         assert list(torch_internals.forward_hooks(module).values()) == [hook]
-        assert torch_internals.has_forward_hooks(module)
+        assert torch_internals.all_forward_hooks(module)
         handle.remove()
     with internal("torch: nn.Module._forward_pre_hooks"):
-        assert not torch_internals.has_forward_hooks(module)
+        assert not torch_internals.all_forward_hooks(module)
         module.register_forward_pre_hook(hook)
-        assert torch_internals.has_forward_hooks(module)
+        assert torch_internals.all_forward_hooks(module)
     with internal("torch: nn.Module._state_dict_hooks"):
         assert not torch_internals.saves_with(module, hook)
         module.register_state_dict_post_hook(hook)
@@ -247,6 +247,12 @@ def test_what_checkpointing_runs() -> None:
         (name, *_) = reversed(torch_internals.checkpoint_generators())
         with mock.patch.object(checkpoint, name, side_effect=KeyError), pytest.raises(KeyError):
             checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+
+def test_what_autocast_switches() -> None:
+    with internal("torch: autocast._enabled"):
+        assert torch_internals.switches_autocast_on(torch.autocast("cpu"))
+        assert not torch_internals.switches_autocast_on(torch.autocast("cpu", enabled=False))
 
 
 def test_memory_of_tensors() -> None:

@@ -70,9 +70,9 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Returns whether a hook runs before or after the forward of `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def all_forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns the hooks that run before or after the forward of `module`."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def saves_with(module: nn.Module, hook: Callable[..., Any]) -> bool:
@@ -123,6 +123,11 @@ def checkpoint_generators() -> list[str]:
     """Returns the names of the functions by which `checkpoint(use_reentrant=False)` runs what it is given."""
     names = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
     return [name for name in names if hasattr(checkpoint, name)]
+
+
+def switches_autocast_on(context: torch.autocast) -> bool:
+    """Returns whether entering `context` switches autocast on, and not off."""
+    return bool(context._enabled)
 
 
 def preserved_attributes(graph_module: fx.GraphModule) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from qat_lightning.base.lightning_internals import forget_original
@@ -17,7 +18,17 @@ def copy_of(module: ModuleT) -> ModuleT:
     """Returns a deep copy that works as an independent LightningModule and is not compiled."""
     copied = copy.deepcopy(module)
     forget_original(copied)
+    _detach_scripted(copied)
     return copied
+
+
+def _detach_scripted(copied: nn.Module) -> None:
+    """Makes the parameters of copied TorchScript modules leaves, which `deepcopy` does not."""
+    for module in copied.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for parameter in module.parameters(recurse=False):
+                trains = parameter.requires_grad
+                parameter.detach_().requires_grad_(trains)
 
 
 def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:

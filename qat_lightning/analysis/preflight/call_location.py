@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -36,12 +37,17 @@ class CallLocation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def hookable(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the names and modules of `module` that take hooks: all but those of TorchScript."""
+    return [(n, m) for n, m in module.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def follow(module: nn.Module) -> Iterator[CallLocation]:
     """Tracks which submodule of `module` runs, and what it calls, inside the block."""
     here = CallLocation()
     handles = []
-    for name, child in module.named_modules():
+    for name, child in hookable(module):
         if name:
             handles.append(child.register_forward_pre_hook(_enter(here, name)))
             handles.append(child.register_forward_hook(lambda *_: here.path.pop() and None))
@@ -79,7 +85,7 @@ def call_lines(network: nn.Module) -> Iterator[dict[str, str]]:
 
         return keep
 
-    handles = [m.register_forward_pre_hook(note(n)) for n, m in network.named_modules() if n]
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in hookable(network) if n]
     try:
         yield lines
     finally:

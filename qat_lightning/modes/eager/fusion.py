@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qat_lightning.base.errors import UntraceableError, nearest
-from qat_lightning.base.torch_internals import has_forward_hooks
+from qat_lightning.base.torch_internals import all_forward_hooks
 from qat_lightning.modes.base import Options
 from qat_lightning.modes.eager.graph_flow import traced, traced_parts
 from qat_lightning.modes.eager.watched_flow import watched
@@ -111,7 +111,7 @@ def _candidates(network: nn.Module, keep_float: tuple[str, ...]) -> Iterator[tup
     named = list(network.named_modules(remove_duplicate=False))
     registrations = Counter(module for _, module in named)
     for name, module in named:
-        attached = has_forward_hooks(module) or parametrize.is_parametrized(module)
+        attached = all_forward_hooks(module) or parametrize.is_parametrized(module)
         if registrations[module] == 1 and not attached and not is_inside(name, keep_float):
             yield name, module
 

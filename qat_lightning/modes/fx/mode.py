@@ -39,7 +39,7 @@ from qat_lightning.modes.purity.hooks import check_hooks
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.trace.functional import write_out_padding
-from qat_lightning.modes.trace.symbolic import record_symbolically
+from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
 from qat_lightning.modes.trace.tracing import Record, evaluate_only, trace
 from qat_lightning.modes.trace.untraceable import trace_around
 
@@ -65,7 +65,9 @@ class FxMode:
 
     def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> frozenset[str]:
         """Returns the names of the functions that the graph of `network` calls."""
-        return called_functions(_trace(structural_copy(network), untraceable, example).graph_module.graph)
+        names = [name for name, _ in network.named_modules()]
+        traced = _trace(structural_copy(network), untraceable, example, keep_float=names)
+        return called_functions(traced.graph_module.graph)
 
     def prepares_in_place(self, network: nn.Module) -> bool:
         """Returns whether `network` must stay the same object, as a LightningModule does."""
@@ -79,7 +81,7 @@ class FxMode:
         """
         kept = behaviour.attributes(network)
         graph_module, scopes, untraceable, captured = _trace(
-            network, options.untraceable, options.example_inputs
+            network, options.untraceable, options.example_inputs, options.keep_float
         )
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
@@ -142,24 +144,30 @@ class _Traced(NamedTuple):
     captured: Inputs | None = None
 
 
-def _trace(network: nn.Module, untraceable: str, example: Inputs | None) -> _Traced:
-    """Captures the network's call with an example; without one, or where that fails, traces symbolically."""
+def _trace(
+    network: nn.Module, untraceable: str, example: Inputs | None, keep_float: Collection[str]
+) -> _Traced:
+    """Captures the network's call with an example; without one, or where that fails, traces symbolically.
+
+    TorchScript modules in `keep_float` become single calls.
+    """
+    whole = frozenset(name for name, m in network.named_modules() if name in keep_float and is_scripted(m))
     if example is None:
-        return _traced(network, untraceable, record_symbolically)
+        return _traced(network, untraceable, record_symbolically, whole)
     try:
-        captured = _traced(network, untraceable, capturing(_on_device_of(network, example)))
+        captured = _traced(network, untraceable, capturing(_on_device_of(network, example)), whole)
         return captured._replace(captured=example)
     except UntraceableError as error:
         try:
-            return _traced(network, untraceable, record_symbolically)
+            return _traced(network, untraceable, record_symbolically, whole)
         except UntraceableError:
             raise error from error.__cause__
 
 
-def _traced(network: nn.Module, untraceable: str, record: Record) -> _Traced:
-    return _Traced(
-        *(trace_around(network, record) if untraceable == "float" else (*trace(network, record), {}))
-    )
+def _traced(network: nn.Module, untraceable: str, record: Record, whole: frozenset[str]) -> _Traced:
+    if untraceable == "float":
+        return _Traced(*trace_around(network, record, whole))
+    return _Traced(*trace(network, record, whole), {})
 
 
 def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:

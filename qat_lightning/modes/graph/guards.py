@@ -77,12 +77,27 @@ def check_tensor(value: Any, expected: Any, name: str) -> None:
         )
 
 
+@fx.node.has_side_effect
+def check_no_autocast(line: str) -> None:
+    """Checks that a forward that switches autocast off runs without it: its graph does not switch.
+
+    Raises:
+        GuardError: Autocast is on.
+    """
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise GuardError(
+            "The forward of this network switches torch.autocast off, and its graph does not, so it runs in "
+            f"full precision only.\n  at {line}\nTrain with precision='32-true', or keep that part float "
+            "(keep_float=[…])."
+        )
+
+
 def _kind(facts: Any) -> str:
     dimensions, floating = facts
     return f"{'a floating-point' if floating else 'an integer or bool'} tensor of {dimensions} dimensions"
 
 
-GUARDS: tuple[Any, ...] = (check_decision, check_argument, check_tensor)
+GUARDS: tuple[Any, ...] = (check_decision, check_argument, check_tensor, check_no_autocast)
 
 
 class InOneMode(nn.Module):

@@ -3,7 +3,7 @@
 - An autograd function of the user's becomes a single call, which keeps its backward.
 - The results of `torch.no_grad()` are detached where they are used outside of it.
 - `torch.autocast` and gradient checkpointing are refused: a graph would neither change dtypes nor compute
-  again what it did not keep.
+  again what it did not keep. `torch.autocast(enabled=False)` becomes a guard against mixed precision.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ import torch
 from torch import fx, nn
 from torch.utils import checkpoint
 
-from qat_lightning.base.torch_internals import checkpoint_generators, modules_of, tree_map_only
+from qat_lightning.base.torch_internals import (
+    checkpoint_generators,
+    modules_of,
+    switches_autocast_on,
+    tree_map_only,
+)
 from qat_lightning.modes.graph.dropout import detached
+from qat_lightning.modes.graph.guards import check_no_autocast
+from qat_lightning.modes.graph.lines import current_user_line
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 
 
@@ -55,8 +62,10 @@ def watched_contexts(tracer: Any) -> Iterator[None]:
         return tracer.create_proxy("call_module", _register(tracer.root, cls), args, kwargs)
 
     def enter_or_refuse(self: Any) -> Any:
-        if traced():
+        if traced() and switches_autocast_on(self):
             raise TypeError(_AUTOCAST)
+        if traced():
+            tracer.create_node("call_function", check_no_autocast, (current_user_line(),), {})
         return enter(self)
 
     def refusing(generator: Any) -> Any:

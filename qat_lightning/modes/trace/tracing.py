@@ -43,12 +43,15 @@ def _holds_layers(module: nn.Module) -> bool:
     return holds_quantizable(module) or any(is_scripted(child) for child in module.modules())
 
 
-def trace(network: nn.Module, record: Record = record_symbolically) -> tuple[fx.GraphModule, dict[str, Any]]:
+def trace(
+    network: nn.Module, record: Record = record_symbolically, whole: frozenset[str] = frozenset()
+) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces `network` into a graph that behaves like it in training and in eval mode.
 
     Args:
         network: A float network. Its modules and parameters are shared with the result.
         record: How to record its forward.
+        whole: Names of submodules that become a single call.
 
     Returns:
         The graph module, and the scope (module name and type) of each node, which torch.ao uses to
@@ -59,14 +62,14 @@ def trace(network: nn.Module, record: Record = record_symbolically) -> tuple[fx.
             the file and the line.
     """
     try:
-        return trace_with(network, Opaque(), record)
+        return trace_with(network, Opaque(whole), record)
     except UntraceableError:
         leaves = frozenset(
             name for name, module in network.named_modules() if name and reads_training(module)
         )
         if not leaves:
             raise
-        return trace_with(network, Opaque(leaves), record)
+        return trace_with(network, Opaque(leaves | whole), record)
 
 
 def trace_with(

@@ -13,7 +13,7 @@ from qat_lightning.modes.trace.tracing import Record, trace_with
 
 
 def trace_around(
-    network: nn.Module, record: Record = record_symbolically
+    network: nn.Module, record: Record = record_symbolically, whole: frozenset[str] = frozenset()
 ) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
     """Traces `network`; a submodule whose own forward cannot be traced becomes a single call.
 
@@ -27,7 +27,7 @@ def trace_around(
     kept: dict[str, str] = {}
     while True:
         try:
-            graph_module, scopes = trace_with(network, Opaque(frozenset(kept)), record)
+            graph_module, scopes = trace_with(network, Opaque(frozenset(kept) | whole), record)
         except UntraceableError as error:
             if not error.part or error.part in kept:
                 raise

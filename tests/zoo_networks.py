@@ -1,0 +1,146 @@
+"""Networks of other packages that only capture follows, with random weights, and two calls of each.
+
+The second call has another batch size, and another image size or length where the network allows one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+Call = dict[str, Tensor]
+
+
+class ZooNetwork(NamedTuple):
+    """A network of another package.
+
+    Attributes:
+        build: Builds it.
+        example: The call to capture.
+        other: Another call.
+        float_layers: Layers that no graph of today's torch.ao can quantize.
+    """
+
+    build: Callable[[], nn.Module]
+    example: Call
+    other: Call
+    float_layers: int = 0
+
+
+def _images(batch: int, size: int, name: str = "x") -> Call:
+    return {name: torch.randn(batch, 3, size, size)}
+
+
+def _tokens(batch: int, length: int) -> Call:
+    lengths = torch.arange(length, length - batch, -1)
+    return {
+        "input_ids": torch.randint(1, 90, (batch, length)),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+    }
+
+
+def _transformers(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**settings))
+        return made
+
+    return build
+
+
+def _yolo(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from ultralytics.nn import tasks
+
+        kind = tasks.SegmentationModel if "-seg" in name else tasks.DetectionModel
+        made: nn.Module = kind(f"{name}.yaml", verbose=False)
+        return made
+
+    return build
+
+
+_TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 100,
+}  # fmt: skip
+_DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
+_PATCHES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "image_size": 64, "patch_size": 16,
+}  # fmt: skip
+_SWIN = {
+    "image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
+    "window_size": 4,
+}  # fmt: skip
+_SEGFORMER = {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "decoder_hidden_size": 16}
+_MOBILEVIT = {"image_size": 64, "hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 6 + [16]}
+_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+_CONVNEXT = {"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}
+
+
+def _vision(model: str, settings: dict[str, Any], *, resizable: bool = False) -> ZooNetwork:
+    build = _transformers(f"{model}ForImageClassification", f"{model}Config", **settings)
+    size = 96 if resizable else 64
+    return ZooNetwork(build, _images(2, 64, "pixel_values"), _images(3, size, "pixel_values"))
+
+
+def _timm(name: str, size: int, other: int | None = None) -> ZooNetwork:
+    return ZooNetwork(lambda: timm.create_model(name), _images(2, size), _images(3, other or size))
+
+
+def _torchvision(name: str, size: int, float_layers: int = 0) -> ZooNetwork:
+    def build() -> nn.Module:
+        made: nn.Module = torchvision.models.get_model(name)
+        return made
+
+    return ZooNetwork(build, _images(2, size), _images(3, size), float_layers)
+
+
+torch.manual_seed(0)
+NETWORKS = {
+    "BERT": ZooNetwork(
+        _transformers("BertForSequenceClassification", "BertConfig", **_TEXT), _tokens(2, 12), _tokens(3, 9)
+    ),
+    "RoBERTa": ZooNetwork(
+        _transformers("RobertaForSequenceClassification", "RobertaConfig", **_TEXT),
+        _tokens(2, 12),
+        _tokens(3, 9),
+    ),
+    "DistilBERT": ZooNetwork(
+        _transformers("DistilBertForSequenceClassification", "DistilBertConfig", **_DISTIL),
+        _tokens(2, 12),
+        _tokens(3, 9),
+    ),
+    "ViT": _vision("ViT", _PATCHES),
+    "DeiT": _vision("DeiT", _PATCHES),
+    "Swin": _vision("Swin", _SWIN),
+    "ConvNeXt": _vision("ConvNext", _CONVNEXT, resizable=True),
+    "ResNet": _vision("ResNet", _RESNET, resizable=True),
+    "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35}),
+    "MobileViT": _vision("MobileViT", _MOBILEVIT),
+    "Segformer": ZooNetwork(
+        _transformers("SegformerForSemanticSegmentation", "SegformerConfig", **_SEGFORMER),
+        _images(2, 64, "pixel_values"),
+        _images(3, 96, "pixel_values"),
+    ),
+    **{
+        name: ZooNetwork(_yolo(name), _images(2, 64), _images(3, 96))
+        for name in ("yolov5n", "yolov8n", "yolo11n", "yolov8n-seg")
+    },
+    "timm mobilevit_xxs": _timm("mobilevit_xxs", 64),
+    "timm mobilevitv2_050": _timm("mobilevitv2_050", 64),
+    "timm tiny_vit_5m_224": _timm("tiny_vit_5m_224", 224),
+    "timm efficientvit_b0": _timm("efficientvit_b0", 64, 96),
+    "timm efficientformer_l1": _timm("efficientformer_l1", 224),
+    "timm twins_svt_small": _timm("twins_svt_small", 224),
+    "torchvision swin_t": _torchvision("swin_t", 64),
+    "torchvision maxvit_t": _torchvision("maxvit_t", 224),
+    # The output projections of nn.MultiheadAttention stay float with it.
+    "torchvision vit_b_16": _torchvision("vit_b_16", 224, float_layers=12),
+}
