@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.ao.quantization import QConfigMapping
-from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
+from torch.ao.quantization.backend_config import BackendConfig, ObservationType, get_native_backend_config
 from torch.ao.quantization.fx import prepare
 from torch.ao.quantization.quantize_fx import convert_fx
 
@@ -23,10 +23,11 @@ from qat_lightning.base.inputs import Inputs, device_of
 from qat_lightning.base.nested import map_tensors
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
+from qat_lightning.modes.fx.float_results import compute_results_in_float
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import share_qparams
-from qat_lightning.modes.fx.unlowered import keep_unlowered
+from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
 from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
@@ -38,6 +39,7 @@ from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.purity.hooks import check_hooks
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
+from qat_lightning.modes.torch_ao_internals import give_results_with_numbers_qparams
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
 from qat_lightning.modes.trace.tracing import Record, evaluate_only, trace
@@ -109,6 +111,7 @@ class FxMode:
         fused = fuse_evenly(graph_module, known)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_integers(prepared)
+        compute_results_in_float(prepared)
         keep_qparams_through_dropout(prepared)
         share_qparams(prepared)
         use_training_classes(prepared)
@@ -177,13 +180,21 @@ def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
 
 @cache
 def _backend_config() -> BackendConfig:
-    """Returns torch.ao's backend config without transposed convolutions.
+    """Returns torch.ao's backend config with two changes.
 
-    torch.ao has no training module for them: only the int8 network would round their weights, and per tensor.
+    - Transposed convolutions are not in it. torch.ao has no training module for them: only the int8 network
+      would round their weights, and per tensor.
+    - Sums and products with a number, concatenations and stacks get qparams of their own. torch.ao would
+      share those of the inputs, which cannot fit both `x` and `x * 100`, for example. Concatenations and
+      stacks that stay int8 share their qparams later: see :func:`share_qparams`.
     """
     configs = get_native_backend_config().configs
     names = ("ConvTranspose", "conv_transpose")
     kept = [config for config in configs if not any(name in str(config.pattern) for name in names)]
+    for config in kept:
+        give_results_with_numbers_qparams(config)
+        if config.pattern in IN_FLOAT:
+            config.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
     return BackendConfig().set_backend_pattern_configs(kept)
 
 

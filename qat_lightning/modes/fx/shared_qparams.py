@@ -1,9 +1,9 @@
 """Lets operations that only move values (cat, reshape, max pooling) share their input's qparams.
 
 In int8 such an operation keeps the qparams of its input, so that training must do the same. torch.ao gives
-its inputs and its output one fake-quantize, but handles one operation at a time. Where a concatenation reads
-a reshaped tensor, the reshape keeps the fake-quantize that it had before the concatenation was handled.
-Training and int8 then round with different qparams, and PyTorch warns of "large numerical inaccuracies".
+its input and its output one fake-quantize, but handles one operation at a time. Where a concatenation reads
+a reshaped tensor, the reshape would keep the fake-quantize that it had before. Training and int8 would then
+round with different qparams, and PyTorch would warn of "large numerical inaccuracies".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.ao.quantization import FixedQParamsFakeQuantize
 
+from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
 
 
@@ -21,13 +22,20 @@ def share_qparams(prepared: fx.GraphModule) -> None:
     leader: dict[nn.Module, nn.Module] = {}
     for node in prepared.graph.nodes:
         if call_target(prepared, node) in SHARES_INPUT_QPARAMS:
-            around = [fake_quantize_of(prepared, n) for n in (*node.all_input_nodes, *node.users)]
+            inputs = [_before_dropout(prepared, source) for source in node.all_input_nodes]
+            around = [fake_quantize_of(prepared, n) for n in (*inputs, *node.users)]
             group = [_leader_of(leader, each) for each in around if each is not None and _is_free(each)]
             leader |= {each: first for first in group[:1] for each in group}
     for node in prepared.graph.nodes:
         fake_quantize = fake_quantize_of(prepared, node)
         if fake_quantize is not None and _leader_of(leader, fake_quantize) is not fake_quantize:
             prepared.set_submodule(str(node.target), _leader_of(leader, fake_quantize))
+
+
+def _before_dropout(prepared: fx.GraphModule, node: fx.Node) -> fx.Node:
+    while is_dropout(prepared, node):
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _leader_of(leader: dict[nn.Module, Any], fake_quantize: nn.Module) -> nn.Module:

@@ -2,8 +2,8 @@
 
 - `x + 1` and `x * 2`, with a number: the int8 versions derive the qparams of the output from those of the
   input, and round the number.
-- `torch.cat`: the int8 version takes the qparams of its first input, which may differ from those of the
-  others.
+- `torch.cat` and `torch.stack`: the int8 version takes the qparams of its first input, which may differ from
+  those of the others.
 
 In float, between dequantize and quantize, these operations compute what was trained.
 """
@@ -34,6 +34,13 @@ def concatenate(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return torch.cat(tensors, dim)
 
 
+def stack(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Does the same as `torch.stack`; torch.ao knows no int8 version of this function."""
+    return torch.stack(tensors, dim)
+
+
+IN_FLOAT: dict[Any, Any] = {torch.cat: concatenate, torch.stack: stack}
+"""Functions, and the same functions under names that torch.ao does not know."""
 _WITH_NUMBER: dict[Any, Any] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add), add_number),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul), multiply_by_number),
@@ -43,17 +50,19 @@ _WITH_NUMBER: dict[Any, Any] = {
 def keep_unlowered(prepared: fx.GraphModule) -> None:
     """Replaces operations in a prepared graph by those of this file, in place, before conversion."""
     for node in prepared.graph.nodes:
-        if node.target in _WITH_NUMBER and _takes_a_number(node):
+        if takes_a_number(node):
             left, right = node.args
             node.target = _WITH_NUMBER[node.target]
             node.args = (left, right) if isinstance(left, fx.Node) else (right, left)
-        elif node.target is torch.cat and not _has_equal_qparams(prepared, node):
-            node.target = concatenate
+        elif node.target in IN_FLOAT and not _has_equal_qparams(prepared, node):
+            node.target = IN_FLOAT[node.target]
     prepared.recompile()
 
 
-def _takes_a_number(node: fx.Node) -> bool:
-    return len(node.args) == 2 and not node.kwargs and sum(isinstance(a, fx.Node) for a in node.args) == 1
+def takes_a_number(node: fx.Node) -> bool:
+    """Whether a node is a sum or a product of a tensor and a number."""
+    operands = [isinstance(operand, fx.Node) for operand in node.args]
+    return node.target in _WITH_NUMBER and not node.kwargs and len(operands) == 2 and sum(operands) == 1
 
 
 def _has_equal_qparams(prepared: fx.GraphModule, node: fx.Node) -> bool:

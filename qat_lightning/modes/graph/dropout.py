@@ -43,17 +43,15 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
 
 
 def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [
-        node
-        for node in graph_module.graph.nodes
-        if node.target is detached or _is_dropout(module_of(graph_module, node))
-    ]
+    return [node for node in graph_module.graph.nodes if is_dropout(graph_module, node)]
 
 
-def _is_dropout(module: nn.Module | None) -> bool:
-    """Whether `module` is a dropout: random in training mode, the identity in eval mode."""
+def is_dropout(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a dropout, or detaches: it returns its input in eval mode."""
+    module = module_of(graph_module, node)
     # timm is optional, so its DropPath is recognized by name.
-    return isinstance(module, Dropout | StochasticDepth) or type(module).__name__ == "DropPath"
+    drops = isinstance(module, Dropout | StochasticDepth) or type(module).__name__ == "DropPath"
+    return drops or node.target is detached
 
 
 def detached(x: Any) -> Any:
