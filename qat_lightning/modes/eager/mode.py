@@ -19,6 +19,11 @@ from qat_lightning.base.inputs import Inputs
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.eager.fusion import check_groups, find_groups
+from qat_lightning.modes.eager.number_sums import (
+    FloatAddingQFunctional,
+    RoundingFloatFunctional,
+    round_sums_with_numbers,
+)
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
 from qat_lightning.modes.graph.lines import forward_line
 from qat_lightning.modes.graph.relu6 import replace_relu6_modules
@@ -33,6 +38,7 @@ _TRAINED = ao.get_default_qat_module_mappings() | {nn.Conv1d: nnqat.Conv1d, nni.
 _CONVERTED = ao.get_default_static_quant_module_mappings() | {
     nnqat.Conv1d: nnq.Conv1d,
     nniqat.ConvReLU1d: nniq.ConvReLU1d,
+    RoundingFloatFunctional: FloatAddingQFunctional,
 }
 
 
@@ -91,6 +97,7 @@ class EagerMode:
         ao.convert(network, _TRAINED, inplace=True, remove_qconfig=False)
         ao.prepare(network, observer_non_leaf_module_list=set(_TRAINED.values()), inplace=True)
         network.train()
+        round_sums_with_numbers(network)
         use_training_classes(network)
         round_in_place(network)
         connect_inputs_by_trace(network)
