@@ -89,7 +89,10 @@ def _separate_zero_points(graph: ir.Graph) -> None:
         assert weight is not None
         assert zero is not None
         if weight.const_value is not None and len(node.inputs) == 3 and len(zero.uses()) > 1:
-            own = ir.Value(name=f"{weight.name}.zero_point", const_value=zero.const_value)
+            name = f"{weight.name}.zero_point"
+            if name in graph.initializers:  # two layers with other scales may have the same int8 weights
+                name = f"{weight.name}.{node.outputs[0].name}.zero_point"
+            own = ir.Value(name=name, const_value=zero.const_value)
             own.shape, own.type = zero.shape, zero.type
             graph.register_initializer(own)
             node.replace_input_with(2, own)

@@ -22,7 +22,7 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.guards import remove_guards
-from qat_lightning.modes.graph.nodes import fake_quantize_of
+from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
 from qat_lightning.modes.layers.training_classes import store_rounded_bias
 from qat_lightning.modes.torch_ao_internals import quantized_decomposed
 from qat_lightning.modes.trace.tracing import evaluate_only
@@ -136,21 +136,21 @@ def _rebuilt(
     rounding: Callable[[Any, torch.Tensor | None], nn.Module],
 ) -> nn.Module:
     module = copy.deepcopy(prepared).cpu().eval()
-    weights: dict[nn.Module, torch.Tensor] = {}
+    weights: dict[tuple[nn.Module, str], torch.Tensor] = {}
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):
             _keep_what_a_file_holds(network)
-            weights |= _rounded_weights(network)
+            weights |= {(network, name): weight for name, weight in _rounded_weights(network).items()}
         elif is_grafted(network):
             graph_module = ungraft(network)
             _keep_what_a_file_holds(graph_module)
-            weights |= _rounded_weights(graph_module)
+            weights |= {(network, name): weight for name, weight in _rounded_weights(graph_module).items()}
             regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
         _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), layer)
-        _replace_each(
-            module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, weights.get(m))
-        )
+        for (network, name), weight in weights.items():
+            network.set_submodule(name, rounding(network.get_submodule(name), weight))
+        _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, None))
     return module
 
 
@@ -159,16 +159,32 @@ def _keep_what_a_file_holds(graph_module: fx.GraphModule) -> None:
     evaluate_only(graph_module)
 
 
-def _rounded_weights(graph_module: fx.GraphModule) -> dict[nn.Module, torch.Tensor]:
-    """Maps each fake-quantize that rounds a parameter, for a functional call, to the parameter."""
-    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    return {
-        fake_quantize: parameters[read.target]
-        for read in graph_module.graph.nodes
-        if read.op == "get_attr" and read.target in parameters
-        for user in read.users
-        if (fake_quantize := fake_quantize_of(graph_module, user)) is not None
+def _rounded_weights(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Maps the name of each fake-quantize that rounds a parameter, moved or not, to what it rounds."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if fake_quantize_of(graph_module, node) is not None:
+            calls.setdefault(str(node.target), []).append(node.all_input_nodes[0])
+    found = {
+        name: _constant(graph_module, sources[0]) for name, sources in calls.items() if len(sources) == 1
     }
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+@torch.no_grad()
+def _constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """Returns the value of a node that is a parameter, or one that is only rounded and moved; else None."""
+    if node.op == "get_attr":
+        return dict(graph_module.named_parameters(remove_duplicate=False)).get(str(node.target))
+    moves = call_target(graph_module, node) in SHARES_INPUT_QPARAMS
+    if len(node.all_input_nodes) != 1 or not (moves or fake_quantize_of(graph_module, node) is not None):
+        return None
+    value = _constant(graph_module, node.all_input_nodes[0])
+    if value is None:
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value)
+    moved: torch.Tensor = getattr(fx.Interpreter(graph_module), node.op)(node.target, args, kwargs)
+    return moved
 
 
 def _reference_layer(child: Any) -> nn.Module:
