@@ -29,6 +29,9 @@ from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch import fx, nn
+from torch.ao.quantization import FakeQuantizeBase
+from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.utils import checkpoint
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -311,6 +314,37 @@ def test_decomposed_operations() -> None:
             torch.ones(1), 0.5, 3, 0, 255, torch.uint8
         )
         assert quantized.item() == 5
+
+
+def test_observed_nodes() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self[0](x)) * 2
+
+    mapping = torch.ao.quantization.get_default_qat_qconfig_mapping("x86")
+    with quiet_torch_ao(), internal("torch.ao: observed_node_names"):
+        prepared = prepare_qat_fx(Net(nn.Linear(2, 2)), mapping, (torch.ones(1, 2),))
+        assert torch_ao_internals.observed_nodes(prepared) == {"_0", "mul"}
+
+
+def test_qparams_of_a_result_with_a_number() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    mapping = torch.ao.quantization.get_default_qat_qconfig_mapping("x86")
+    with (
+        quiet_torch_ao(),
+        internal("torch.ao: _set_num_tensor_args_to_observation_type"),
+    ):
+        for count in (1, 2):
+            configs = get_native_backend_config().configs
+            if count == 2:
+                for config in configs:
+                    torch_ao_internals.give_results_with_numbers_qparams(config)
+            known = BackendConfig().set_backend_pattern_configs(configs)
+            prepared = prepare_qat_fx(Twice(), mapping, (torch.ones(1),), backend_config=known)
+            assert len({m for m in prepared.modules() if isinstance(m, FakeQuantizeBase)}) == count
 
 
 # Lightning
