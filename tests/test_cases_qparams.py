@@ -14,7 +14,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn import functional as F
 
 from qat_lightning import convert, export_onnx, export_openvino, load_int8, load_runtime, prepare, save_int8
-from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.phases import set_enabled
 from tests.networks import sqnr
 
@@ -381,3 +381,45 @@ def test_a_moved_parameter_is_stored_as_int8(tmp_path: Path) -> None:
     path = export_onnx(trained(EXPORTED["view"](), x), tmp_path / "a.onnx", (x,))
     shapes = {tuple(i.dims): i.data_type for i in onnx.load(path).graph.initializer}
     assert shapes[1, 4, 1, 1] == onnx.TensorProto.UINT8
+
+
+class UnequalParts(nn.Module):
+    """Concatenates a large and a small part inside the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.large.weight.mul_(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.cat([self.large(x), self.small(x)], 1))
+        return y
+
+
+def test_a_small_part_does_not_shrink_the_range_of_a_concatenation() -> None:
+    prepared: Any = prepare(UnequalParts(), backend="onednn").train()
+    x = torch.randn(8, 3, 8, 8)
+    for _ in range(20):
+        prepared(x)
+    found: list[Any] = [each for _, each in fake_quantizes(prepared)]
+    (shared,) = [each for each in found if each.forward_extremes.calls > 1]
+    expected = torch.cat([prepared.large(x), prepared.small(x)], 1)
+    torch.testing.assert_close(shared.activation_post_process.max_val, expected.max(), rtol=0.1, atol=0)
+    torch.testing.assert_close(shared.activation_post_process.min_val, expected.min(), rtol=0.1, atol=0)
+    y = prepared.eval()(x)
+    set_enabled(prepared, observer=False, fake_quant=False)
+    assert sqnr(prepared(x), y) > 30
+
+
+def test_a_forward_that_is_broken_off_does_not_go_on_in_the_next_one() -> None:
+    fake_quantize = FakeQuantize()
+    fake_quantize.forward_extremes.calls = 2
+    fake_quantize(torch.tensor([-100.0, 100.0]))
+    fake_quantize.eval().train()
+    fake_quantize.activation_post_process.reset_min_max_vals()
+    for _ in range(3):
+        fake_quantize(torch.tensor([-1.0, 1.0]))
+        fake_quantize(torch.tensor([0.0, 2.0]))
+    observer: Any = fake_quantize.activation_post_process
+    assert (observer.min_val, observer.max_val) == (-1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def calibrate(network: nn.Module, calls: Sequence[Inputs]) -> None:
     def average(fake_quant: Any, args: Any) -> None:
         seen[fake_quant] += 1
         if isinstance(fake_quant, FakeQuantize):
-            fake_quant.average_over(seen[fake_quant])
+            fake_quant.average_over(math.ceil(seen[fake_quant] / fake_quant.forward_extremes.calls))
         else:
             fake_quant.activation_post_process.averaging_constant = 1 / seen[fake_quant]
 

@@ -26,6 +26,7 @@ from torch.ao.quantization.observer import (
     PerChannelMinMaxObserver,
 )
 
+from qat_lightning.fake_quant.forward_extremes import ForwardExtremes
 from qat_lightning.fake_quant.numerics import affine_qparams, fake_quantize, round_weight, symmetric_scale
 
 OBSERVERS: dict[str, type[nn.Module]] = {
@@ -62,6 +63,7 @@ class FakeQuantize(ao.FakeQuantize):
         averaging: Weight of the next batch in a moving average, where it exceeds the observer's averaging
             constant: see :meth:`average_over`.
         in_place: Whether training may overwrite the input with the result.
+        forward_extremes: Joins the extremes of the tensors that it rounds in one forward.
         initial_zero_point: Zero point before any data; symmetric qparams keep it.
         exact_value: A value that the qparams must represent exactly, besides 0, for the operation that reads
             the result. None for no such value. Affine qparams of a minimum and a maximum respect it, those of
@@ -84,6 +86,7 @@ class FakeQuantize(ao.FakeQuantize):
         self.register_buffer("averaging", torch.zeros(()), persistent=False)
         self.observing = self.rounding = True
         self.seen = self.in_place = False
+        self.forward_extremes = ForwardExtremes()
         self.eps = float(getattr(self.activation_post_process, "eps", EPS))
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.axis = self.ch_axis if self.is_per_channel else None
@@ -209,10 +212,19 @@ class FakeQuantize(ao.FakeQuantize):
             high = torch.where(finite, high, _with_channels(observer.max_val, high, -torch.inf))
         else:
             old = torch.cat((observer.min_val.reshape(1), observer.max_val.reshape(1)))
-            new = _updated_range(observer, self.averaging, old, torch.cat((low, high)))
+            extremes = torch.cat((low, high))
+            if self.forward_extremes.calls > 1:
+                old, extremes, finite = self.forward_extremes.join(old, extremes, finite)
+            new = _updated_range(observer, self.averaging, old, extremes)
             low, high = torch.where(finite, new, old).split(1)
         self._set_range(low, high)
         self.refresh()
+
+    def train(self, mode: bool = True) -> FakeQuantize:
+        """Switches the mode. A forward that was broken off does not go on in the next one."""
+        self.forward_extremes.begin()
+        super().train(mode)
+        return self
 
     def _check_finite(self, nonnegative: torch.Tensor) -> torch.Tensor:
         """Returns a mask of the finite elements, and sets the flag if any is NaN or infinite."""

@@ -26,7 +26,7 @@ from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.float_results import compute_results_in_float
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
-from qat_lightning.modes.fx.shared_qparams import share_qparams
+from qat_lightning.modes.fx.shared_qparams import count_calls, share_qparams
 from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
@@ -117,6 +117,7 @@ class FxMode:
         use_training_classes(prepared)
         round_in_place(prepared)
         connect_inputs(prepared, prepared.graph)
+        count_calls(prepared)
         _place_on_device(prepared)
         return prepared
 

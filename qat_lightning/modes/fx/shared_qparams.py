@@ -8,11 +8,13 @@ round with different qparams, and PyTorch would warn of "large numerical inaccur
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import fx, nn
 from torch.ao.quantization import FixedQParamsFakeQuantize
 
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
 
@@ -30,6 +32,14 @@ def share_qparams(prepared: fx.GraphModule) -> None:
         fake_quantize = fake_quantize_of(prepared, node)
         if fake_quantize is not None and _leader_of(leader, fake_quantize) is not fake_quantize:
             prepared.set_submodule(str(node.target), _leader_of(leader, fake_quantize))
+
+
+def count_calls(prepared: fx.GraphModule) -> None:
+    """Tells each fake-quantize how many tensors of one forward it rounds."""
+    called = [fake_quantize_of(prepared, node) for node in prepared.graph.nodes]
+    for fake_quantize, calls in Counter(called).items():
+        if isinstance(fake_quantize, FakeQuantize):
+            fake_quantize.forward_extremes.calls = calls
 
 
 def _before_dropout(prepared: fx.GraphModule, node: fx.Node) -> fx.Node:
