@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def copy_of(module: ModuleT) -> ModuleT:
     """Returns a deep copy that works as an independent LightningModule and is not compiled."""
-    copied = copy.deepcopy(module)
+    copied = copy.deepcopy(module, _computed_tensors(module))
     forget_original(copied)
     _detach_scripted(copied)
     return copied
@@ -29,6 +29,19 @@ def _detach_scripted(copied: nn.Module) -> None:
             for parameter in module.parameters(recurse=False):
                 trains = parameter.requires_grad
                 parameter.detach_().requires_grad_(trains)
+
+
+def _computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """Returns copies of the tensors with a gradient history that modules hold as attributes, by id.
+
+    `torch.nn.utils.weight_norm` stores such a weight at each forward, and `deepcopy` refuses it.
+    """
+    return {
+        id(value): value.detach().clone()
+        for child in module.modules()
+        for value in vars(child).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
 
 
 def replace_submodule(module: ModuleT, name: str, new: nn.Module) -> ModuleT:

@@ -25,8 +25,9 @@ from qat_lightning.modes.eager.number_sums import (
     round_sums_with_numbers,
 )
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
+from qat_lightning.modes.graph.hooks import check_weight
 from qat_lightning.modes.graph.lines import forward_line
-from qat_lightning.modes.graph.relu6 import replace_relu6_modules
+from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_modules
 from qat_lightning.modes.layers.in_place import round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs_by_trace
 from qat_lightning.modes.layers.training_classes import use_training_classes
@@ -62,6 +63,9 @@ class EagerMode:
                 "    x = self.quant(x); …; return self.dequant(x)            # in forward\n"
                 f"  at {forward_line(network)}"
             )
+        for name, module in network.named_modules():
+            if not is_inside(name, options.keep_float):
+                check_weight(name or kind, module)
         if options.fuse != "auto":
             return replace(options, fuse=check_groups(network, options))
         if _owns_fuse_model(network):
