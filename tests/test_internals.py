@@ -216,6 +216,13 @@ def test_a_convolution_with_another_weight() -> None:
         assert torch.equal(other, torch.zeros(1, 4, 5, 5))
 
 
+def test_a_tensor_of_integers() -> None:
+    integers = torch.tensor([0, 7, 255], dtype=torch.uint8)
+    with internal("torch: _make_per_tensor_quantized_tensor"):
+        tensor = torch_internals.quantized_tensor(integers, 0.5, 7)
+        assert tensor.dequantize().tolist() == [-3.5, 0.0, 124.0]
+
+
 def test_blocks_of_a_transformer_layer() -> None:
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(1, 3, 8)
     mask = torch.full((3, 3), -torch.inf).triu(1)

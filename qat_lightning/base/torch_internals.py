@@ -192,6 +192,11 @@ def script_module_of(root: nn.Module, method: Any) -> str:
 # Parts of a forward.
 
 
+def quantized_tensor(integers: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
+    """Returns the int8 tensor that holds these integers."""
+    return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+
+
 def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Computes a convolution layer of torch.nn with another weight and bias."""
     return layer._conv_forward(x, weight, bias)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import is_user_file, stack_line
 
+_ACCESSORS = ("__get__", "__set__")  # of attributes such as `requires_grad`, which are no operations
 _GENERATED = "<eval_with_key>"  # torch.fx's file name for the code of its graphs
 
 
@@ -33,7 +34,9 @@ class CallLocation(TorchFunctionMode):
         self.call = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.call = getattr(func, "__name__", str(func))
+        name = getattr(func, "__name__", str(func))
+        if name not in _ACCESSORS:
+            self.call = name
         return func(*args, **(kwargs or {}))
 
 

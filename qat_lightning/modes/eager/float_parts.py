@@ -6,6 +6,8 @@ Hooks and a stub do this, so that the names of the parameters stay.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from qat_lightning.base.torch_internals import (
 )
 from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.torch_ao_internals import FusedModule
+from qat_lightning.modes.trace.padded_layers import pads_by_itself
 
+_logger = logging.getLogger(__name__)
 _AVERAGES = (AvgPool, AdaptiveAvgPool)
 
 
@@ -45,6 +49,7 @@ def compute_in_float(network: nn.Module) -> None:
     An int8 average pool rounds with the qparams of its input. That is coarse for averages, and training would
     not simulate it.
     """
+    _keep_padded_layers_float(network)
     fused = {child for module in network.modules() if isinstance(module, FusedModule) for child in module}
     for module in [module for module in network.modules() if module not in fused]:
         qconfig: Any = getattr(module, "qconfig", None)
@@ -53,6 +58,21 @@ def compute_in_float(network: nn.Module) -> None:
             module.requantize = ao.QuantStub(qconfig)
             module.register_forward_pre_hook(_dequantize_if_int8, with_kwargs=True)
             module.register_forward_hook(_quantize_if_int8)
+
+
+def _keep_padded_layers_float(network: nn.Module) -> None:
+    """Keeps convolutions float whose padding int8 kernels do not support, with what is fused to them."""
+    for name, module in list(network.named_modules()):
+        layer = next(iter(module)) if isinstance(module, FusedModule) else module
+        qconfig: Any = getattr(module, "qconfig", None)
+        if qconfig is not None and pads_by_itself(layer):
+            keep_float(module, qconfig)
+            _say_once(name, layer.padding_mode)
+
+
+@cache
+def _say_once(name: str, mode: str) -> None:
+    _logger.info("%r stays float: eager mode has no int8 convolution with padding_mode=%r.", name, mode)
 
 
 def _lacks_int8(module: nn.Module) -> bool:

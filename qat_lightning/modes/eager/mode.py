@@ -25,12 +25,12 @@ from qat_lightning.modes.eager.number_sums import (
     round_sums_with_numbers,
 )
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
-from qat_lightning.modes.graph.hooks import check_weight
 from qat_lightning.modes.graph.lines import forward_line
 from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_modules
 from qat_lightning.modes.layers.in_place import round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs_by_trace
 from qat_lightning.modes.layers.training_classes import use_training_classes
+from qat_lightning.modes.purity.hooks import check_weight
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -25,6 +25,7 @@ from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.float_results import compute_results_in_float
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
+from qat_lightning.modes.fx.paddings import lower_paddings, padding_config
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import count_calls, share_qparams
 from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
@@ -181,13 +182,14 @@ def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
 
 @cache
 def _backend_config() -> BackendConfig:
-    """Returns torch.ao's backend config with two changes.
+    """Returns torch.ao's backend config with three changes.
 
     - Transposed convolutions are not in it. torch.ao has no training module for them: only the int8 network
       would round their weights, and per tensor.
     - Sums and products with a number, concatenations and stacks get qparams of their own. torch.ao would
       share those of the inputs, which cannot fit both `x` and `x * 100`, for example. Concatenations and
       stacks that stay int8 share their qparams later: see :func:`share_qparams`.
+    - Paddings with a tensor's own values share the qparams of their input.
     """
     configs = get_native_backend_config().configs
     names = ("ConvTranspose", "conv_transpose")
@@ -196,7 +198,7 @@ def _backend_config() -> BackendConfig:
         give_results_with_numbers_qparams(config)
         if config.pattern in IN_FLOAT:
             config.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
-    return BackendConfig().set_backend_pattern_configs(kept)
+    return BackendConfig().set_backend_pattern_configs([*kept, padding_config()])
 
 
 def _check_own_forward(network: nn.Module) -> None:
@@ -217,7 +219,7 @@ def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     restore_relus(prepared)
     copy_reused_modules(prepared)
     keep_unlowered(prepared)
-    return convert_fx(prepared, backend_config=_backend_config())
+    return lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

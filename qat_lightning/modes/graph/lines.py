@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import typing_extensions
 from torch import fx, nn
 
 from qat_lightning.modes.graph.subclass import forward_of
@@ -19,7 +20,11 @@ from qat_lightning.modes.graph.subclass import forward_of
 _PACKAGE = str(Path(__file__).parents[2])
 # The package's own models and data modules count as the user's code: the user can replace them.
 _TASKS = str(Path(_PACKAGE) / "tasks")
-_NOT_USER = (str(Path(torch.__file__).parent), contextlib.__file__, "<", _PACKAGE)
+# typing_extensions wraps the deprecated functions of PyTorch.
+_NOT_USER = (
+    *(str(Path(torch.__file__).parent), contextlib.__file__, typing_extensions.__file__),
+    *("<", _PACKAGE),
+)
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:

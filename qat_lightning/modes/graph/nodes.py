@@ -8,13 +8,14 @@ from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 
+from qat_lightning.modes.graph.pads import pad_values
 
 def _operations(observation: ObservationType) -> frozenset[Any]:
     configs = get_native_backend_config().configs
     return frozenset(config.pattern for config in configs if config.observation_type is observation)
 
 
-SHARES_INPUT_QPARAMS = _operations(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT)
+SHARES_INPUT_QPARAMS = _operations(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_INPUT) | {pad_values}
 """Operations, such as a reshape, whose output has the qparams of its input: types, functions and methods."""
 READS_NO_VALUES = _operations(ObservationType.INPUT_OUTPUT_NOT_OBSERVED)
 """Operations that read the shape of a tensor, or the like."""

@@ -16,6 +16,7 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
+from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.symbolic import defaults
@@ -27,6 +28,7 @@ _KEEPS_QPARAMS: frozenset[Any] = frozenset(
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.PixelShuffle, nn.ChannelShuffle),
         *(torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze),
         *(torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d, rectify),
+        pad_values,
         *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous", "relu"),
     }
 )
