@@ -15,13 +15,15 @@ import typing_extensions
 from torch import Tensor, nn
 from torch.ao.nn import quantized
 from torch.ao.quantization import DeQuantStub, QuantStub
+from torchvision.ops import FrozenBatchNorm2d
 
 from qat_lightning import convert, export_onnx, export_openvino, load_int8, preflight, prepare, save_int8
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.export.load import load_graph
-from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
 from qat_lightning.modes.graph.lines import is_user_file
 from qat_lightning.modes.graph.pads import pad_values
+from qat_lightning.modes.trace.fixed_norms import FixedNorm, recognize_fixed_norms
 from qat_lightning.quantize.copies import copy_of
 from tests.networks import sqnr, train_steps
 
@@ -172,3 +174,191 @@ def test_such_a_convolution_stays_float_in_eager_mode(mode: str, tmp_path: Path)
 
 def test_a_wrapper_of_pytorch_is_no_line_of_the_users() -> None:
     assert not is_user_file(typing_extensions.__file__)
+
+
+def normed(norm: Callable[[], nn.Module], *, kind: Any = nn.Sequential) -> Any:
+    """A norm or an activation between two convolutions."""
+    return kind(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "without factors": lambda: nn.BatchNorm2d(8, affine=False),
+    "without statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "without both": lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+    "instance": lambda: nn.InstanceNorm2d(8),
+    "instance with statistics": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+    "group": lambda: nn.GroupNorm(2, 8),
+    "PReLU": lambda: nn.PReLU(8),
+    "ELU": nn.ELU,
+    "LeakyReLU": nn.LeakyReLU,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("kind", [nn.Sequential, Stubbed])
+def test_int8_computes_what_a_norm_or_an_activation_does(name: str, kind: Any, tmp_path: Path) -> None:
+    def build() -> Any:
+        network = normed(NORMS[name], kind=kind)
+        for module in network:
+            if isinstance(module, nn.PReLU):
+                nn.init.uniform_(module.weight, -0.5, 0.9)
+        return network
+
+    check(build, torch.randn(8, 3, 8, 8), tmp_path)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_batch_norm_without_factors_is_fused_and_gets_none(dims: int, tmp_path: Path) -> None:
+    norm: Any = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+
+    def build() -> nn.Module:
+        return nn.Sequential(_CONVS[dims](3, 8, 3), norm(8, affine=False), nn.ReLU(), _CONVS[dims](8, 4, 1))
+
+    prepared, int8 = check(build, torch.randn(8, 3, *[6] * dims), tmp_path)
+    fused = prepared.get_submodule("0")
+    assert type(fused).__name__ == f"ConvBnReLU{dims}d"
+    assert [name for name, _ in fused.named_parameters()] == ["weight", "bias"]
+    assert not {"0.bn.weight", "0.bn.bias"} & set(prepared.state_dict())
+    assert not any(isinstance(module, norm) for module in int8.modules())
+
+
+@pytest.mark.parametrize("norm", [NORMS["without factors"], lambda: FrozenBatchNorm2d(8)])
+def test_torch_aos_own_modules_train_such_batch_norms(norm: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    prepared = prepare(normed(norm), qconfig="torch")
+    train_steps(prepared, ((x,), {}))
+    with torch.no_grad():
+        assert sqnr(prepared(x), convert(prepared)(x)) > 30
+    assert all(
+        parameter.grad is not None for name, parameter in prepared.named_parameters() if "bn" not in name
+    )
+
+
+def test_a_batch_norm_without_factors_that_stands_alone(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3, affine=False), nn.ReLU(), nn.Conv2d(3, 4, 1))
+
+    check(build, torch.randn(8, 3, 8, 8), tmp_path)
+
+
+class Detectors(nn.Module):
+    """A frozen batch-norm as detectors write it, with an epsilon of its own."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        rv, rm = self.running_var.reshape(1, -1, 1, 1), self.running_mean.reshape(1, -1, 1, 1)
+        scale = w * (rv + 1e-5).rsqrt()
+        return x * scale + (b - rm * scale)
+
+
+class Squared(Detectors):
+    """Looks like one, and computes something else with buffers that are not fresh."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight.reshape(1, -1, 1, 1)
+
+
+def test_only_what_computes_a_batch_norm_is_taken_for_one() -> None:
+    network = nn.ModuleList([FrozenBatchNorm2d(4), Detectors(4), Squared(4), nn.BatchNorm2d(4)])
+    recognize_fixed_norms(network)
+    kinds = [type(module) for module in network]
+    assert kinds == [FixedNorm, FixedNorm, Squared, nn.BatchNorm2d]
+
+
+def frozen(norm: Any, trained: bool = False) -> Any:
+    """Convolutions with frozen batch-norms; in the trained network the channels' variances differ a lot."""
+    layers = [nn.Conv2d(3, 16, 3), norm(16), nn.ReLU(), nn.Conv2d(16, 16, 3), norm(16), nn.ReLU()]
+    network: Any = nn.Sequential(*layers, nn.MaxPool2d(2), norm(16), nn.Conv2d(16, 4, 1))
+    for conv, bn in ((network[0], network[1]), (network[3], network[4])) if trained else ():
+        size = torch.logspace(-1.5, 0, 16)
+        deviation = size * conv.weight.detach().flatten(1).norm(dim=1)
+        conv.weight.data.mul_(size.view(-1, 1, 1, 1))
+        bn.running_var.copy_(deviation.square())
+        bn.bias.normal_(0, 0.3)
+    return network
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, Detectors])
+def test_a_frozen_batch_norm_is_fused_and_stays_frozen(norm: Any) -> None:
+    torch.manual_seed(0)
+    x, network = torch.randn(8, 3, 16, 16), frozen(norm, trained=True)
+    expected = network(x).detach()
+    state = {name: value.clone() for name, value in network.named_buffers()}
+    prepared: Any = prepare(network)
+    assert [type(prepared.get_submodule(name)).__name__ for name in "03"] == ["ConvBnReLU2d"] * 2
+    assert {name.split(".")[-1] for name, _ in prepared.named_parameters()} == {"weight", "bias"}
+    assert not [name for name, _ in prepared.named_parameters() if "bn" in name or name.startswith("7")]
+    for training in (True, False):
+        prepared.train(training)
+        set_enabled(prepared, observer=False, fake_quant=False)
+        torch.testing.assert_close(prepared(x), expected, rtol=1e-4, atol=1e-4)
+    set_enabled(prepared, observer=True, fake_quant=True)
+    freeze_bn_statistics(prepared, frozen=True)
+    freeze_bn_statistics(prepared, frozen=False)
+    train_steps(prepared, ((x,), {}))
+    for name, value in state.items():
+        inside = {"1": "0.bn", "4": "3.bn", "7": "7"}[name[0]]
+        assert torch.equal(prepared.state_dict()[f"{inside}{name[1:]}"], value)
+
+
+def prepare_and_observe(network: nn.Module, x: Tensor) -> nn.Module:
+    prepared = prepare(network).train()
+    for _ in range(3):
+        prepared(x)
+    return prepared.eval()
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, Detectors, Squared])
+def test_the_file_of_a_network_with_frozen_batch_norms_fits_a_fresh_one(norm: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    network = frozen(norm, trained=True)
+    expected = network(x).detach()
+    prepared = prepare_and_observe(network, x)
+    int8 = convert(prepared)
+    loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), frozen(norm))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), int8(x))
+        assert (prepared(x) != int8(x)).float().mean() < 1e-3
+        assert norm is Squared or sqnr(expected, prepared(x)) > 28
+    assert not [name for name in int8.state_dict() if "tensor_constant" in name] or norm is Squared
+
+
+@pytest.mark.parametrize("keep", ["0", "1", "7", FrozenBatchNorm2d])
+def test_frozen_batch_norms_and_their_layers_can_be_kept_float(keep: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    prepared = prepare(frozen(FrozenBatchNorm2d, trained=True), keep_float=[keep])
+    train_steps(prepared, ((x,), {}))
+    int8 = convert(prepared)
+    loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), frozen(FrozenBatchNorm2d))
+    with torch.no_grad():
+        assert (prepared(x) != int8(x)).float().mean() < 1e-3
+        assert torch.equal(loaded(x), int8(x))
+
+
+def test_a_frozen_batch_norm_is_exported_inside_its_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    network = nn.Sequential(*frozen(FrozenBatchNorm2d, trained=True)[:6], nn.Conv2d(16, 4, 1))
+    path = export_onnx(prepare_and_observe(network, x), tmp_path / "int8.onnx", (x,), min_sqnr=40)
+    assert not load_graph(path).float_operations()
+
+
+def test_weights_of_an_ordinary_batch_norm_load_into_a_frozen_one() -> None:
+    network = frozen(FrozenBatchNorm2d)
+    recognize_fixed_norms(network)
+    network.load_state_dict(frozen(nn.BatchNorm2d).state_dict())

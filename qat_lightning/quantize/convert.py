@@ -14,6 +14,7 @@ from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.fake_quant.ranges import check_observed, unseen_in
 from qat_lightning.modes import MODES
 from qat_lightning.modes.layers.kernels import pack_weights
+from qat_lightning.modes.layers.stored_qparams import store_qparams
 from qat_lightning.modes.layers.training_classes import use_torch_ao_classes
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
@@ -72,6 +73,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
             unseen = recipe.unseen or unseen_in(network)  # a file's recipe names them
             converted = MODES[recipe.mode].convert(network, unseen)
         pack_weights(converted, recipe.backend)
+        store_qparams(converted)
         attach(converted, dataclasses.replace(recipe, int8=True, unseen=unseen))
         run_on_engine(converted, recipe.backend)
         module = replace_submodule(module, name, converted.eval())

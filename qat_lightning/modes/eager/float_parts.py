@@ -24,6 +24,7 @@ from qat_lightning.base.torch_internals import (
     tree_map,
 )
 from qat_lightning.modes.graph.subclass import forward_of
+from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.padded_layers import pads_by_itself
 
@@ -80,7 +81,7 @@ def _lacks_int8(module: nn.Module) -> bool:
     if isinstance(module, BatchNorm):
         exists = type(module) in (nn.BatchNorm2d, nn.BatchNorm3d)
         return not (exists and module.affine and module.track_running_stats)
-    return isinstance(module, ConvTranspose)
+    return isinstance(module, ConvTranspose) or lacks_int8(module)
 
 
 def _dequantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:

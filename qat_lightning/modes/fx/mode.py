@@ -25,6 +25,7 @@ from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.float_results import compute_results_in_float
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
+from qat_lightning.modes.fx.norms import Factors, hidden, use_plain_norms, without_int8
 from qat_lightning.modes.fx.paddings import lower_paddings, padding_config
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import count_calls, share_qparams
@@ -41,6 +42,7 @@ from qat_lightning.modes.purity.hooks import check_hooks
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.torch_ao_internals import give_results_with_numbers_qparams
+from qat_lightning.modes.trace.fixed_norms import recognize_fixed_norms
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
 from qat_lightning.modes.trace.tracing import Record, evaluate_only, trace
@@ -106,16 +108,18 @@ class FxMode:
     def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
         """Fuses and prepares a graph."""
         mapping = self._mapping(options)
-        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module)]:
+        alone = without_int8(graph_module)
+        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module), *alone]:
             mapping.set_module_name(name, None)
-        known = _backend_config()
-        fused = fuse_evenly(graph_module, known)
+        known, factors = _backend_config(), Factors(graph_module)
+        fused = fuse_evenly(graph_module, known, alone)
         prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
         keep_integers(prepared)
         compute_results_in_float(prepared)
         keep_qparams_through_dropout(prepared)
         share_qparams(prepared)
         use_training_classes(prepared)
+        factors.take_back(prepared)
         round_in_place(prepared)
         connect_inputs(prepared, prepared.graph)
         count_calls(prepared)
@@ -157,6 +161,7 @@ def _trace(
     TorchScript modules in `keep_float` become single calls.
     """
     whole = frozenset(name for name, m in network.named_modules() if name in keep_float and is_scripted(m))
+    recognize_fixed_norms(network)
     if example is None:
         return _traced(network, untraceable, record_symbolically, whole)
     try:
@@ -219,7 +224,9 @@ def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     restore_relus(prepared)
     copy_reused_modules(prepared)
     keep_unlowered(prepared)
-    return lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
+    use_plain_norms(prepared)
+    with hidden(prepared):
+        return lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

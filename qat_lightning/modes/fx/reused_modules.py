@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -13,12 +14,14 @@ from torch.nn import functional as F
 from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
 
 
-def fuse_evenly(graph_module: fx.GraphModule, backend_config: BackendConfig) -> fx.GraphModule:
-    """Fuses the modules of a graph, each only if the same follows all its calls.
+def fuse_evenly(
+    graph_module: fx.GraphModule, backend_config: BackendConfig, alone: Collection[str] = ()
+) -> fx.GraphModule:
+    """Fuses the modules of a graph, each only if the same follows all its calls, and none of `alone`.
 
     torch.ao replaces a module by the fused one for all its calls, so that a ReLU after one call would also
     apply to the others. It fuses nothing whose result has two readers. So the calls of such a module get
-    another reader meanwhile.
+    another reader meanwhile, as do the inputs of the modules named `alone`, and their results.
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
@@ -26,9 +29,9 @@ def fuse_evenly(graph_module: fx.GraphModule, backend_config: BackendConfig) -> 
             calls.setdefault(str(node.target), []).append(node)
     for nodes in calls.values():
         if len({_reader(graph_module, node) for node in nodes}) > 1:
-            for node in nodes:
-                with graph_module.graph.inserting_after(node):
-                    graph_module.graph.call_function(_read, (node,))
+            _read_again(graph_module, nodes)
+    for name in alone:
+        _read_again(graph_module, [n for node in calls[name] for n in (node, *node.all_input_nodes)])
     fused = fuse(graph_module, is_qat=True, backend_config=backend_config)
     for node in list(fused.graph.nodes):
         if node.target is _read:
@@ -44,6 +47,13 @@ def _reader(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     (user,) = node.users
     target = call_target(graph_module, user)
     return F.relu if target in (nn.ReLU, F.relu) else user.target
+
+
+def _read_again(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    """Adds a reader to the result of each node."""
+    for node in nodes:
+        with graph_module.graph.inserting_after(node):
+            graph_module.graph.call_function(_read, (node,))
 
 
 def _read(result: Any) -> None:

@@ -10,6 +10,7 @@ from torch.ao.quantization.backend_config import ObservationType, get_native_bac
 
 from qat_lightning.modes.graph.pads import pad_values
 
+
 def _operations(observation: ObservationType) -> frozenset[Any]:
     configs = get_native_backend_config().configs
     return frozenset(config.pattern for config in configs if config.observation_type is observation)

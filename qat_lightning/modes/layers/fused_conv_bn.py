@@ -22,6 +22,7 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from qat_lightning.fake_quant.fake_quantize import EPS
 from qat_lightning.fake_quant.numerics import rectify, round_weight
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic
+from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 
 class FusedConvBn(IntegerArithmetic):
@@ -58,7 +59,8 @@ class FusedConvBn(IntegerArithmetic):
         same function, and the cheaper one runs: folding passes over the weight, batch-norm over the
         activations.
         """
-        return not self.training or (self.freeze_bn and self.weight.numel() < x.numel())
+        frozen = self.freeze_bn or isinstance(self.bn, FixedNorm)
+        return not self.training or (frozen and self.weight.numel() < x.numel())
 
     def _factor(self) -> torch.Tensor:
         """Returns the factor by which batch-norm multiplies each channel."""

@@ -23,7 +23,10 @@ from qat_lightning.modes.purity.impure import Impure
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import AutogradFunction, detach_results
+from qat_lightning.modes.trace.fixed_norms import FixedNorm
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
+
+_LEAVES = (FXFloatFunctional, FusedModule, FixedNorm, AutogradFunction, torch.jit.ScriptModule)
 
 
 def reads_training(module: nn.Module) -> bool:
@@ -63,6 +66,7 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
+        self._constants: set[str] = set()  # the names of those that this trace has met
         self._detached: dict[fx.Node, fx.Node] = {}
 
     def create_node(
@@ -77,12 +81,20 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree."""
-        if isinstance(a, torch.Tensor) and a not in self.tensor_attrs:
-            for name, value in vars(self.root).items():
-                if is_traced_constant(name) and same_tensor(a, value):
-                    self.tensor_attrs[a] = name
-        return super().create_arg(a)
+        """Gives a constant tensor the name of an equal one from an earlier trace, so that graphs agree.
+
+        Two constants of one trace have two names, even if they are equal: those that are computed from the
+        buffers of a fresh network may be, and those of the trained one not. The names must not tell.
+        """
+        if not isinstance(a, torch.Tensor) or a in self.tensor_attrs:
+            return super().create_arg(a)
+        for name, value in vars(self.root).items():
+            if is_traced_constant(name) and name not in self._constants and same_tensor(a, value):
+                self.tensor_attrs[a] = name
+                break
+        argument = super().create_arg(a)
+        self._constants.add(self.tensor_attrs.get(a, ""))
+        return argument
 
     def record_call(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Calls `m`, and remembers the innermost module that fails or draws random numbers."""
@@ -101,7 +113,7 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
         return (
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self.opaque.modules
-            or isinstance(m, FXFloatFunctional | FusedModule | AutogradFunction | torch.jit.ScriptModule)
+            or isinstance(m, _LEAVES)
             or (reads_training(m) and not holds_quantizable(m))
         )
 
