@@ -5,19 +5,32 @@ A fake-quantized network in eval mode and its int8 form agree, as does what `loa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torchvision
 import typing_extensions
 from torch import Tensor, nn
 from torch.ao.nn import quantized
 from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from qat_lightning import convert, export_onnx, export_openvino, load_int8, preflight, prepare, save_int8
+from qat_lightning import (
+    convert,
+    export_onnx,
+    export_openvino,
+    load_int8,
+    load_qat_checkpoint,
+    preflight,
+    prepare,
+    save_int8,
+)
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.export.load import load_graph
 from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
@@ -25,6 +38,7 @@ from qat_lightning.modes.graph.lines import is_user_file
 from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.trace.fixed_norms import FixedNorm, recognize_fixed_norms
 from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import sqnr, train_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -362,3 +376,238 @@ def test_weights_of_an_ordinary_batch_norm_load_into_a_frozen_one() -> None:
     network = frozen(FrozenBatchNorm2d)
     recognize_fixed_norms(network)
     network.load_state_dict(frozen(nn.BatchNorm2d).state_dict())
+
+
+class Inner(nn.Module):
+    """Holds a weight in a module that is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix)
+
+
+class Weights(nn.Module):
+    """Layers and loose parameters. Subclasses say how they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 8) / 3), nn.Parameter(torch.randn(4))
+        self.kernel, self.norm = nn.Parameter(torch.randn(8, 4, 3, 3) / 6), nn.BatchNorm2d(8)
+        self.blur: Tensor
+        self.register_buffer("blur", torch.rand(8, 1, 3, 3) / 9)
+        self.inner = Inner()
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.features(x).mean((2, 3))
+
+
+class LinearCall(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.pooled(x), self.weight, self.bias)
+
+
+class ConvCall(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(F.conv2d(self.features(x), self.kernel, padding=1, groups=2)))
+
+
+class BufferCall(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.features(x), self.blur, None, 1, "same", 1, 8)
+
+
+class InnerCall(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.pooled(x))
+
+
+class SeveralCalls(Weights):
+    """Twice the same, and once with a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pooled(x)
+        same = F.linear(y, self.weight) + F.linear(self.last(y), self.weight)
+        return same + F.linear(y, self.weight, self.bias)
+
+
+class Tied(Weights):
+    """Calls a layer, and the function with the layer's weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.last(self.pooled(x)), self.last.weight)
+
+
+class Read(Weights):
+    """Uses a loose weight, and reads it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return F.linear(self.pooled(x), self.weight), self.weight.abs().mean()
+
+
+class ComputedLinear(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.pooled(x), self.weight.flip(0), self.bias)
+
+
+class ComputedConv(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel - self.kernel.mean((1, 2, 3), keepdim=True)
+        return torch.relu(F.conv2d(self.features(x), kernel, None, (2, 1), 1, 1, 2))
+
+
+class ComputedConv1d(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(self.features(x).flatten(2), self.kernel.mean(3), None, 2, 1, 2, 2)
+
+
+class BiasOfFused(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.last(self.pooled(x))) + self.last.bias
+
+
+class BiasOfPlain(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pooled(x)) + self.last.bias
+
+
+class Penalty(Weights):
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.pooled(x)), self.last.weight.square().mean() + self.conv.weight.abs().mean()
+
+
+class Slimming(Weights):
+    """Reads the factors of a batch-norm that is fused."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(torch.relu(self.norm(self.conv(x))).mean((2, 3))), self.norm.weight.abs().sum()
+
+
+CALLS = [LinearCall, ConvCall, BufferCall, InnerCall, SeveralCalls, Tied, Read]
+COMPUTED = [ComputedLinear, ComputedConv, ComputedConv1d]
+READS = [BiasOfFused, BiasOfPlain, Penalty, Slimming]
+
+
+class Joined(nn.Module):
+    """Another module with one output."""
+
+    def __init__(self, kind: type[Weights]) -> None:
+        super().__init__()
+        self.network = kind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.network(x)
+        return result[0] + result[1] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("kind", [*CALLS, *COMPUTED, *READS])
+def test_int8_computes_what_loose_weights_do(kind: type[Weights], tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 7, 7)
+    prepared, int8 = check(lambda: Joined(kind), x, tmp_path, min_sqnr=20)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(prepared)(x), prepared(x))
+    assert all(not isinstance(value, torch.ScriptObject) for value in int8.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", [*CALLS, *READS])
+def test_without_rounding_loose_weights_train_as_in_float(kind: type[Weights]) -> None:
+    torch.manual_seed(0)
+    x, network = torch.randn(8, 3, 7, 7), Joined(kind)
+    plain = copy.deepcopy(network)
+    prepared = prepare(network)
+    set_enabled(prepared, observer=False, fake_quant=False)
+    for each in (plain, prepared):
+        train_steps(each, ((x,), {}))
+    for name in ("conv.weight", "last.weight", "last.bias", "weight", "bias", "kernel", "inner.matrix"):
+        ours = prepared.state_dict().get(f"network.{name}")
+        if ours is not None:
+            torch.testing.assert_close(ours, plain.get_parameter(f"network.{name}").detach())
+    torch.testing.assert_close(prepared(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "key"),
+    [
+        (LinearCall, "weight_linear", "weight"),
+        (ConvCall, "kernel_conv2d", "kernel"),
+        (InnerCall, "inner.matrix_linear", "inner.matrix"),
+        (Tied, "last_weight_linear", "last.weight"),
+        (Read, "weight_linear", "weight"),
+    ],
+)
+def test_a_loose_weight_is_a_layer_and_keeps_its_key(kind: type[Weights], layer: str, key: str) -> None:
+    prepared = copy.deepcopy(prepare(kind()))
+    assert prepared.get_submodule(layer).weight is prepared.get_parameter(key)
+    assert layer in recipe_of(prepared).layers  # type: ignore[union-attr]
+    assert key in prepared.state_dict()
+    count = sum(parameter is prepared.get_parameter(key) for parameter in prepared.parameters())
+    assert count == 1
+
+
+def test_the_float_weight_is_not_in_the_int8_network() -> None:
+    prepared = prepare(LinearCall())
+    train_steps(prepared, ((torch.randn(8, 3, 7, 7),), {}))
+    assert not {"weight", "bias"} & set(convert(prepared).state_dict())
+
+
+def test_a_checkpoint_with_loose_weights_loads(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 7, 7)
+    prepared = prepare(Joined(SeveralCalls))
+    train_steps(prepared, ((x,), {}))
+    torch.save({"state_dict": prepared.state_dict()}, tmp_path / "qat.ckpt")
+    loaded = load_qat_checkpoint(tmp_path / "qat.ckpt", Joined(SeveralCalls))
+    assert torch.equal(loaded(x), prepared(x))
+
+
+@pytest.mark.parametrize("keep", [F.linear, "torch.nn.functional.linear()", "inner"])
+def test_a_layer_of_a_loose_weight_can_be_kept_float(keep: Any) -> None:
+    prepared = prepare(InnerCall(), keep_float=[keep])
+    assert type(prepared.get_submodule("inner.matrix_linear")) is nn.Linear
+    assert hasattr(prepared.get_submodule("conv"), "weight_fake_quant")
+
+
+@pytest.mark.parametrize("kind", [LinearCall, ConvCall, ComputedConv, BiasOfFused])
+def test_loose_weights_are_exported(kind: type[Weights], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, prepared = torch.randn(4, 3, 7, 7), prepare(kind())
+    train_steps(prepared, ((x,), {}))
+    export_onnx(prepared, tmp_path / "int8.onnx", (x,), min_sqnr=30)
+    export_openvino(prepared, tmp_path / "int8.xml", (x,), min_sqnr=25)
+
+
+class WeightsModule(pl.LightningModule):
+    """Calls functions with its own weights and reads those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+        self.weight, self.kernel = nn.Parameter(torch.randn(4, 8) / 3), nn.Parameter(torch.randn(4, 4) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.last(torch.relu(self.conv(x)).mean((2, 3)))) + self.last.bias
+        return F.linear(F.linear(y, self.weight), self.kernel - self.kernel.mean())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).mean()
+
+
+def test_a_lightning_module_with_loose_weights(tmp_path: Path) -> None:
+    prepared, int8 = check(WeightsModule, torch.randn(8, 3, 7, 7), tmp_path)
+    assert hasattr(prepared.weight_linear, "weight_fake_quant")
+    assert isinstance(int8.weight_linear, quantized.Linear)
+
+
+def test_attention_with_the_weights_of_linear_children() -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.swin_t(num_classes=4).eval()
+    prepared: Any = prepare(network, example_inputs=torch.randn(1, 3, 64, 64))
+    kinds = [type(prepared.get_submodule(f"features.1.0.attn.{name}")).__name__ for name in ("qkv", "proj")]
+    assert kinds == ["Linear", "Linear"]
+    assert F.linear not in {node.target for node in prepared.graph.nodes}
+    assert not [name for name, _ in prepared.named_modules() if name.endswith("_linear")]

@@ -26,13 +26,14 @@ from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.float_results import compute_results_in_float
 from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
 from qat_lightning.modes.fx.norms import Factors, hidden, use_plain_norms, without_int8
+from qat_lightning.modes.fx.packed_weights import hold_packed_weights
 from qat_lightning.modes.fx.paddings import lower_paddings, padding_config
 from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
 from qat_lightning.modes.fx.shared_qparams import count_calls, share_qparams
 from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
-from qat_lightning.modes.graph.functions import called_functions, keep_functions_float
+from qat_lightning.modes.graph.functions import called_functions, keep_functions_float, layers_of_functions
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
@@ -92,7 +93,9 @@ class FxMode:
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
         own = graft.must_stay_in_place(network)
-        keep_functions_float(graph_module, scopes, options.keep_float, own_weights=own)
+        keep_functions_float(graph_module, scopes, options.keep_float)
+        layers = layers_of_functions(graph_module, options.keep_float)
+        options = replace(options, keep_float=(*options.keep_float, *layers))
         normalize_relu_calls(graph_module)
         relu6 = 0
         if options.replace_relu6:
@@ -226,7 +229,8 @@ def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     keep_unlowered(prepared)
     use_plain_norms(prepared)
     with hidden(prepared):
-        return lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
+        int8 = lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
+    return hold_packed_weights(int8)
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

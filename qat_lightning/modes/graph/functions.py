@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from qat_lightning.modes.graph.by_mode import ByMode
 
+FUNCTION = "function"
+"""The key in the `meta` of a layer's call of the function that the layer stands for."""
+
 
 def function_name(function: Callable[..., Any]) -> str:
     """Returns the name for recipes: `"operator.add()"`, `"torch.matmul()"`, `"torch.Tensor.view()"`."""
@@ -34,7 +37,7 @@ def called_functions(graph: fx.Graph) -> frozenset[str]:
 
 
 def keep_functions_float(
-    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...], *, own_weights: bool
+    graph_module: fx.GraphModule, scopes: dict[str, Any], keep_float: tuple[str, ...]
 ) -> None:
     """Replaces each call of a function in `keep_float` by a module that does the same, in place.
 
@@ -42,12 +45,9 @@ def keep_functions_float(
         graph_module: A traced network.
         scopes: The scopes of its nodes; those of the new nodes are added.
         keep_float: Names to keep float; those that are not of functions are ignored here.
-        own_weights: Whether to keep `F.linear` and convolutions float, too, if their weight is a parameter of
-            the network. torch.ao keeps the int8 weight of such a call in a plain attribute, which only a
-            graph module would save.
     """
     for node in list(graph_module.graph.nodes):
-        if _name(node) in keep_float or (own_weights and _has_own_weight(node)):
+        if node.op != "call_module" and _name(node) in keep_float:
             name = f"{node.name}_float"
             module = ByMode.of(node, node.args, node.kwargs)
             graph_module.add_submodule(name, module)
@@ -59,13 +59,14 @@ def keep_functions_float(
     graph_module.recompile()
 
 
-def _has_own_weight(node: fx.Node) -> bool:
-    weights: Any = [*node.args[1:2], node.kwargs.get("weight")]
-    named = any(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
-    return named and node.target in (F.linear, F.conv1d, F.conv2d, F.conv3d)
+def layers_of_functions(graph_module: fx.GraphModule, keep_float: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names of the layers that stand for a function in `keep_float`."""
+    calls = (node for node in graph_module.graph.nodes if node.op == "call_module")
+    return tuple(dict.fromkeys(str(node.target) for node in calls if _name(node) in keep_float))
 
 
 def _name(node: fx.Node) -> str | None:
     if node.op == "call_method":
         return f"torch.Tensor.{node.target}()"
-    return function_name(node.target) if node.op == "call_function" and callable(node.target) else None
+    function = node.target if node.op == "call_function" else node.meta.get(FUNCTION)
+    return function_name(function) if callable(function) else None

@@ -101,11 +101,13 @@ def regraft(module: nn.Module, graph_module: fx.GraphModule) -> None:
     state: _Graft = vars(module)[_ATTRIBUTE]
     kept = targets(graph_module.graph)
     used = targets(state.graph) - set(state.added)
+    new = modules_of(graph_module)
     for name in state.added:
-        if name not in kept:
+        if name not in kept or new.get(name) is not modules_of(module).get(name):
             delattr(module, name)
     graft(module, graph_module, used)
-    vars(module)[_ATTRIBUTE].added += [name for name in state.added if name in kept]
+    again: list[str] = vars(module)[_ATTRIBUTE].added
+    again += [name for name in state.added if name in kept and name not in again]
 
 
 def _subclass(module: nn.Module, forward: Any) -> type[nn.Module]:

@@ -25,11 +25,16 @@ def write_out_arguments(graph: fx.Graph) -> None:
                 given[name] = _each(given[name], _DIMENSIONS[node.target])
         node.args, node.kwargs = tuple(given[name] for name in names), {}
         if isinstance(given["bias"], fx.Node) and given["bias"].op != "get_attr":
-            node.target = linear if node.target is F.linear else convolution
+            stay_float(node)
+
+
+def stay_float(node: fx.Node) -> None:
+    """Makes the call of a functional convolution or linear layer one that int8 does not know, in place."""
+    node.target = linear if node.target is F.linear else convolution
 
 
 def linear(*args: Any) -> torch.Tensor:
-    """Does the same as `F.linear`, but stays float: int8 stores the bias, and here it is computed."""
+    """Does the same as `F.linear`, but stays float: int8 would store what is computed here."""
     return F.linear(*args)
 
 
@@ -73,7 +78,7 @@ def read_metadata_from_buffers(network: nn.Module, graph: fx.Graph) -> None:
         readers = [user for user in node.users if _reads_metadata(user)]
         if node.op != "get_attr" or "." not in str(node.target) or not readers:
             continue
-        weight = _attribute(network, str(node.target))
+        weight = attribute(network, str(node.target))
         if isinstance(weight, torch.Tensor):
             name = f"{node.name}_facts"
             network.register_buffer(name, weight.new_empty(()).expand(weight.shape), persistent=False)
@@ -91,6 +96,7 @@ def _reads_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
 
 
-def _attribute(network: nn.Module, name: str) -> Any:
+def attribute(network: nn.Module, name: str) -> Any:
+    """Returns the attribute of a network, or of a module inside it, with that path."""
     owner, _, leaf = name.rpartition(".")
     return getattr(network.get_submodule(owner), leaf)

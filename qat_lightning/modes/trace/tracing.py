@@ -33,6 +33,7 @@ from qat_lightning.modes.trace.network_tracer import NetworkTracer, reads_traini
 from qat_lightning.modes.trace.norm_acts import split_norms
 from qat_lightning.modes.trace.own_layers import call_plain_layers
 from qat_lightning.modes.trace.padded_layers import split_padded_layers
+from qat_lightning.modes.trace.shared_weights import call_layers_of_weights, copy_reads_of_layers
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
 from qat_lightning.modes.trace.transformers import traceable_transformers
 
@@ -100,6 +101,8 @@ def _trace_split(network: nn.Module, opaque: Opaque, record: Record) -> tuple[fx
     graph_module = fx.GraphModule(network, graph, type(network).__name__)
     for name, layer in plain.items():
         graph_module.set_submodule(name, layer)
+    call_layers_of_weights(graph_module, scopes)
+    copy_reads_of_layers(graph_module)
     split_padded_layers(graph_module, scopes)
     return graph_module, scopes
 
