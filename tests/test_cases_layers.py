@@ -565,11 +565,23 @@ def test_a_checkpoint_with_loose_weights_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), prepared(x))
 
 
-@pytest.mark.parametrize("keep", [F.linear, "torch.nn.functional.linear()", "inner"])
+@pytest.mark.parametrize("keep", [F.linear, "torch.nn.functional.linear()", "inner", "inner.*"])
 def test_a_layer_of_a_loose_weight_can_be_kept_float(keep: Any) -> None:
     prepared = prepare(InnerCall(), keep_float=[keep])
     assert type(prepared.get_submodule("inner.matrix_linear")) is nn.Linear
     assert hasattr(prepared.get_submodule("conv"), "weight_fake_quant")
+
+
+def test_the_names_of_their_layers_are_found_again(tmp_path: Path) -> None:
+    """A search for layers to keep float passes the names that it finds in a prepared network."""
+    x, names = torch.randn(8, 3, 7, 7), ["inner.matrix_linear"]
+    prepared = prepare(InnerCall(), keep_float=names)
+    assert list(recipe_of(prepared).keep_float) == names  # type: ignore[union-attr]
+    train_steps(prepared, ((x,), {}))
+    int8 = convert(prepared)
+    assert torch.equal(load_int8(save_int8(int8, tmp_path / "int8.pt"), InnerCall())(x), int8(x))
+    with pytest.raises(ValueError, match=r"'inner\.other', which matches nothing"):
+        prepare(InnerCall(), keep_float=["inner.other"])
 
 
 @pytest.mark.parametrize("kind", [LinearCall, ConvCall, ComputedConv, BiasOfFused])
@@ -611,3 +623,26 @@ def test_attention_with_the_weights_of_linear_children() -> None:
     assert kinds == ["Linear", "Linear"]
     assert F.linear not in {node.target for node in prepared.graph.nodes}
     assert not [name for name, _ in prepared.named_modules() if name.endswith("_linear")]
+
+
+class LayersModule(pl.LightningModule):
+    """Has the layers of this file on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), FrozenBatchNorm2d(8)
+        self.act, self.head = nn.PReLU(), nn.Conv2d(8, 8, 1)
+        self.last = nn.BatchNorm2d(8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.head(self.act(self.norm(self.conv(x)))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).mean()
+
+
+def test_a_lightning_module_with_such_layers(tmp_path: Path) -> None:
+    prepared, int8 = check(LayersModule, torch.randn(8, 3, 7, 7), tmp_path, min_sqnr=20)
+    assert type(prepared.conv).__name__ == type(prepared.head).__name__ == "ConvBn2d"
+    assert isinstance(int8.conv, quantized.Conv2d)
+    assert type(int8.act) is nn.PReLU

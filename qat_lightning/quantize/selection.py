@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from qat_lightning.base.errors import nearest
+from qat_lightning.base.errors import UntraceableError, nearest
 from qat_lightning.modes.graph.functions import function_name
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import is_inside
@@ -170,13 +170,23 @@ def _matches(
         return list({_token(pattern)} & (functions(network) or frozenset()))
     named = [(n, m) for n, m in network.named_modules(remove_duplicate=False) if n]
     if isinstance(pattern, str):
-        return [name for name, _ in named if fnmatch.fnmatchcase(name, pattern)]
+        found = [name for name, _ in named if fnmatch.fnmatchcase(name, pattern)]
+        return found or _layers_of_functions(network, pattern, functions)
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return [name for name, module in named if isinstance(module, pattern)]
     raise TypeError(
         "keep_float takes names, globs or types of modules, but received "
         f"{pattern!r} of type {type(pattern).__name__}. In fx mode it also takes functions."
     )
+
+
+def _layers_of_functions(network: nn.Module, pattern: str, functions: Functions) -> list[str]:
+    """Returns the names of the layers that a graph has for functions with a weight of their own."""
+    try:
+        names = functions(network) or ()
+    except UntraceableError:
+        return []
+    return [n for n in names if not _is_function(n) and fnmatch.fnmatchcase(n, pattern)]
 
 
 def _is_function(pattern: FloatPattern) -> bool:
@@ -199,7 +209,7 @@ def _refuse_function(networks: Sequence[nn.Module], name: str, functions: Functi
         )
     raise ValueError(
         f"keep_float has the function {name!r}, which the graph of {kinds} does not call. "
-        f"{nearest(name, sorted(frozenset().union(*graphs)))}"
+        f"{nearest(name, sorted(n for n in frozenset().union(*graphs) if _is_function(n)))}"
     )
 
 

@@ -70,7 +70,7 @@ class FxMode:
         return options
 
     def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> frozenset[str]:
-        """Returns the names of the functions that the graph of `network` calls."""
+        """Returns the names of the functions that the graph of `network` calls, and of layers for them."""
         names = [name for name, _ in network.named_modules()]
         traced = _trace(structural_copy(network), untraceable, example, keep_float=names)
         return called_functions(traced.graph_module.graph)

@@ -32,8 +32,9 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def called_functions(graph: fx.Graph) -> frozenset[str]:
-    """Returns the names of the functions, and of the methods of tensors, that a graph calls."""
-    return frozenset(name for node in graph.nodes if (name := _name(node)))
+    """Returns the names of functions, of methods of tensors, and of layers that stand for functions."""
+    layers = {str(node.target) for node in graph.nodes if FUNCTION in node.meta}
+    return frozenset(name for node in graph.nodes if (name := _name(node))) | layers
 
 
 def keep_functions_float(
