@@ -15,6 +15,7 @@ from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.nn.quantized import Quantize
 
+from qat_lightning.base.subclass import forward_of
 from qat_lightning.base.torch_internals import (
     AdaptiveAvgPool,
     AvgPool,
@@ -23,7 +24,6 @@ from qat_lightning.base.torch_internals import (
     tree_leaves,
     tree_map,
 )
-from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.padded_layers import pads_by_itself

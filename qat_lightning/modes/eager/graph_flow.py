@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from qat_lightning.base import random_state
+from qat_lightning.base.subclass import forward_of
 from qat_lightning.modes.graph.flow import TRANSPARENT, Flow, attributes, is_leaf
-from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.symbolic import defaults
 

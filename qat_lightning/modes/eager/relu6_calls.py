@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat_lightning.base.subclass import with_forward
 from qat_lightning.modes.eager.bytecode import Load, closure_of, code_within, loads_of
 from qat_lightning.modes.graph.relu6 import clamped_to_six, is_inside
-from qat_lightning.modes.graph.subclass import with_forward
 
 
 class _AsRelu(TorchFunctionMode):

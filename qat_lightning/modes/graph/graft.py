@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from qat_lightning.base.subclass import forward_of, with_forward
 from qat_lightning.base.torch_internals import buffers_of, modules_of, parameters_of
 from qat_lightning.modes.graph.behaviour import LostForward, mark_containers
-from qat_lightning.modes.graph.subclass import forward_of, with_forward
 
 _ATTRIBUTE = "_qat_graft"
 _MARK = "_qat_runs_a_graph"  # an attribute of the classes that `graft` makes

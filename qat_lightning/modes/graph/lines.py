@@ -15,7 +15,7 @@ import torch
 import typing_extensions
 from torch import fx, nn
 
-from qat_lightning.modes.graph.subclass import forward_of
+from qat_lightning.base.subclass import forward_of
 
 _PACKAGE = str(Path(__file__).parents[2])
 # The package's own models and data modules count as the user's code: the user can replace them.

@@ -15,10 +15,10 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
+from qat_lightning.base.subclass import forward_of
 from qat_lightning.base.torch_internals import is_traced_constant
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.quantizable import holds_quantizable
-from qat_lightning.modes.graph.subclass import forward_of
 from qat_lightning.modes.purity.impure import Impure
 from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque

@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat_lightning.base.subclass import forward_of, with_forward
 from qat_lightning.base.torch_internals import ASSERT, buffers_of, modules_of, parameters_of
-from qat_lightning.modes.graph.subclass import forward_of, with_forward
 
 _CHILD = "batch_norm"
 """The name of the child."""

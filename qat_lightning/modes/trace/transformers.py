@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_lightning.base.subclass import forward_of
 from qat_lightning.base.torch_internals import feed_forward, self_attention
-from qat_lightning.modes.graph.subclass import forward_of
 
 _Mask = Tensor | None
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from qat_lightning.base.errors import ConversionError, nearest
 from qat_lightning.base.inputs import Inputs, arguments_of
+from qat_lightning.base.subclass import with_forward
 from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.export.extras import require
-from qat_lightning.modes.graph.subclass import with_forward
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.example_inputs import Examples
 from qat_lightning.quantize.int8_file import save_int8
