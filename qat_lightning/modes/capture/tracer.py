@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from qat_lightning.modes.purity.writes import draw
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import watched_contexts
 from qat_lightning.modes.trace.network_tracer import NetworkTracer
-from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
 
 
 class CaptureTracer(NetworkTracer):
@@ -61,12 +59,11 @@ class CaptureTracer(NetworkTracer):
         before, random_before = Attributes(root), random_state.capture()
         generators = PrivateGenerators(root)
         with (
-            ONE_AT_A_TIME,
+            self.this_thread(),
             telling_modules(root, self),
             recorded_constructors(self),
             watched_contexts(self),
         ):
-            self._thread = threading.get_ident()
             args, kwargs = call_with(arguments, {each.name: self._input(each) for each in arguments})
             result = root.forward(*args, **kwargs)
             self.create_node("output", "output", (self.create_arg(result),), {})
@@ -105,6 +102,10 @@ class CaptureTracer(NetworkTracer):
             facts = (value.ndim, value.is_floating_point())
             self.create_node("call_function", check_tensor, (node, facts, argument.name), {})
         return self._proxy(node, map_tensors(value, torch.clone))  # the forward may write into it
+
+    def records(self) -> bool:
+        """Whether the calling code is the forward, and not what computes a value for it."""
+        return super().records() and not self.computing
 
     # Modules.
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,7 +25,7 @@ from qat_lightning.base.torch_internals import (
 from qat_lightning.modes.graph.dropout import detached
 from qat_lightning.modes.graph.guards import check_no_autocast
 from qat_lightning.modes.graph.lines import current_user_line
-from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
+from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME, replaced
 
 
 class AutogradFunction(nn.Module):
@@ -47,30 +46,26 @@ class AutogradFunction(nn.Module):
 @contextmanager
 def watched_contexts(tracer: Any) -> Iterator[None]:
     """Makes `tracer` see autograd functions, and refuse autocast and checkpointing, in this thread alone."""
-    thread = threading.get_ident()
     apply = vars(torch.autograd.Function)["apply"]
     enter = torch.autocast.__enter__
 
-    def traced() -> bool:
-        return threading.get_ident() == thread and not getattr(tracer, "computing", False)
-
     def apply_or_record(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (traced() and _holds_proxy(args)):
+        if not (tracer.records() and _holds_proxy(args)):
             return apply.__get__(None, cls)(*args, **kwargs)
         if issubclass(cls, checkpoint.CheckpointFunction):
             raise TypeError(_CHECKPOINTING)
         return tracer.create_proxy("call_module", _register(tracer.root, cls), args, kwargs)
 
     def enter_or_refuse(self: Any) -> Any:
-        if traced() and switches_autocast_on(self):
+        if tracer.records() and switches_autocast_on(self):
             raise TypeError(_AUTOCAST)
-        if traced():
+        if tracer.records():
             tracer.create_node("call_function", check_no_autocast, (current_user_line(),), {})
         return enter(self)
 
     def refusing(generator: Any) -> Any:
         def generate_or_refuse(*args: Any, **kwargs: Any) -> Any:
-            if traced():
+            if tracer.records():
                 raise TypeError(_CHECKPOINTING)
             return generator(*args, **kwargs)
 
@@ -79,20 +74,11 @@ def watched_contexts(tracer: Any) -> Iterator[None]:
     with ONE_AT_A_TIME, ExitStack() as stack:
         for name in checkpoint_generators():
             generator = getattr(checkpoint, name)
-            stack.enter_context(_replaced(checkpoint, name, refusing(generator), generator))
-        stack.enter_context(_replaced(torch.autograd.Function, "apply", classmethod(apply_or_record), apply))
-        stack.enter_context(_replaced(torch.autocast, "__enter__", enter_or_refuse, enter))
+            stack.enter_context(replaced(checkpoint, name, refusing(generator), generator))
+        stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(apply_or_record), apply))
+        stack.enter_context(replaced(torch.autocast, "__enter__", enter_or_refuse, enter))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, new: Any, old: Any) -> Iterator[None]:
-    setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
 
 
 _AUTOCAST = (
