@@ -27,7 +27,7 @@ from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.recipe import recipe_of
 from qat_lightning.quantize.stored_example import restore, store
-from tests.captured import CASES, Attention, BySize, Caching, Case, Output, WithOptions
+from tests.captured import CASES, Attention, BySize, Caching, Case, Output, Pair, WithOptions
 from tests.networks import sqnr
 
 
@@ -113,6 +113,50 @@ def test_what_a_forward_caches_is_as_before() -> None:
     assert vars(network) == before
     assert network.anchors is anchors
     assert prepared.shape is None
+
+
+class CachingByHeight(Caching):
+    """Compares the parts of a cached pair, and writes the cached value first."""
+
+    def forward(self, x: Tensor) -> Pair:
+        y = self.conv(x)
+        size = (y.shape[2], y.shape[3])
+        if size != self.shape:
+            self.anchors, self.shape = torch.arange(size[1], device=y.device) + 0.5, size
+        return Pair(y, y * self.anchors)
+
+
+@pytest.mark.parametrize("build", [Caching, CachingByHeight])
+def test_what_a_cache_holds_from_an_earlier_run_decides_nothing(build: type[Caching]) -> None:
+    images = {size: torch.randn(5, 3, *size) for size in ((6, 6), (6, 8), (8, 6))}
+    network = build().eval()
+    network(images[6, 6])
+    prepared = prepare(copy.deepcopy(network), example_inputs=torch.randn(2, 3, 6, 8)).eval()
+    set_enabled(prepared, observer=False, fake_quant=False)
+    for each in images.values():
+        for found, expected in zip(prepared(each), network(each), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+class DecidingByAnAttribute(Caching):
+    """Decides by an attribute that it does not store."""
+
+    def forward(self, x: Tensor) -> Pair:
+        y = self.conv(x)
+        if self.shape != y.shape:
+            self.anchors = torch.arange(y.shape[3], device=y.device) + 0.5
+        else:
+            self.anchors = torch.zeros(1)
+        return Pair(y, y * self.anchors)
+
+
+def test_an_attribute_that_a_forward_does_not_store_still_decides() -> None:
+    network = DecidingByAnAttribute().eval()
+    network.shape = (5, 4, 6, 6)
+    prepared = prepare(network, example_inputs=torch.randn(2, 3, 6, 8)).eval()
+    prepared(torch.randn(5, 3, 6, 8))
+    with pytest.raises(GuardError, match=r"self\.shape != y\.shape"):
+        prepared(torch.randn(5, 3, 6, 6))
 
 
 def test_an_input_that_takes_another_path_raises_with_its_line() -> None:

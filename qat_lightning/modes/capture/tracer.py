@@ -77,7 +77,10 @@ class CaptureTracer(NetworkTracer):
         if not root.training:
             with torch.no_grad():
                 args, kwargs = call_with(arguments, {each.name: each.value for each in arguments})
+                cached = before.guards_of_caches(self.graph)
                 before.refuse_dependence(result, lambda: root.forward(*args, **kwargs))
+            for guard in cached:
+                self.graph.erase_node(guard)
         return self.graph
 
     def _begin(self, root: nn.Module) -> None:
