@@ -138,6 +138,28 @@ def test_what_a_cache_holds_from_an_earlier_run_decides_nothing(build: type[Cach
             torch.testing.assert_close(found, expected)
 
 
+class CachingAndDeciding(Caching):
+    """Decides by a number that its cache happens to hold, too."""
+
+    def forward(self, x: Tensor) -> Pair:
+        y = self.conv(x)
+        height = y.shape[2]
+        if height == 6:
+            y = y * 2
+        if self.shape != height:
+            self.anchors, self.shape = torch.arange(y.shape[3], device=y.device) + 0.5, height
+        return Pair(y, y * self.anchors)
+
+
+def test_the_input_decides_beside_a_cache() -> None:
+    network = CachingAndDeciding().eval()
+    network(torch.randn(5, 3, 6, 8))
+    prepared = prepare(network, example_inputs=torch.randn(2, 3, 8, 8)).eval()
+    prepared(torch.randn(5, 3, 7, 8))
+    with pytest.raises(GuardError, match="height == 6"):
+        prepared(torch.randn(5, 3, 6, 8))
+
+
 class DecidingByAnAttribute(Caching):
     """Decides by an attribute that it does not store."""
 

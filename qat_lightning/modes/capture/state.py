@@ -6,7 +6,6 @@ size, if its outputs do not depend on what it stored.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import fx, nn
 from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.torch_internals import buffers_of, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
-from qat_lightning.modes.graph.guards import check_decision
 from qat_lightning.modes.purity.impure import Impure
 
 _SKIPPED = frozenset(vars(nn.Module()))
@@ -46,7 +44,7 @@ class Attributes:
             now = buffers_of(module).get(name)
             if (now is not buffer or version_of(buffer) != version) and not paths[module].startswith(whole):
                 raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
-        for module, name, before, now in self._changes():
+        for module, name, before, now in self.changes():
             if isinstance(before, _PLAIN) and type(now) in _PLAIN and not paths[module].startswith(whole):
                 raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
 
@@ -57,7 +55,7 @@ class Attributes:
             result: The output of the first call.
             call: Calls the network again.
         """
-        caches = [(module, name, now) for module, name, _, now in self._changes() if proxies_in(now)]
+        caches = [(module, name, now) for module, name, _, now in self.changes() if proxies_in(now)]
         if not caches:
             return
         for module, name, now in caches:
@@ -68,26 +66,8 @@ class Attributes:
                 f"its forward stores {name!r}, on which its next call depends, and a graph would not", module
             )
 
-    def guards_of_caches(self, graph: fx.Graph) -> list[fx.Node]:
-        """Finds the guards of decisions that only a cache makes.
-
-        Such a decision compares what the cache held before, perhaps from an earlier run, with what the run
-        stored in its place. The graph always computes anew, as the run did.
-        """
-        replaced = [
-            (before, now)
-            for _, _, before, now in self._changes()
-            if proxies_in(now) and _is_plain(before) and before != values_of(now)
-        ]
-        pairs = [(old, _expression(new.__dict__["node"])) for both in replaced for old, new in _paired(*both)]
-        return [
-            node
-            for node in graph.nodes
-            if node.target is check_decision
-            and any(_compares(node.args[0], old, expression) for old, expression in pairs)
-        ]
-
-    def _changes(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+    def changes(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
+        """Yields the attributes that the run assigned: module, name, and the values before and now."""
         for module in self.root.modules():
             for name, now in _attributes(module):
                 before = self.attributes.get((module, name), Attributes)
@@ -103,40 +83,6 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, value) for name, value in buffers_of(module).items() if value is not None)
-
-
-def _paired(before: Any, now: Any) -> Iterator[tuple[Any, ValueProxy]]:
-    """Pairs a proxy, or each in a tuple or list, with what was in its place before."""
-    if type(now) is ValueProxy:
-        yield before, now
-    elif isinstance(now, tuple | list) and isinstance(before, tuple | list):
-        for pair in zip(before, now, strict=False):
-            yield from _paired(*pair)
-
-
-def _compares(node: fx.Node, old: Any, expression: tuple[Any, ...]) -> bool:
-    """Whether a node compares an expression with an old value."""
-    if node.target not in (operator.eq, operator.ne):
-        return False
-    left, right = node.args
-    return any(
-        isinstance(new, fx.Node) and _expression(new) == expression and _is_constant(constant, old)
-        for new, constant in ((left, right), (right, left))
-    )
-
-
-def _expression(node: fx.Node) -> tuple[Any, ...]:
-    """Returns what a node computes; two nodes may compute the same."""
-    return (node,) if node.op == "placeholder" else (node.op, node.target, node.args, node.kwargs)
-
-
-def _is_constant(constant: Any, old: Any) -> bool:
-    return not isinstance(constant, fx.Node) and bool(constant == old)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or None, or a tuple or list of them."""
-    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, _PLAIN)
 
 
 def _equal(left: Any, right: Any) -> bool:

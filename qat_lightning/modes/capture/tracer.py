@@ -12,6 +12,7 @@ from qat_lightning.base import random_state
 from qat_lightning.base.nested import fields_of, is_structure, map_tensors
 from qat_lightning.base.torch_internals import BatchNorm, is_script_method, script_module_of
 from qat_lightning.modes.capture.aliases import Aliases
+from qat_lightning.modes.capture.caches import guards_of_caches
 from qat_lightning.modes.capture.call import SIMPLE, Argument, call_with
 from qat_lightning.modes.capture.constructors import recorded_constructors
 from qat_lightning.modes.capture.proxies import ValueProxy, values_of
@@ -77,7 +78,7 @@ class CaptureTracer(NetworkTracer):
         if not root.training:
             with torch.no_grad():
                 args, kwargs = call_with(arguments, {each.name: each.value for each in arguments})
-                cached = before.guards_of_caches(self.graph)
+                cached = guards_of_caches(self.graph, before.changes())
                 before.refuse_dependence(result, lambda: root.forward(*args, **kwargs))
             for guard in cached:
                 self.graph.erase_node(guard)
