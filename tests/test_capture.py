@@ -116,7 +116,13 @@ def test_what_a_forward_caches_is_as_before() -> None:
 
 
 class CachingByHeight(Caching):
-    """Compares the parts of a cached pair, and writes the cached value first."""
+    """Compares the parts of a cached pair, whose default is the class's."""
+
+    shape: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.shape
 
     def forward(self, x: Tensor) -> Pair:
         y = self.conv(x)
@@ -136,6 +142,18 @@ def test_what_a_cache_holds_from_an_earlier_run_decides_nothing(build: type[Cach
     for each in images.values():
         for found, expected in zip(prepared(each), network(each), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("build", [Caching, CachingByHeight])
+def test_a_network_that_has_run_makes_the_graph_of_a_fresh_one(build: type[Caching], tmp_path: Path) -> None:
+    network, fresh, images = build().eval(), build(), torch.randn(5, 3, 6, 6)
+    network(images)
+    prepared = prepare(network, example_inputs=torch.randn(2, 3, 6, 8))
+    prepared.train()(images)
+    int8 = convert(prepared)
+    loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), fresh)
+    for found, expected in zip(loaded(images), int8(images), strict=True):
+        assert torch.equal(found, expected)
 
 
 class CachingAndDeciding(Caching):
