@@ -75,13 +75,12 @@ class CaptureTracer(NetworkTracer):
                 "its forward draws random numbers while it is captured, and a graph would repeat them"
             )
         before.refuse_writes(self.graph)
+        for guard in guards_of_caches(self.graph, before.changes()):
+            self.graph.erase_node(guard)
         if not root.training:
             with torch.no_grad():
                 args, kwargs = call_with(arguments, {each.name: each.value for each in arguments})
-                cached = guards_of_caches(self.graph, before.changes())
                 before.refuse_dependence(result, lambda: root.forward(*args, **kwargs))
-            for guard in cached:
-                self.graph.erase_node(guard)
         return self.graph
 
     def _begin(self, root: nn.Module) -> None:
