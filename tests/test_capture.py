@@ -271,6 +271,21 @@ class CountingInABuffer(Counting):
         return y
 
 
+class CountingFromTheClass(nn.Module):
+    """Counts its calls from a number of the class."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.fc(x) * len(x)
+        return y
+
+
 class Remembering(Counting):
     """Adds what it computed in its last call."""
 
@@ -294,7 +309,9 @@ class ReadingAStaleView(Counting):
         return y + view[:, None]
 
 
-@pytest.mark.parametrize("build", [Counting, CountingInABuffer, Remembering, ReadingAStaleView])
+@pytest.mark.parametrize(
+    "build", [Counting, CountingInABuffer, CountingFromTheClass, Remembering, ReadingAStaleView]
+)
 def test_state_that_a_graph_would_lose_is_refused(build: type[Counting]) -> None:
     network = build()
     before = copy.deepcopy(vars(network)), copy.deepcopy(network.state_dict())

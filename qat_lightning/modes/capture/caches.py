@@ -14,7 +14,6 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
-from qat_lightning.modes.capture.state import Attributes
 from qat_lightning.modes.graph.guards import check_decision
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -32,10 +31,9 @@ def guards_of_caches(graph: fx.Graph, changes: Iterable[tuple[nn.Module, str, An
     """
     replaced = [
         (name, old, _expression(new.__dict__["node"]))
-        for module, name, before, now in changes
-        for earlier in (getattr(type(module), name, None) if before is Attributes else before,)
-        if proxies_in(now) and _is_plain(earlier) and earlier != values_of(now)
-        for old, new in _paired(earlier, now)
+        for _, name, before, now in changes
+        if proxies_in(now) and _is_plain(before) and before != values_of(now)
+        for old, new in _paired(before, now)
     ]
     return [
         node

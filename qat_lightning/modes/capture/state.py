@@ -70,7 +70,8 @@ class Attributes:
         """Yields the attributes that the run assigned: module, name, and the values before and now."""
         for module in self.root.modules():
             for name, now in _attributes(module):
-                before = self.attributes.get((module, name), Attributes)
+                default = getattr(type(module), name, Attributes)
+                before = self.attributes.get((module, name), default)
                 if now is not before and (
                     type(now) is ValueProxy or proxies_in(now) or not _equal(now, before)
                 ):
