@@ -31,6 +31,7 @@ from qat_lightning.run import conversion
 from qat_lightning.run.distributed.qparams_check import check_same_qparams
 from qat_lightning.run.parts import exports
 from tests.networks import CLASSES, Residual
+from tests.reading import Reading, logits, sentences
 from tests.runs import TinyModule, dataset, trainer
 from tests.test_ranks import ranges
 
@@ -73,6 +74,7 @@ def fit(
     *callbacks: pl.Callback,
     qat: QuantizationAwareTraining | None = None,
     ddp: dict[str, Any] | None = None,
+    outputs: Callable[[pl.LightningModule], Tensor] = lambda module: module(dataset(8, seed=2).tensors[0]),
     **options: Any,
 ) -> Result:
     qat = qat or QuantizationAwareTraining(output_dir=folder / "out")
@@ -84,7 +86,7 @@ def fit(
     return {
         "ranges": ranges(module),
         "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
-        "int8": qat.int8_module(dataset(8, seed=2).tensors[0]),
+        "int8": outputs(qat.int8_module),
         "path": None if qat.int8_path is None else str(qat.int8_path),
     }
 
@@ -123,6 +125,21 @@ def histograms(folder: Path) -> Result:
 def torchvision(folder: Path) -> Result:
     network = models.resnet18(num_classes=CLASSES)
     return fit(folder, Uneven(network, lr=0.001), max_epochs=1)
+
+
+class UnevenReading(Reading):
+    """The sentences of rank 1 are others than those of rank 0, and padded to other lengths."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return sentences(24, seed=self.global_rank)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return sentences(16, seed=2 + self.global_rank)
+
+
+@scenario
+def captured(folder: Path) -> Result:
+    return fit(folder, UnevenReading(), outputs=logits)
 
 
 class Meddler(pl.Callback):

@@ -41,7 +41,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.parametrize(
     "name",
-    ["uneven", "static_graph", "half_unseen", "histograms", "own_folders", "own_disks", "torchvision"],
+    [
+        *("uneven", "static_graph", "half_unseen", "histograms", "own_folders", "own_disks", "torchvision"),
+        "captured",
+    ],
 )
 def test_all_ranks_end_with_one_grid_and_one_int8_network(results: Results, name: str) -> None:
     ours, theirs = (rank[name] for rank in results)
