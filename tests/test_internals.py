@@ -299,6 +299,24 @@ def test_nested_values() -> None:
         assert (way, leaf) == ((torch_internals.MappingKey("b"),), 3)
 
 
+def test_a_class_of_nested_values() -> None:
+    class Kind(dict[str, int]):
+        pass
+
+    with internal("torch: utils._pytree"):
+        torch_internals.register_mapping(
+            Kind,
+            "tests.Kind",
+            lambda each: [*each],
+            lambda values, names: Kind(zip(names, values, strict=True)),
+        )
+        structure = torch_internals.tree_structure(Kind(a=1, b=2))
+        again = torch_internals.treespec_loads(torch_internals.treespec_dumps(structure))
+        found = torch_internals.tree_unflatten([3, 4], again)
+        assert (type(found), found) == (Kind, {"a": 3, "b": 4})
+        assert torch_internals.tree_flatten_with_path(found)[0][-1] == ((torch_internals.MappingKey("b"),), 4)
+
+
 # torch.ao
 
 

@@ -62,7 +62,11 @@ class Reviews(LightningDataModule):
         while len(unique) < trained + 2 * tested:
             unique[write(dice)] = None
         reviews = [*unique]
-        self.test, self.val, self.train = reviews[:tested], reviews[tested : 2 * tested], reviews[2 * tested :]
+        self.test, self.val, self.train = (
+            reviews[:tested],
+            reviews[tested : 2 * tested],
+            reviews[2 * tested :],
+        )
         self.batch, self.tokenizer = batch, Tokenizer(review.text for review in self.train)
 
     def train_dataloader(self) -> DataLoader[Review]:

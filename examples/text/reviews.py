@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-THINGS = (
-    "soup bread fish salad cake coffee wine menu waiter chef music table kitchen garden price service".split()
-)
-GOOD = "good great tasty lovely friendly perfect pleasant superb".split()
-BAD = "bad awful bland rude terrible boring poor dreadful".split()
+FOOD = ["soup", "bread", "fish", "salad", "cake", "coffee", "wine", "menu"]
+THINGS = [*FOOD, "waiter", "chef", "music", "table", "kitchen", "garden", "price", "service"]
+GOOD = ["good", "great", "tasty", "lovely", "friendly", "perfect", "pleasant", "superb"]
+BAD = ["bad", "awful", "bland", "rude", "terrible", "boring", "poor", "dreadful"]
 LIKE, DISLIKE = ["like", "love", "enjoy", "recommend"], ["hate", "regret", "dislike", "resent"]
 DEGREES = ["very", "really", "quite", "so"]
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-PLAIN = ["the {thing} was {degree} {word}", "again this {word} {thing}", "the {word} {thing} came {degree} late"]
+DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+PLAIN = [
+    "the {thing} was {degree} {word}",
+    "again this {word} {thing}",
+    "the {word} {thing} came {degree} late",
+]
 NEGATED = [
     "the {thing} was not {degree} {word}",
     "the {thing} was anything but {word}",

@@ -35,6 +35,33 @@ tree_structure = _pytree.tree_structure
 tree_unflatten = _pytree.tree_unflatten
 treespec_dumps, treespec_loads = _pytree.treespec_dumps, _pytree.treespec_loads
 
+
+def register_mapping(
+    kind: type[Any],
+    name: str,
+    context_of: Callable[[Any], Any],
+    build: Callable[[Iterable[Any], Any], Any],
+) -> None:
+    """Registers a class of dicts as nested values.
+
+    Args:
+        kind: The class.
+        name: Its name in a serialized structure.
+        context_of: Returns what the structure holds besides the values, as plain values.
+        build: Makes one of values and of what `context_of` returned.
+    """
+    _pytree.register_pytree_node(
+        kind,
+        lambda mapping: ([*mapping.values()], context_of(mapping)),
+        build,
+        serialized_type_name=name,
+        flatten_with_keys_fn=lambda mapping: (
+            [(MappingKey(key), value) for key, value in mapping.items()],
+            context_of(mapping),
+        ),
+    )
+
+
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 

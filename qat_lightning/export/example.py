@@ -15,6 +15,7 @@ from qat_lightning.base import cpu
 from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.base.torch_internals import tree_map_only
+from qat_lightning.export.fields import as_fields
 from qat_lightning.export.runtime import Runtime, RuntimeNetwork
 from qat_lightning.export.structure import STRUCTURE_KEY, structure_of, tensors_of
 from qat_lightning.fake_quant.ranges import check_observed
@@ -31,7 +32,7 @@ class Example:
         module: A copy of the network, or of the LightningModule that holds it.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        outputs: What it returned.
+        outputs: What it returned, with `Fields` in the place of dataclasses.
         metadata: Metadata for the file: the recipes, and the structure of the outputs.
     """
 
@@ -109,7 +110,7 @@ def example_of(prepared: nn.Module, example_inputs: Any) -> Example:
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), arguments)
     module = copy.deepcopy(prepared).cpu().eval()
     with torch.no_grad():
-        outputs = module(*args, **kwargs)
+        outputs = as_fields(module(*args, **kwargs))
     metadata = {f"{RECIPE_KEY}.{name}".rstrip("."): recipe.to_json() for name, recipe in recipes.items()}
     return Example(module, args, kwargs, outputs, metadata | {STRUCTURE_KEY: structure_of(outputs)})
 

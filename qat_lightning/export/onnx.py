@@ -15,6 +15,7 @@ from qat_lightning.base.quiet import quiet_exporters, quiet_torch_ao
 from qat_lightning.base.torch_internals import MappingKey, tree_flatten_with_path, tree_map
 from qat_lightning.export.example import Example, example_of
 from qat_lightning.export.extras import require
+from qat_lightning.export.fields import returning_fields
 from qat_lightning.export.runtime import OnnxRuntime
 from qat_lightning.modes.layers.reference import reference
 
@@ -37,8 +38,9 @@ def export_onnx(
             LightningModule that holds it. It is not changed.
         path: Where to write the file. The folder is created if needed.
         example_inputs: A tuple of arguments for `forward`, or a dict of arguments by name; they may be
-            nested. The first dimension of each tensor is the batch; the file takes any batch size. By default
-            the module's `example_input_array`.
+            nested. The first dimension of each tensor is the batch; the file takes any batch size. The other
+            dimensions of integer and bool tensors, such as the length of a text, may have any size too if
+            the network allows it. By default the module's `example_input_array`.
         min_sqnr: Least agreement with the fake-quant outputs, in dB. Both use the same scales and zero
             points, so they differ only where another order of additions changes a rounding. Trained networks
             reach 40 dB and more; a graph that computes something else stays near 0. An untrained network
@@ -91,12 +93,12 @@ def write_graph(
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
-            (form or reference)(example.module),
+            returning_fields((form or reference)(example.module)),
             (*example.args, example.kwargs),  # torch takes the last dict, even {}, for keyword arguments
             dynamo=True,
             verbose=False,
             output_names=_output_names(example.outputs),
-            dynamic_shapes=tree_map(_dynamic_batch, example.kwargs or example.args),
+            dynamic_shapes=tree_map(_dynamic, example.kwargs or example.args),
         )
         assert program is not None
         model = as_products(program.model) if for_onnx_runtime else program.model
@@ -105,9 +107,12 @@ def write_graph(
     onnx_ir.save(model, path)
 
 
-def _dynamic_batch(value: Any) -> Any:
-    batched = isinstance(value, torch.Tensor) and value.ndim > 0
-    return {0: torch.export.Dim.AUTO} if batched else None
+def _dynamic(value: Any) -> Any:
+    """Returns which dimensions of an input may have any size, unless the network needs one size."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return None
+    sequences = not (value.is_floating_point() or value.is_complex())
+    return dict.fromkeys(range(value.ndim if sequences else 1), torch.export.Dim.AUTO)
 
 
 def _output_names(outputs: Any) -> list[str]:
