@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any
 
@@ -55,7 +56,7 @@ def returning_fields(network: nn.Module) -> nn.Module:
     return network
 
 
-def _rebuilt(names: list[str], absent: list[str], values: list[Any]) -> Fields:
+def _rebuilt(values: Iterable[Any], names: list[str], absent: list[str]) -> Fields:
     return Fields(zip(names, values, strict=True), **dict.fromkeys(absent))
 
 
@@ -63,5 +64,5 @@ register_mapping(
     Fields,
     "qat_lightning.Fields",
     lambda fields: [[*fields], [*fields.absent]],
-    lambda values, context: _rebuilt(*context, [*values]),
+    lambda values, context: _rebuilt(values, *context),
 )
