@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -28,21 +30,20 @@ class Classifier(LightningModule):
     def __init__(self, words: int, lr: float, attention: str = "sdpa") -> None:
         super().__init__()
         self.lr = lr
-        self.model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=words,
-                hidden_size=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=2 * WIDTH,
-                max_position_embeddings=64,
-                num_labels=len(ANSWERS),
-                initializer_range=WIDTH**-0.5,  # BERT's 0.02 is for a width of 768
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                attn_implementation=attention,
-            )
-        )
+        options: dict[str, Any] = {
+            "vocab_size": words,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 2 * WIDTH,
+            "max_position_embeddings": 64,
+            "num_labels": len(ANSWERS),
+            "initializer_range": WIDTH**-0.5,  # BERT's 0.02 is for a width of 768
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "attn_implementation": attention,
+        }
+        self.model = BertForSequenceClassification(BertConfig(**options))
         self.accuracy = MulticlassAccuracy(len(ANSWERS), average="micro")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
