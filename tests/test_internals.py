@@ -218,7 +218,7 @@ def test_a_convolution_with_another_weight() -> None:
 
 def test_a_tensor_of_integers() -> None:
     integers = torch.tensor([0, 7, 255], dtype=torch.uint8)
-    with internal("torch: _make_per_tensor_quantized_tensor"):
+    with quiet_torch_ao(), internal("torch: _make_per_tensor_quantized_tensor"):
         tensor = torch_internals.quantized_tensor(integers, 0.5, 7)
         assert tensor.dequantize().tolist() == [-3.5, 0.0, 124.0]
 
