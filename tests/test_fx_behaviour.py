@@ -22,7 +22,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "swin_t": lambda: models.swin_t(num_classes=4),
     "efficientnet_b0": lambda: models.efficientnet_b0(num_classes=4),
     "googlenet": lambda: models.googlenet(num_classes=4, init_weights=False),
-    "timm_drop_path": lambda: timm.create_model("resnet10t", num_classes=4, drop_path_rate=0.5),
+    # With blocks that begin at zero, dropping them would change nothing.
+    "timm_drop_path": lambda: timm.create_model(
+        "resnet10t", num_classes=4, drop_path_rate=0.5, zero_init_last=False
+    ),
 }
 
 
