@@ -244,6 +244,7 @@ def test_a_qconfig_that_is_refused_changes_nothing() -> None:
     asked(network, lambda: prepare(network, qconfig=broken))
 
 
+@pytest.mark.slow
 def test_threads_do_not_see_each_other() -> None:
     """One prepares in fx and in eager mode; the others infer, normalize, and prepare as well."""
     function, call, read = F.batch_norm, nn.Module.__call__, nn.Module.__getattr__

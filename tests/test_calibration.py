@@ -98,6 +98,7 @@ def test_a_run_that_is_resumed_in_its_calibration(tmp_path: Path) -> None:
     assert same_state(whole.state_dict(), resumed.state_dict()) == []
 
 
+@pytest.mark.slow
 def test_a_torchvision_network(tmp_path: Path) -> None:
     class Wide(TinyModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -107,7 +107,13 @@ def test_the_callback_is_configured_in_full() -> None:
 # What runs do
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "float" in name or "torchvision" in name else name
+        for name in EXPERIMENTS
+    ],
+)
 def test_every_experiment_runs(tmp_path: Path, experiment: str) -> None:
     needs = {"torchvision_reference": reference_needs(tmp_path / "images")}
     folder = tmp_path / "run"

@@ -108,7 +108,14 @@ def test_no_observer_moves_in_eval_whether_statistics_are_frozen(frozen: bool) -
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "mobilenet_v2",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("mobilenet_v3_large", "efficientnet_b0")),
+    ],
+)
 def test_scale_in_forward_equals_the_converted_modules(name: str) -> None:
     prepared = prepare(getattr(models, name)(num_classes=10), backend="onednn")
     train_steps(prepared, ((torch.randn(4, 3, 64, 64),), {}), steps=2)

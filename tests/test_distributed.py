@@ -184,7 +184,9 @@ def synchronized(prepared: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(prepared))
 
 
-@pytest.mark.parametrize("build", [Norms, Residual, Stubbed, models.resnet18])
+@pytest.mark.parametrize(
+    "build", [Norms, Residual, Stubbed, pytest.param(models.resnet18, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_synchronized_batch_norm_inside_fused_modules(
     tmp_path: Path, build: Callable[[], nn.Module], frozen: bool

@@ -33,7 +33,17 @@ def _fresh(name: str) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "shufflenet_v2_x0_5", "eager resnet18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "eager resnet18",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("mobilenet_v3_large", "shufflenet_v2_x0_5")
+        ),
+    ],
+)
 def test_overwriting_changes_neither_outputs_nor_gradients(name: str) -> None:
     x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = []

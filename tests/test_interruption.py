@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     [
         (0, "half a later checkpoint"),
         (0, "before the int8 file is in place"),
-        (1, "the last step"),
+        pytest.param(1, "the last step", marks=pytest.mark.slow),
         (1, "a validation"),
         (3, "a step in mid-epoch"),
     ],
@@ -128,7 +128,12 @@ def test_ctrl_c(tmp_path: Path, whole: Whole) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "count"), [(0, "training_step", 8), (2, "training_step", 8), (0, "validation_step", 5)]
+    ("kind", "method", "count"),
+    [
+        (0, "training_step", 8),
+        pytest.param(2, "training_step", 8, marks=pytest.mark.slow),
+        (0, "validation_step", 5),
+    ],
 )
 def test_slurm_requeues(
     tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch, kind: int, method: str, count: int

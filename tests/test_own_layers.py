@@ -185,7 +185,13 @@ def test_one_that_is_called_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100", "regnetx_002", "densenet121"]
+    "name",
+    [
+        "mobilenetv3_small_050",
+        "tf_mobilenetv3_small_minimal_100",
+        "regnetx_002",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
 )
 def test_all_batch_norms_of_a_network_of_timm_are_fused(name: str) -> None:
     prepared = prepare(timm.create_model(name, num_classes=CLASSES))

@@ -183,6 +183,7 @@ def test_matplotlib_stays_as_the_user_has_it() -> None:
         assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_imported_and_the_backend_is_not_chosen() -> None:
     code = """
 import sys, matplotlib
