@@ -47,7 +47,7 @@ def test_every_format_has_a_file_of_the_weights_that_were_converted(tmp_path: Pa
             assert 0 <= scores["test_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("convert", ["best", "last"])
+@pytest.mark.parametrize("convert", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_a_graph_says_what_is_known_of_its_weights(tmp_path: Path, convert: str) -> None:
     qat = QuantizationAwareTraining(
         export=["onnx", "openvino"], preflight=False, output_dir=tmp_path, convert=convert

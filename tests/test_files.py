@@ -202,7 +202,14 @@ torch.save((prepared(x).detach(), convert(prepared)(x)), outputs)
 """
 
 
-@pytest.mark.parametrize(("network", "bare"), [(Residual, True), (Residual, False), (Stubbed, True)])
+@pytest.mark.parametrize(
+    ("network", "bare"),
+    [
+        (Residual, True),
+        pytest.param(Residual, False, marks=pytest.mark.slow),
+        pytest.param(Stubbed, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_is_read_in_a_new_process(tmp_path: Path, network: type[nn.Module], bare: bool) -> None:
     module = TinyModule(network())
     checkpoint = ModelCheckpoint(tmp_path, filename="last")

@@ -65,6 +65,7 @@ def test_what_is_measured_again_is_what_was_measured(moved: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_report_is_told_and_measured_anew_on_request(
     moved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
