@@ -10,12 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from rich.console import Console
 from rich.table import Table
 
 from examples.detection.detector import Detector
 from examples.detection.scenes import SceneData
+from examples.trainers import trainer
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining
 from qat_lightning.cli.console import ignore_advice
 
@@ -70,19 +71,6 @@ def main() -> None:
         (scores,) = trainer().test(form, data, verbose=False)
         table.add_row(name, *(f"{100 * scores[metric]:.2f}" for metric in ("mAP", "mAP50")))
     Console(soft_wrap=True).print(table)
-
-
-def trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
-    """Returns a Trainer on the CPU that keeps no checkpoints."""
-    return Trainer(
-        accelerator="cpu",
-        callbacks=[*callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
-    )
 
 
 if __name__ == "__main__":

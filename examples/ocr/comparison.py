@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch.utils.data import DataLoader
 
 from examples.ocr.data import Drawn, Lines, Pages, fixed_data, training_data
 from examples.ocr.detection import Detection
 from examples.ocr.recognition import Recognition
+from examples.trainers import trainer
 from qat_lightning import PostTrainingQuantization, QuantizationAwareTraining
 
 Scores = dict[str, dict[str, float]]
@@ -87,16 +88,3 @@ def tested(module: LightningModule | None, data: DataLoader[Any]) -> dict[str, f
     """Returns the metrics that the module's own `test_step` logs."""
     (metrics,) = trainer().test(module, data, verbose=False)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
-    """Returns a Trainer on the CPU that keeps no checkpoints and prints no progress."""
-    return Trainer(
-        accelerator="cpu",
-        callbacks=[*callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
-    )

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from rich.console import Console
 from rich.table import Table
 
 from examples.text.classifier import Classifier
 from examples.text.data import Reviews
+from examples.trainers import trainer
 from qat_lightning import NetworkReport, PostTrainingQuantization, QuantizationAwareTraining
 from qat_lightning.cli.console import ignore_advice
 
@@ -66,19 +67,6 @@ def main() -> None:
     console = Console(soft_wrap=True)
     console.print(table(scores))
     console.print(in_words(*qat.preflight_reports), f"{time.monotonic() - begin:.0f} s.", highlight=False)
-
-
-def trainer(*callbacks: Any, **arguments: Any) -> Trainer:
-    """Returns a Trainer on the CPU that keeps no checkpoints and prints no progress."""
-    return Trainer(
-        accelerator="cpu",
-        callbacks=[*callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
-    )
 
 
 def tested(module: LightningModule, data: Reviews) -> float:
