@@ -10,13 +10,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import Metric
 
 from qat_lightning.analysis.batches import Batches
-from qat_lightning.analysis.scoring import lone_trainer
+from qat_lightning.analysis.scoring import compute_metrics_alone, lone_trainer
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
-from qat_lightning.base.inputs import BatchInputs, Catcher, Inputs
+from qat_lightning.base.inputs import Catcher, Inputs
 from qat_lightning.base.torch_internals import tree_map
 from qat_lightning.modes import choose_mode
 from qat_lightning.modes.trace.symbolic import defaults
@@ -89,9 +88,7 @@ def examples_of_step(
 def _lone_copy(module: LightningModule) -> LightningModule:
     copied = copy_of(module).cpu()
     vars(copied)["configure_callbacks"] = list  # the user's callbacks belong to the run
-    for each in copied.modules():
-        if isinstance(each, Metric):  # would wait for the other processes
-            each.distributed_available_fn = _never
+    compute_metrics_alone(copied)
     return copied
 
 
@@ -120,7 +117,7 @@ def _run(module: LightningModule, names: Sequence[str], step: str, batch: Any) -
         finally:
             for handle in handles:
                 handle.remove()
-    return {name: BatchInputs(*catcher.caught[n]) for name, n in networks.items() if n in catcher.caught}
+    return catcher.named(networks)
 
 
 def _step(module: LightningModule, step: str, batch: Any) -> None:
@@ -142,7 +139,3 @@ def _samples_of(loader: Any) -> Any:
         dataset: Any = loader.dataset
         return loader.collate_fn([dataset[i] for i in range(min(2, len(dataset)))])
     return next(iter(loader), None)
-
-
-def _never() -> bool:
-    return False

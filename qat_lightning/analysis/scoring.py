@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torchmetrics import Metric
 
 
 def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Trainer:
@@ -32,6 +33,17 @@ def lone_trainer(device: torch.device | None = None, **arguments: Any) -> pl.Tra
             enable_model_summary=False,
             **arguments,
         )
+
+
+def compute_metrics_alone(module: torch.nn.Module) -> None:
+    """Makes the metrics in `module` wait for no other process, in place."""
+    for each in module.modules():
+        if isinstance(each, Metric):
+            each.distributed_available_fn = _never
+
+
+def _never() -> bool:
+    return False
 
 
 def validate(alone: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -53,9 +53,13 @@ class Catcher:
         for handle in self._handles:
             handle.remove()
 
+    def named(self, networks: Mapping[str, nn.Module]) -> dict[str, Inputs]:
+        """Returns the inputs of those of `networks` that were called, by their names."""
+        return {name: self.caught[n] for name, n in networks.items() if n in self.caught}
+
     def _catch(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if network not in self.caught and not is_redirected(network):
-            self.caught[network] = Inputs(*first_samples((args, kwargs), self.samples))
+            self.caught[network] = BatchInputs(*first_samples((args, kwargs), self.samples))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -14,6 +14,9 @@ from torch import fx
 
 from qat_lightning.base.torch_internals import tree_leaves, tree_map
 
+PLAIN = (type(None), bool, int, float, str)
+"""The types of plain values."""
+
 
 def map_nested(value: Any, is_leaf: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
     """Applies `function` to each leaf in a nested `value`, and returns a value nested alike.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qat_lightning.base import random_state
-from qat_lightning.base.inputs import BatchInputs, Catcher, Inputs, device_of
+from qat_lightning.base.inputs import Catcher, Inputs, device_of
 from qat_lightning.base.nested import map_tensors
 from qat_lightning.quantize.copies import copy_of
 
@@ -68,4 +68,4 @@ class Examples:
                 f"example_input_array, and that failed: {error} ({type(error).__name__}). Correct it; in "
                 "eager mode you can also list the fusions, as in fuse=[['conv1', 'bn1', 'relu1'], …]."
             ) from error
-        return {name: BatchInputs(*catcher.caught[n]) for name, n in networks.items() if n in catcher.caught}
+        return catcher.named(networks)

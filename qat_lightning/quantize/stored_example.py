@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.nested import PLAIN
 from qat_lightning.base.torch_internals import (
     tree_leaves,
     tree_structure,
@@ -20,14 +21,12 @@ from qat_lightning.base.torch_internals import (
     treespec_loads,
 )
 
-_PLAIN = (type(None), bool, int, float, str)
-
 
 def store(example: Inputs) -> str | None:
     """Returns an example as JSON; None if it holds something other than tensors and plain values."""
     values = tuple(example)
     leaves = tree_leaves(values)
-    if not all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+    if not all(isinstance(leaf, (torch.Tensor, *PLAIN)) for leaf in leaves):
         return None
     try:
         structure = treespec_dumps(tree_structure(values))

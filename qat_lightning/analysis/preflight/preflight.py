@@ -14,7 +14,7 @@ from qat_lightning.analysis.preflight.dry_run import dry_run, stage
 from qat_lightning.analysis.preflight.network_report import NetworkReport
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import PreflightError, UntraceableError
-from qat_lightning.base.inputs import BatchInputs, Catcher, Inputs, first_samples
+from qat_lightning.base.inputs import Catcher, Inputs, first_samples
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.networks import network_names, prepare_module
@@ -97,7 +97,7 @@ def _network_inputs(module: nn.Module, names: tuple[str, ...], inputs: Inputs) -
     networks = {name: module.get_submodule(name) for name in names}
     with torch.no_grad(), stage("float forward", "", module), Catcher(networks.values()) as catcher:
         module.eval()(*inputs.args, **inputs.kwargs)
-    caught = {name: catcher.caught[n] for name, n in networks.items() if n in catcher.caught}
+    caught = catcher.named(networks)
     if not caught:
         raise ValueError(
             f"preflight runs the forward of {type(module).__name__}, but it calls none of its networks "
@@ -110,6 +110,5 @@ def _prepare(
     module: nn.Module, settings: Settings, caught: Mapping[str, Inputs]
 ) -> list[tuple[str, nn.Module]]:
     if not _is_whole(module, settings):
-        known = {name: BatchInputs(*each) for name, each in caught.items()}
-        return [(p.name, p.network) for p in prepare_module(module, settings, known)]
-    return [("", prepare(module, example_inputs=caught[""], **settings.options))]
+        return [(p.name, p.network) for p in prepare_module(module, settings, caught)]
+    return [("", prepare(module, example_inputs=Inputs(*caught[""]), **settings.options))]

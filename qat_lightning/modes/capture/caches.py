@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from qat_lightning.base.nested import PLAIN
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
 from qat_lightning.modes.graph.guards import check_decision
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def guards_of_caches(graph: fx.Graph, changes: Iterable[tuple[nn.Module, str, Any, Any]]) -> list[fx.Node]:
@@ -74,4 +73,4 @@ def _is_constant(constant: Any, old: Any) -> bool:
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is a number, a text or None, or a tuple or list of them."""
-    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, _PLAIN)
+    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, PLAIN)

@@ -10,9 +10,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.base.nested import tensors_in
-
-SIMPLE = (type(None), bool, int, float, str)
+from qat_lightning.base.nested import PLAIN, tensors_in
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def arguments_of_call(network: nn.Module, example: Inputs) -> list[Argument]:
             found += [_argument(name, each, p, default=None) for name, each in extra.items()]
         elif p.name in bound.arguments:
             found.append(_argument(p.name, value, p, default=p.default))
-        elif isinstance(p.default, SIMPLE):
+        elif isinstance(p.default, PLAIN):
             found.append(Argument(p.name, p.default, False, p.default, p.kind, False))
     return found
 

@@ -28,9 +28,8 @@ _Wrap = Callable[[Any, Any], Callable[..., Any]]
 def recorded_constructors(tracer: Any) -> Iterator[None]:
     """Makes `tracer` record such functions inside the block, in this thread alone."""
     kinds: tuple[tuple[Any, tuple[str, ...], _Wrap], ...] = (
-        (torch, _RANDOM, _recorded),
-        (torch, _MAKERS, _recorded_with_proxies),
-        (math, _MATH, _recorded_with_proxies),
+        (torch, (*_RANDOM, *_MAKERS), _recorded),
+        (math, _MATH, _recorded),
         (torch, _FACTS, _answered),
     )
     with ExitStack() as stack:
@@ -42,23 +41,12 @@ def recorded_constructors(tracer: Any) -> Iterator[None]:
 
 
 def _recorded(tracer: Any, function: Any) -> Callable[..., Any]:
-    """Records every call by the tracer's thread."""
+    """Records the calls with a proxy; those of a function that draws random numbers, all of them."""
+    always = function.__name__ in _RANDOM
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if tracer.records():
-            return tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def _recorded_with_proxies(tracer: Any, function: Any) -> Callable[..., Any]:
-    """Records the calls with a proxy."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if tracer.records() and proxies_in((args, kwargs)):
+        if tracer.records() and (always or proxies_in((args, kwargs))):
             return tracer.create_proxy("call_function", function, args, kwargs)
         return function(*args, **kwargs)
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat_lightning.base.nested import tensors_in
+from qat_lightning.base.nested import PLAIN, tensors_in
 from qat_lightning.base.torch_internals import buffers_of, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
 from qat_lightning.modes.purity.impure import Impure
 
 _SKIPPED = frozenset(vars(nn.Module()))
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Attributes:
@@ -45,7 +44,7 @@ class Attributes:
             if (now is not buffer or version_of(buffer) != version) and not paths[module].startswith(whole):
                 raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
         for module, name, before, now in self.changes():
-            if isinstance(before, _PLAIN) and type(now) in _PLAIN and not paths[module].startswith(whole):
+            if isinstance(before, PLAIN) and type(now) in PLAIN and not paths[module].startswith(whole):
                 raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
 
     def refuse_dependence(self, result: Any, call: Callable[[], Any]) -> None:
@@ -87,7 +86,7 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _equal(left: Any, right: Any) -> bool:
-    return type(left) is type(right) and isinstance(left, _PLAIN) and bool(left == right)
+    return type(left) is type(right) and isinstance(left, PLAIN) and bool(left == right)
 
 
 def same_values(left: Any, right: Any) -> bool:

@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base import random_state
-from qat_lightning.base.nested import fields_of, is_structure, map_tensors
+from qat_lightning.base.nested import PLAIN, fields_of, is_structure, map_tensors
 from qat_lightning.base.torch_internals import BatchNorm, is_script_method, script_module_of
 from qat_lightning.modes.capture.aliases import Aliases
 from qat_lightning.modes.capture.caches import guards_of_caches
-from qat_lightning.modes.capture.call import SIMPLE, Argument, call_with
+from qat_lightning.modes.capture.call import Argument, call_with
 from qat_lightning.modes.capture.constructors import recorded_constructors
 from qat_lightning.modes.capture.proxies import ValueProxy, values_of
 from qat_lightning.modes.capture.state import Attributes
@@ -94,7 +94,7 @@ class CaptureTracer(NetworkTracer):
     def _input(self, argument: Argument) -> ValueProxy:
         """Makes the graph's input for an argument, and the guard of what the capture relies on."""
         default = () if argument.default is inspect.Parameter.empty else (argument.default,)
-        if default and not isinstance(argument.default, SIMPLE):
+        if default and not isinstance(argument.default, PLAIN):
             default = (None,)
         node = self.create_node("placeholder", argument.name, default, {})
         node.target = argument.name
@@ -124,9 +124,6 @@ class CaptureTracer(NetworkTracer):
     def path_of_module(self, mod: nn.Module) -> str:
         return self._paths[mod]
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, torch.jit.ScriptModule) or super().is_leaf_module(m, module_qualified_name)
-
     # Operations.
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *_: Any, **__: Any) -> Any:
@@ -149,7 +146,7 @@ class CaptureTracer(NetworkTracer):
     def _proxy(self, node: fx.Node, value: Any) -> ValueProxy:
         node.meta["tensor"] = isinstance(value, torch.Tensor)
         node.meta["floating"] = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if isinstance(value, SIMPLE) or (isinstance(value, torch.Tensor) and not node.meta["floating"]):
+        if isinstance(value, PLAIN) or (isinstance(value, torch.Tensor) and not node.meta["floating"]):
             node.meta["no_grad"] = False  # nothing to detach
         self._aliases.made(node, value)
         return ValueProxy(node, self, value)

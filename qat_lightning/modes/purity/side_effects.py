@@ -15,12 +15,11 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base import random_state
+from qat_lightning.base.nested import PLAIN
 from qat_lightning.base.torch_internals import buffers_of
 from qat_lightning.modes.purity.impure import Impure
 from qat_lightning.modes.purity.private_generators import PrivateGenerators
 from qat_lightning.modes.purity.writes import RefusedWrites, draw
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
@@ -58,7 +57,7 @@ class _State:
             (module, name): value
             for module in modules
             for name, value in vars(module).items()
-            if isinstance(value, _PLAIN) and name != "training"
+            if isinstance(value, PLAIN) and name != "training"
         }
         self.buffers = {module: dict(buffers_of(module)) for module in modules}
 
@@ -67,7 +66,7 @@ class _State:
         changed = []
         for (module, name), value in self.attributes.items():
             now: Any = vars(module).get(name, value)
-            if isinstance(now, fx.Proxy) or (isinstance(now, _PLAIN) and now != value):
+            if isinstance(now, fx.Proxy) or (isinstance(now, PLAIN) and now != value):
                 setattr(module, name, value)
                 changed.append((module, name))
         for module, kept in self.buffers.items():

@@ -59,7 +59,7 @@ def write_out_padding(network: nn.Module) -> list[str]:
     uneven = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and isinstance(module.padding, str):
-            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            totals = padding_of_same(module)
             if module.padding == "valid":
                 module.padding = (0,) * len(totals)
             elif all(total % 2 == 0 for total in totals):
@@ -67,6 +67,11 @@ def write_out_padding(network: nn.Module) -> list[str]:
             else:
                 uneven.append(name)
     return uneven
+
+
+def padding_of_same(layer: Any) -> list[int]:
+    """Returns how many elements the padding `"same"` adds in each dimension, on both sides together."""
+    return [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
 
 
 def read_metadata_from_buffers(network: nn.Module, graph: fx.Graph) -> None:

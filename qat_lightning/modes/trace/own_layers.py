@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import modules_of, parameters_of
 
-_KINDS: dict[Any, type[nn.Module]] = {
+LAYER_OF: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
@@ -40,7 +40,10 @@ def call_plain_layers(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Modul
     for name, nodes in calls.items():
         settings = {node.args[3:] for node in nodes}
         if len(settings) == 1:
-            plain[name] = _plain(network.get_submodule(name), *settings.pop())
+            layer: Any = network.get_submodule(name)
+            kind = LAYER_OF[nodes[0].target]
+            made = layer_with(kind, layer.weight, layer.bias, *settings.pop())
+            plain[name] = made.train(layer.training)
             for node in nodes:
                 parameters = [value for value in node.args[1:3] if isinstance(value, fx.Node)]
                 node.op, node.target, node.args = "call_module", name, node.args[:1]
@@ -52,14 +55,14 @@ def call_plain_layers(network: nn.Module, graph: fx.Graph) -> dict[str, nn.Modul
 
 def _owner(network: nn.Module, node: fx.Node) -> str | None:
     """Returns the name of the layer whose weight and bias a function call uses, if it is of the same kind."""
-    if node.op != "call_function" or node.target not in _KINDS:
+    if node.op != "call_function" or node.target not in LAYER_OF:
         return None
     _, weight, bias = node.args[:3]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     name, _, leaf = str(weight.target).rpartition(".")
     layer: Any = network.get_submodule(name)
-    if not name or leaf != "weight" or not isinstance(layer, _KINDS[node.target]) or modules_of(layer):
+    if not name or leaf != "weight" or not isinstance(layer, LAYER_OF[node.target]) or modules_of(layer):
         return None
     own_bias = bias is None if layer.bias is None else _reads(bias, f"{name}.bias")
     return name if own_bias else None
@@ -69,16 +72,20 @@ def _reads(value: Any, name: str) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr" and value.target == name
 
 
-def _plain(layer: Any, *settings: Any) -> nn.Module:
-    """Returns a torch.nn layer that shares the parameters of `layer`."""
-    if isinstance(layer, nn.Linear):
-        plain: Any = nn.Linear(layer.in_features, layer.out_features, device="meta")
+def layer_with(kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, *settings: Any) -> nn.Module:
+    """Returns a layer of torch.nn that shares a weight and a bias.
+
+    Args:
+        kind: The layer's class.
+        weight: Its weight.
+        bias: Its bias, or None.
+        *settings: Of a convolution: stride, padding, dilation and groups.
+    """
+    out_channels, channels, *kernel = weight.shape
+    if kind is nn.Linear:
+        layer: nn.Module = nn.Linear(channels, out_channels, device="meta")
     else:
-        kind: Any = next(kind for kind in _KINDS.values() if isinstance(layer, kind))
-        stride, padding, dilation, groups = settings
-        plain = kind(
-            layer.in_channels, layer.out_channels, layer.kernel_size, stride, padding, dilation, groups,
-            device="meta",
-        )  # fmt: skip
-    parameters_of(plain).update(weight=layer.weight, bias=layer.bias)
-    return plain.train(layer.training)
+        *places, groups = settings
+        layer = kind(channels * groups, out_channels, tuple(kernel), *places, groups, device="meta")
+    parameters_of(layer).update(weight=weight, bias=bias)
+    return layer

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from qat_lightning.base.torch_internals import parameters_of
 from qat_lightning.modes.graph.nodes import module_of
 from qat_lightning.modes.graph.pads import pad_values
+from qat_lightning.modes.trace.functional import padding_of_same
+from qat_lightning.modes.trace.own_layers import layer_with
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -53,7 +54,7 @@ def split_padded_layers(graph_module: fx.GraphModule, scopes: dict[str, Any]) ->
 def _pads(layer: Any) -> tuple[int, ...]:
     """Returns the padding of a convolution as `F.pad` takes it: the last dimension first, both sides."""
     if isinstance(layer.padding, str):
-        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        totals = padding_of_same(layer)
         sides = (
             [(total // 2, total - total // 2) for total in totals]
             if layer.padding == "same"
@@ -66,8 +67,5 @@ def _pads(layer: Any) -> tuple[int, ...]:
 
 def _unpadded(layer: Any) -> nn.Module:
     """Returns a convolution without padding that shares the parameters of `layer`."""
-    channels, padding = (layer.in_channels, layer.out_channels), 0
-    settings = layer.kernel_size, layer.stride, padding, layer.dilation, layer.groups
-    plain = type(layer)(*channels, *settings, device="meta")
-    parameters_of(plain).update(weight=layer.weight, bias=layer.bias)
-    return plain.train(layer.training)  # type: ignore[no-any-return]
+    settings = layer.stride, 0, layer.dilation, layer.groups
+    return layer_with(type(layer), layer.weight, layer.bias, *settings).train(layer.training)

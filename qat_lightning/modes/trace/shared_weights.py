@@ -15,18 +15,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_lightning.base.torch_internals import parameters_of
 from qat_lightning.modes.graph.functions import FUNCTION
+from qat_lightning.modes.graph.quantizable import QUANTIZABLE
 from qat_lightning.modes.trace.functional import attribute, stay_float
+from qat_lightning.modes.trace.own_layers import LAYER_OF, layer_with
 
-_KINDS: dict[Any, type[nn.Module]] = {
-    F.linear: nn.Linear,
-    F.conv1d: nn.Conv1d,
-    F.conv2d: nn.Conv2d,
-    F.conv3d: nn.Conv3d,
-}
 _DIMENSIONS: dict[Any, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_LAYERS = tuple(_KINDS.values())
 
 
 def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
@@ -41,7 +35,7 @@ def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any])
     """
     layers: dict[Any, str] = {}
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target not in _KINDS or not _is_stored(node.args[1]):
+        if node.op != "call_function" or node.target not in LAYER_OF or not _is_stored(node.args[1]):
             continue
         _, weight, bias, *settings = node.args
         layer = _layer(graph_module, node)
@@ -64,7 +58,7 @@ def copy_reads_of_layers(graph_module: fx.GraphModule) -> None:
     """Gives what reads the parameter of a called layer that parameter under another name, in place."""
     names: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node), _LAYERS):
+        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node), QUANTIZABLE):
             if node.target not in names:
                 names[node.target] = _free(graph_module, "", node.target.replace(".", "_"))
                 setattr(graph_module, names[node.target], attribute(graph_module, node.target))
@@ -86,18 +80,8 @@ def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     weight, bias = [*(attribute(graph_module, read.target) for read in reads), None][:2]
     if not weight.is_floating_point() or weight.ndim != 2 + _DIMENSIONS[function]:
         return None
-    layer: nn.Module = _empty(_KINDS[function], weight.shape, *node.args[3:])
-    parameters_of(layer).update(weight=_parameter(weight), bias=None if bias is None else _parameter(bias))
-    return layer
-
-
-def _empty(kind: Any, shape: torch.Size, *settings: Any) -> Any:
-    """Returns a layer for a weight of that shape."""
-    out_channels, channels, *kernel = shape
-    if kind is nn.Linear:
-        return kind(channels, out_channels, device="meta")
-    *places, groups = settings
-    return kind(channels * groups, out_channels, tuple(kernel), *places, groups, device="meta")
+    parameters = _parameter(weight), None if bias is None else _parameter(bias)
+    return layer_with(LAYER_OF[function], *parameters, *node.args[3:])
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

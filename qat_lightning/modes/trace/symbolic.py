@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat_lightning.base.nested import PLAIN
 from qat_lightning.modes.graph.guards import check_argument
 from qat_lightning.modes.purity.side_effects import refuse_side_effects
 from qat_lightning.modes.purity.writes import refuse_recorded_write
@@ -89,8 +90,7 @@ def defaults(network: nn.Module) -> dict[str, Any] | None:
     Passing another value to the graph raises, instead of silently taking the wrong path.
     """
     parameters = inspect.signature(network.forward).parameters.values()
-    kinds = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if type(p.default) in kinds} or None
+    return {p.name: p.default for p in parameters if type(p.default) in PLAIN} or None
 
 
 def is_scripted(module: nn.Module) -> bool:

@@ -65,8 +65,7 @@ class FirstBatch(Part):
             return
         catcher, self._catcher = self._catcher, None
         catcher.close()
-        caught = {name: catcher.caught.get(network) for name, network in self._networks.items()}
-        self.inputs |= {name: inputs for name, inputs in caught.items() if inputs is not None}
+        self.inputs |= catcher.named(self._networks)
         if not self._dry_run:
             return
         error = self._dry_run_all() if trainer.is_global_zero else None

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torchmetrics import Metric
 
 from qat_lightning.analysis.keep_for_target import keep_for_target
+from qat_lightning.analysis.scoring import compute_metrics_alone
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import TargetError
 from qat_lightning.base.torch_internals import BatchNorm
@@ -84,9 +84,7 @@ def search(
         loader = _validation_loader(trainer)
         alone = copy_of(module).to(trainer.strategy.root_device)
         _check_trained(alone)
-        for each in alone.modules():
-            if isinstance(each, Metric):  # else it would wait for the other processes
-                each.distributed_available_fn = _never
+        compute_metrics_alone(alone)
         return keep_for_target(
             alone,
             loader,
@@ -147,7 +145,3 @@ def _check_trained(module: nn.Module) -> None:
 
 def _has_seen_data(norm: Any) -> bool:
     return bool(norm.running_mean.any() or (norm.running_var != 1).any())
-
-
-def _never() -> bool:
-    return False
