@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,19 @@ from torch import nn
 def forward_of(module: nn.Module) -> Any:
     """Returns the `forward` of the class of `module`; None for a TorchScript module, whose class has none."""
     return None if isinstance(module, torch.jit.ScriptModule) else type(module).forward
+
+
+@contextmanager
+def other_classes(classes: Mapping[nn.Module, type[nn.Module]]) -> Iterator[None]:
+    """Gives modules other classes inside the block. Only these objects change: others see no difference."""
+    before = {module: type(module) for module in classes}
+    try:
+        for module, kind in classes.items():
+            module.__class__ = kind
+        yield
+    finally:
+        for module, kind in before.items():
+            module.__class__ = kind
 
 
 def with_forward(user_class: type[nn.Module], forward: Any) -> type[nn.Module]:

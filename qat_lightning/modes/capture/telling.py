@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from qat_lightning.base.subclass import other_classes
 
-@contextmanager
-def telling_modules(root: nn.Module, tracer: Any) -> Iterator[None]:
-    """Gives the modules in `root` classes, inside the block, that tell `tracer`.
 
-    Only these objects change: nothing of torch is patched, so other threads and networks see no difference.
-    """
-    before = {m: type(m) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
-    classes = {kind: _telling(kind, tracer) for kind in dict.fromkeys(before.values())}
-    for module, kind in before.items():
-        module.__class__ = classes[kind]
-    try:
-        yield
-    finally:
-        for module, kind in before.items():
-            module.__class__ = kind
+def telling_modules(root: nn.Module, tracer: Any) -> AbstractContextManager[None]:
+    """Gives the modules in `root` classes, inside the block, that tell `tracer`."""
+    kinds = {m: type(m) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    telling = {kind: _telling(kind, tracer) for kind in dict.fromkeys(kinds.values())}
+    return other_classes({module: telling[kind] for module, kind in kinds.items()})
 
 
 def _telling(kind: type[nn.Module], tracer: Any) -> type[nn.Module]:

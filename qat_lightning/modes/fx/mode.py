@@ -34,6 +34,7 @@ from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
 from qat_lightning.modes.graph.functions import called_functions, keep_functions_float, layers_of_functions
+from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
@@ -235,12 +236,10 @@ def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:
     """Returns the names of modules that the graph calls as a whole: layers inside them stay float."""
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     return [
         name
-        for name in called
-        if not isinstance(graph_module.get_submodule(name), QUANTIZABLE)
-        and holds_quantizable(graph_module.get_submodule(name))
+        for name, module in called_modules(graph_module).items()
+        if not isinstance(module, QUANTIZABLE) and holds_quantizable(module)
     ]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat_lightning.base.subclass import other_classes
 from qat_lightning.base.torch_internals import BatchNorm, buffers_of, modules_of, parameters_of
-from qat_lightning.modes.graph.nodes import module_of
+from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
@@ -24,8 +25,7 @@ _FACTORS = ("weight", "bias")
 
 def without_int8(graph_module: fx.GraphModule) -> list[str]:
     """Returns the names of the modules that a graph calls and that :func:`lacks_int8` names."""
-    called = {str(n.target): module_of(graph_module, n) for n in graph_module.graph.nodes}
-    return [name for name, module in called.items() if lacks_int8(module)]
+    return [name for name, module in called_modules(graph_module).items() if lacks_int8(module)]
 
 
 @contextmanager
@@ -34,14 +34,9 @@ def hidden(prepared: fx.GraphModule) -> Iterator[None]:
 
     It does so without regard to the QConfig, wherever int8 layers surround the module.
     """
-    classes = {module: type(module) for module in prepared.modules() if lacks_int8(module)}
-    try:
-        for module, kind in classes.items():
-            module.__class__ = type(kind.__name__, (kind,), {})
+    kinds = {module: type(module) for module in prepared.modules() if lacks_int8(module)}
+    with other_classes({module: type(kind.__name__, (kind,), {}) for module, kind in kinds.items()}):
         yield
-    finally:
-        for module, kind in classes.items():
-            module.__class__ = kind
 
 
 class Factors:
@@ -54,8 +49,8 @@ class Factors:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._fixed: set[nn.Parameter | None] = set()
         self._plain: set[nn.Parameter | None] = set()
-        for name in {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}:
-            norm: Any = graph_module.get_submodule(name)
+        norm: Any
+        for name, norm in called_modules(graph_module).items():
             if isinstance(norm, FixedNorm):
                 graph_module.set_submodule(name, plain := plain_norm(norm))
                 self._fixed.add(parameters_of(plain)["weight"])

@@ -27,6 +27,12 @@ def module_of(network: nn.Module, node: fx.Node) -> Any:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def called_modules(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+    """Returns the modules that a graph calls, by the names that it calls them by, in its order."""
+    names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
+    return {name: graph_module.get_submodule(name) for name in names}
+
+
 def call_target(network: nn.Module, node: fx.Node) -> Any:
     """Returns the type of the module, the function, or the name of the method that `node` calls."""
     return node.target if node.op != "call_module" else type(module_of(network, node))

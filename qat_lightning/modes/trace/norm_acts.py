@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qat_lightning.base.subclass import forward_of, with_forward
+from qat_lightning.base.subclass import forward_of, other_classes, with_forward
 from qat_lightning.base.torch_internals import ASSERT, buffers_of, modules_of, parameters_of
 
 _CHILD = "batch_norm"
@@ -27,15 +27,15 @@ _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 @contextmanager
 def split_norms(network: nn.Module) -> Iterator[None]:
     """Splits such modules in `network` while the block traces it; afterwards they are as before."""
-    classes = {module: type(module) for module in network.modules() if _calls_batch_norm(module)}
+    kinds = {module: type(module) for module in network.modules() if _calls_batch_norm(module)}
     try:
-        for module in classes:
+        for module in kinds:
             module.add_module(_CHILD, _plain(module))
-            module.__class__ = with_forward(type(module), _split_forward(type(module).forward))
-        yield
+        split = {m: with_forward(kind, _split_forward(kind.forward)) for m, kind in kinds.items()}
+        with other_classes(split):
+            yield
     finally:
-        for module, kind in classes.items():
-            module.__class__ = kind
+        for module in kinds:
             modules_of(module).pop(_CHILD, None)
 
 

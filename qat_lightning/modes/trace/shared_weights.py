@@ -9,6 +9,7 @@ fused layer has its parameters elsewhere, and an int8 layer has none.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_lightning.modes.graph.functions import FUNCTION
+from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE
 from qat_lightning.modes.trace.functional import attribute, stay_float
 from qat_lightning.modes.trace.own_layers import LAYER_OF, layer_with
@@ -33,6 +35,7 @@ def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any])
         graph_module: A traced network, with all arguments of these calls written out.
         scopes: The scopes of its nodes. A layer belongs to the module that calls the function.
     """
+    called = called_modules(graph_module).keys()
     layers: dict[Any, str] = {}
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target not in LAYER_OF or not _is_stored(node.args[1]):
@@ -49,16 +52,17 @@ def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any])
         node.meta[FUNCTION] = node.target
         node.op, node.target, node.args = "call_module", layers[key], node.args[:1]
         for read in (weight, bias):
-            if read is not None and not read.users and _called_owner(graph_module, read) is not None:
+            if read is not None and not read.users and _called_owner(graph_module, read, called) is not None:
                 graph_module.graph.erase_node(read)
     graph_module.recompile()
 
 
 def copy_reads_of_layers(graph_module: fx.GraphModule) -> None:
     """Gives what reads the parameter of a called layer that parameter under another name, in place."""
+    called = called_modules(graph_module).keys()
     names: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node), QUANTIZABLE):
+        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node, called), QUANTIZABLE):
             if node.target not in names:
                 names[node.target] = _free(graph_module, "", node.target.replace(".", "_"))
                 setattr(graph_module, names[node.target], attribute(graph_module, node.target))
@@ -105,9 +109,8 @@ def _free(graph_module: fx.GraphModule, prefix: str, name: str) -> str:
     return next(each for each in (prefix + name, *numbered) if each not in taken)
 
 
-def _called_owner(graph_module: fx.GraphModule, read: fx.Node) -> nn.Module | None:
-    """Returns the module that holds what `read` reads, if the graph calls that module or one around it."""
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+def _called_owner(graph_module: fx.GraphModule, read: fx.Node, called: AbstractSet[str]) -> nn.Module | None:
+    """Returns the module that holds what `read` reads, if that or one around it is among those `called`."""
     owner = str(read.target).rpartition(".")[0]
     parts = owner.split(".")
     paths = {".".join(parts[: i + 1]) for i in range(len(parts))}

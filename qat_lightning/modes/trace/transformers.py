@@ -6,13 +6,13 @@ values. While a network is traced, they run plain forwards: the same functions w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
-from qat_lightning.base.subclass import forward_of
+from qat_lightning.base.subclass import forward_of, other_classes
 from qat_lightning.base.torch_internals import feed_forward, self_attention
 
 _Mask = Tensor | None
@@ -72,15 +72,11 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 }
 
 
-@contextmanager
-def traceable_transformers(network: nn.Module) -> Iterator[None]:
+def traceable_transformers(network: nn.Module) -> AbstractContextManager[None]:
     """Gives torch.nn's transformer layers in `network` plain forwards while it is traced."""
-    before = {module: type(module) for module in network.modules() if forward_of(module) in _PLAIN}
-    try:
-        for module, cls in before.items():
-            plain = {"forward": _PLAIN[cls.forward], "__module__": __name__}
-            module.__class__ = type(cls.__name__, (cls,), plain)
-        yield
-    finally:
-        for module, cls in before.items():
-            module.__class__ = cls
+    kinds = {module: type(module) for module in network.modules() if forward_of(module) in _PLAIN}
+    return other_classes({module: _plain_class(kind) for module, kind in kinds.items()})
+
+
+def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"forward": _PLAIN[kind.forward], "__module__": __name__})

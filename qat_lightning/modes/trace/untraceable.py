@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
+from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.symbolic import record_symbolically
 from qat_lightning.modes.trace.tracing import Record, trace_with
@@ -33,5 +34,5 @@ def trace_around(
                 raise
             kept[error.part] = error.line
         else:
-            called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+            called = called_modules(graph_module)
             return graph_module, scopes, {name: line for name, line in kept.items() if name in called}
