@@ -11,12 +11,21 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
 
-from qat_lightning import QuantizationAwareTraining, load_int8, load_qat_checkpoint
+from qat_lightning import (
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    RankMismatchError,
+    load_int8,
+    load_qat_checkpoint,
+    prepare,
+)
 from qat_lightning.base import random_state
 from qat_lightning.quantize.recipe import recipe_of
+from qat_lightning.run.distributed import graphs_check
 from tests.networks import same_state, sqnr
-from tests.reading import Reading, ToldHow, logits
+from tests.reading import Reading, ToldHow, logits, sentences
 from tests.runs import trainer
 from tests.test_resume import Crash, CrashAt, seed
 
@@ -174,3 +183,73 @@ def test_looking_at_a_batch_draws_no_random_number(tmp_path: Path) -> None:
     """Preparing a network draws some: layers are initialized before they get their weights."""
     (_, looked), (_, told) = (watched_setup(tmp_path, build()) for build in (Reading, ToldHow))
     assert random_state.same_state(looked.random, told.random)
+
+
+class TrainsOnly(Reading):
+    """Has no validation."""
+
+    validation_step = pl.LightningModule.validation_step  # type: ignore[assignment]
+    val_dataloader = pl.LightningModule.val_dataloader  # type: ignore[assignment]
+
+
+def test_a_training_step_shows_the_call_where_there_is_no_validation(tmp_path: Path) -> None:
+    module = TrainsOnly()
+    qat = QuantizationAwareTraining(convert="last", output_dir=tmp_path)
+    trainer(tmp_path, qat, max_epochs=1, enable_checkpointing=False).fit(module)
+    recipe = recipe_of(module.model)
+    assert recipe is not None
+    assert recipe.example is not None
+    assert module.steps == ["training"] * STEPS  # the copy's are not the module's
+
+
+class Fails(Reading):
+    """Has a step that fails before it calls the network."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        raise KeyError("labels")
+
+
+def test_a_step_that_fails_says_what_it_was_run_for(tmp_path: Path) -> None:
+    message = r"how its networks are called, a copy of Fails ran its validation_step .*'labels'.*KeyError"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, QuantizationAwareTraining(), max_epochs=1).fit(Fails())
+
+
+def test_a_captured_network_is_quantized_without_training(tmp_path: Path) -> None:
+    module = Reading()
+    ptq = PostTrainingQuantization()
+    trainer(tmp_path, ptq).validate(module, sentences(24, seed=1), verbose=False)
+    assert ptq.int8_module is not None
+    recipe = recipe_of(ptq.int8_module.get_submodule("model"))
+    assert recipe is not None
+    assert set(recipe.layers) >= LAYERS
+    assert sqnr(logits(module), logits(ptq.int8_module)) > 20
+
+
+class ByWidth(nn.Module):
+    """Takes one of two paths, by the width of its input, and compares its height."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x) * int(x.shape[2])
+        return y + 1 if x.shape[3] > 4 else y
+
+
+def test_ranks_that_captured_different_graphs_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(height: int, width: int) -> dict[str, nn.Module]:
+        return {"model": prepare(ByWidth(), example_inputs=torch.randn(2, 3, height, width))}
+
+    ranks: list[dict[str, nn.Module]] = []
+
+    def gather(own: dict[str, str]) -> list[dict[str, str]]:
+        return [{name: graphs_check._digest(network) for name, network in rank.items()} for rank in ranks]
+
+    monkeypatch.setattr(graphs_check, "gather", gather)
+    ranks[:] = captured(8, 8), captured(8, 6)
+    graphs_check.check_same_graphs(ranks[0])
+    ranks[:] = captured(8, 8), captured(8, 4)
+    with pytest.raises(RankMismatchError, match=r"Rank 1 and rank 0 captured different graphs of 'model'"):
+        graphs_check.check_same_graphs(ranks[0])
