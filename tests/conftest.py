@@ -27,6 +27,15 @@ def seed() -> Iterator[None]:
     assert torch.backends.quantized.engine == engine
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Restores the environment: Lightning leaves MASTER_PORT in it, at which later jobs would all meet."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def hydra() -> Iterator[None]:
     """Lets a module compose the configurations of the command."""

@@ -50,6 +50,13 @@ def mistake(folder: Path) -> None:
         runner.fit(TinyModule(PlainPlus()))
     except PreflightError as error:
         (folder / f"error{runner.global_rank}.txt").write_text(f"{error.line}\n{error}")
+    leave_together()
+
+
+def leave_together() -> None:
+    """Leaves the process group, for gloo aborts the process that is still there when the other one exits."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def main(folder: Path) -> None:
@@ -66,9 +73,7 @@ def main(folder: Path) -> None:
         "path": str(qat.int8_path),
     }
     torch.save(result, folder / f"rank{runner.global_rank}.pt")
-    # Together, or gloo aborts the process that is still there when the other one leaves.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
