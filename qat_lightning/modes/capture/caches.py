@@ -1,76 +1,154 @@
-"""Finds decisions that depend on what a cache holds from an earlier run, and not on the input.
+"""Empties the caches of a network, so that a capture records how they are computed.
 
-A forward that keeps the anchors of the last image size compares that size with the size of its input. A
-network that has run before, in float, holds a size. The run on the example stores another one, and computes
-anew; so does the graph, always. An input of the old size must not be refused.
+A forward that keeps the anchors of the last image size computes them anew for another size. If they fit the
+example already, a capture would record them as constants, and the graph would depend on what ran before. A
+cache is an attribute that a forward assigns, and without which its outputs are the same. So each attribute
+that a forward may assign is emptied, in several ways, until a run on the example assigns it again and returns
+the same outputs.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator
+import dis
+from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import nn
 
-from qat_lightning.base.nested import PLAIN
-from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
-from qat_lightning.modes.graph.guards import check_decision
+from qat_lightning.base import random_state
+from qat_lightning.base.nested import map_tensors
+from qat_lightning.base.torch_internals import BatchNorm, buffers_of, is_persistent
+from qat_lightning.modes.capture.call import Argument, call_with
+from qat_lightning.modes.capture.isolation import isolated_copy
+from qat_lightning.modes.capture.reach import code_within, names_in, reached
+from qat_lightning.modes.capture.state import SKIPPED, same_values
+from qat_lightning.modes.purity.private_generators import PrivateGenerators
+from qat_lightning.modes.purity.writes import RefusedWrites
+
+_MISSING = object()
+_SETTERS = frozenset({"register_buffer", "setattr", "__setattr__"})
 
 
-def guards_of_caches(graph: fx.Graph, changes: Iterable[tuple[nn.Module, str, Any, Any]]) -> list[fx.Node]:
-    """Returns the guards of decisions that only a cache makes.
-
-    Such a decision compares what an attribute held before with what the run stored in its place, on a line
-    that names the attribute.
+def empty_caches(root: nn.Module, arguments: list[Argument]) -> None:
+    """Empties the caches of `root`, in place.
 
     Args:
-        graph: What the run recorded.
-        changes: What the run assigned: module, name, and the values before and now.
+        root: A copy of the network that may be changed.
+        arguments: The arguments of the example's call.
     """
-    replaced = [
-        (name, old, _expression(new.__dict__["node"]))
-        for _, name, before, now in changes
-        if proxies_in(now) and _is_plain(before) and before != values_of(now)
-        for old, new in _paired(before, now)
-    ]
+    kinds = dict.fromkeys(type(m) for m in root.modules() if not isinstance(m, torch.jit.ScriptModule))
+    candidates = [(kind, name) for kind in kinds for name in _assigned(kind)]
+    holders = {each: names for each in candidates if (names := _holders(root, *each))}
+    if holders:
+        trial = _Trial(root, arguments)
+        while emptied := [each for each, names in holders.items() if trial.empties(each[1], names)]:
+            for each in emptied:
+                del holders[each]
+
+
+def _assigned(kind: type[nn.Module]) -> list[str]:
+    """Returns the names of the attributes that the forward of a class may assign."""
+    found: set[str] = set()
+    for function in reached(kind):
+        for code in code_within(function.__code__):
+            found |= {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+        if _SETTERS & names_in(function):
+            found |= {each for each in function.__code__.co_consts if isinstance(each, str)}
+    return sorted(found - SKIPPED)
+
+
+def _holders(root: nn.Module, kind: type[nn.Module], name: str) -> list[str]:
+    """Returns the names of the modules of a class that hold an attribute which may be a cache."""
     return [
-        node
-        for node in graph.nodes
-        if node.target is check_decision
-        and any(name in node.args[2] and _compares(node.args[0], old, new) for name, old, new in replaced)
+        path
+        for path, module in root.named_modules()
+        if type(module) is kind and any(True for _ in _empties(module, name))
     ]
 
 
-def _paired(before: Any, now: Any) -> Iterator[tuple[Any, ValueProxy]]:
-    """Pairs a proxy, or each in a tuple or list, with what was in its place before."""
-    if type(now) is ValueProxy:
-        yield before, now
-    elif isinstance(now, tuple | list) and isinstance(before, tuple | list):
-        for pair in zip(before, now, strict=False):
-            yield from _paired(*pair)
+def _value(module: nn.Module, name: str) -> Any:
+    """Returns the value of an attribute or buffer, or the class's default."""
+    default = getattr(type(module), name, _MISSING)
+    return {**buffers_of(module), **vars(module)}.get(name, default)
 
 
-def _compares(node: fx.Node, old: Any, expression: tuple[Any, ...]) -> bool:
-    """Whether a node compares an expression with an old value."""
-    if node.target not in (operator.eq, operator.ne):
+def _empties(module: nn.Module, name: str) -> Iterator[Any]:
+    """Yields what an attribute may hold while it is empty, unless it is of a kind that is no cache."""
+    value = _value(module, name)
+    is_buffer = name in buffers_of(module)
+    if (is_buffer and is_persistent(module, name)) or isinstance(value, bool | str) or callable(value):
+        return
+    if value is _MISSING or hasattr(value, "__get__"):
+        return
+    if not is_buffer:
+        yield _MISSING
+    yield None
+    if isinstance(value, torch.Tensor):
+        yield value.new_empty((0,) * max(value.ndim, 1))
+    elif isinstance(value, int | float | tuple):
+        yield () if isinstance(value, tuple) else type(value)()
+        if isinstance(value, tuple):
+            yield (None,) * len(value)
+
+
+class _Trial:
+    """Runs copies of a network on an example.
+
+    Args:
+        root: The network.
+        arguments: The arguments of the example's call.
+    """
+
+    def __init__(self, root: nn.Module, arguments: list[Argument]) -> None:
+        self.root, self.arguments = root, arguments
+        self.expected = self._run(self._copy())
+
+    def empties(self, name: str, holders: list[str]) -> bool:
+        """Empties the attribute `name` of those modules that assign it again, if that changes no output."""
+        if self.expected is None:
+            return False
+        for empty in _empties(self.root.get_submodule(holders[0]), name):
+            copy = self._copy()
+            for path in holders:
+                _set(copy.get_submodule(path), name, empty)
+            outputs = self._run(copy)
+            filled = [path for path in holders if _is_filled(copy.get_submodule(path), name, empty)]
+            if filled and outputs is not None and same_values(self.expected[0], outputs[0]):
+                for path in filled:
+                    _set(self.root.get_submodule(path), name, empty)
+                return True
         return False
-    left, right = node.args
-    return any(
-        isinstance(new, fx.Node) and _expression(new) == expression and _is_constant(constant, old)
-        for new, constant in ((left, right), (right, left))
-    )
+
+    def _copy(self) -> nn.Module:
+        copy = isolated_copy(self.root, training=self.root.training)
+        for module in copy.modules():
+            if isinstance(module, BatchNorm):
+                module.training = False  # an example of one sample has no statistics
+        return copy
+
+    def _run(self, copy: nn.Module) -> tuple[Any] | None:
+        """Returns what `copy` returns for the example, or None if it fails."""
+        inputs = {each.name: map_tensors(each.value, torch.clone) for each in self.arguments}
+        args, kwargs = call_with(self.arguments, inputs)
+        generators = PrivateGenerators(copy)
+        try:
+            with random_state.preserved(), torch.no_grad(), RefusedWrites(copy):
+                return (copy.forward(*args, **kwargs),)
+        except Exception:  # of the user's code: it needs what the attribute held
+            return None
+        finally:
+            generators.restore()
 
 
-def _expression(node: fx.Node) -> tuple[Any, ...]:
-    """Returns what a node computes; two nodes may compute the same."""
-    return (node,) if node.op == "placeholder" else (node.op, node.target, node.args, node.kwargs)
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    values: dict[str, Any] = buffers_of(module) if name in buffers_of(module) else vars(module)
+    if value is _MISSING:
+        values.pop(name, None)
+    else:
+        values[name] = value
 
 
-def _is_constant(constant: Any, old: Any) -> bool:
-    return not isinstance(constant, fx.Node) and bool(constant == old)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or None, or a tuple or list of them."""
-    return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, PLAIN)
+def _is_filled(module: nn.Module, name: str, empty: Any) -> bool:
+    """Whether a run has assigned an attribute that was empty."""
+    return {**buffers_of(module), **vars(module)}.get(name, _MISSING) is not empty

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qat_lightning.base import random_state
+from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.inputs import BatchInputs, Inputs
 from qat_lightning.base.torch_internals import is_traced_constant, modules_of
+from qat_lightning.modes.capture.caches import empty_caches
 from qat_lightning.modes.capture.call import arguments_of_call
 from qat_lightning.modes.capture.isolation import isolated_copy
 from qat_lightning.modes.capture.tracer import CaptureTracer
@@ -24,20 +26,36 @@ def capturing(example: Inputs) -> Record:
     """
 
     def record(network: nn.Module, opaque: Opaque) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
-        tracer, graph = _capture(network, opaque, example, training=True)
-        return tracer, graph, _capture(network, opaque, example, training=False)[1]
+        try:
+            return _capture_both(network, opaque, example, numbers_flow=True)
+        except UntraceableError:  # perhaps of a call that takes plain numbers only
+            return _capture_both(network, opaque, example, numbers_flow=False)
 
     return record
 
 
+def _capture_both(
+    network: nn.Module, opaque: Opaque, example: Inputs, *, numbers_flow: bool
+) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
+    """Captures training and eval mode."""
+    (tracer, graph), (_, evaluate) = (
+        _capture(network, opaque, example, training=training, numbers_flow=numbers_flow)
+        for training in (True, False)
+    )
+    return tracer, graph, evaluate
+
+
 def _capture(
-    network: nn.Module, opaque: Opaque, example: Inputs, *, training: bool
+    network: nn.Module, opaque: Opaque, example: Inputs, *, training: bool, numbers_flow: bool
 ) -> tuple[NetworkTracer, fx.Graph]:
-    tracer = CaptureTracer(opaque, values_decide=not isinstance(example, BatchInputs))
+    values_decide = not isinstance(example, BatchInputs)
+    tracer = CaptureTracer(opaque, values_decide=values_decide, numbers_flow=numbers_flow)
     root = isolated_copy(network, training=training)
     try:
         with random_state.preserved(), opaque.recorded():
-            graph = tracer.capture(root, arguments_of_call(root, example))
+            arguments = arguments_of_call(root, example)
+            empty_caches(root, arguments)
+            graph = tracer.capture(root, arguments)
     except Exception as error:
         raise untraceable_error(network, tracer, error) from error
     _share_constants(root, network)

@@ -20,6 +20,8 @@ from qat_lightning.base.torch_internals import is_script_method
 _PLAIN = frozenset({"ndim", "layout", "is_nested", "is_sparse", "is_quantized", "is_mkldnn", "names"})
 """Attributes of a tensor that an operation never changes for another input: answered by the value."""
 
+_SEQUENCES = (list, tuple, str)
+
 
 def map_proxies(value: Any, function: Callable[[ValueProxy], Any]) -> Any:
     """Applies `function` to each proxy in a nested `value`."""
@@ -159,6 +161,25 @@ class ValueProxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> Any:
         return self._written(operator.truediv, other)
+
+    # What fx.Proxy lacks of numbers.
+
+    def __mul__(self, other: Any) -> Any:
+        return self.__rmul__(other) if isinstance(other, _SEQUENCES) else super().__mul__(other)  # type: ignore[misc]
+
+    def __rmul__(self, other: Any) -> Any:
+        if isinstance(other, _SEQUENCES) and isinstance(self.__dict__["value"], int):
+            return other * operator.index(self)  # its length is part of the structure
+        return super().__rmul__(other)  # type: ignore[misc]
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
     def _written(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
         new = operation(self, other)

@@ -13,11 +13,12 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.base.nested import PLAIN, tensors_in
-from qat_lightning.base.torch_internals import buffers_of, version_of
+from qat_lightning.base.torch_internals import buffers_of, is_persistent, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
 from qat_lightning.modes.purity.impure import Impure
 
-_SKIPPED = frozenset(vars(nn.Module()))
+SKIPPED = frozenset(vars(nn.Module()))
+"""The attributes of every module, which hold its children, tensors, hooks and mode."""
 
 
 class Attributes:
@@ -30,22 +31,41 @@ class Attributes:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.attributes = {(m, n): v for m in root.modules() for n, v in _attributes(m)}
-        self.buffers = {(m, n): (b, version_of(b)) for m in root.modules() for n, b in _buffers(m)}
+        self.buffers = {
+            (m, n): (b, version_of(b))
+            for m in root.modules()
+            for n, b in buffers_of(m).items()
+            if b is not None
+        }
 
     def refuse_writes(self, graph: fx.Graph) -> None:
         """Raises :class:`Impure` if the run wrote to a buffer, or counted in a plain attribute.
 
-        A module that `graph` calls as a whole may do both: it does so again whenever the graph runs.
+        A module that `graph` calls as a whole may do both: it does so again whenever the graph runs. A buffer
+        that no checkpoint holds may be assigned, as a plain attribute may.
         """
         whole = tuple(f"{node.target}." for node in graph.nodes if node.op == "call_module")
         paths = {module: f"{name}." for name, module in self.root.named_modules()}
         for (module, name), (buffer, version) in self.buffers.items():
-            now = buffers_of(module).get(name)
-            if (now is not buffer or version_of(buffer) != version) and not paths[module].startswith(whole):
+            written = version_of(buffer) != version
+            assigned = buffers_of(module).get(name) is not buffer and is_persistent(module, name)
+            if (written or assigned) and not paths[module].startswith(whole):
                 raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
         for module, name, before, now in self.changes():
             if isinstance(before, PLAIN) and type(now) in PLAIN and not paths[module].startswith(whole):
                 raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
+
+    def refuse_accumulation(self, name_in_graph: Callable[[torch.Tensor], str | None]) -> None:
+        """Raises :class:`Impure` if the run computed what it stored from what it stored before.
+
+        Args:
+            name_in_graph: Returns the name by which the graph reads a tensor.
+        """
+        for module, name, before, now in self.changes():
+            old = name_in_graph(before) if isinstance(before, torch.Tensor) else None
+            if old is not None and old in _read_by([proxy.__dict__["node"] for proxy in proxies_in(now)]):
+                message = f"its forward computes {name!r} from what its last call stored there, and a graph"
+                raise Impure(f"{message} would not", module)
 
     def refuse_dependence(self, result: Any, call: Callable[[], Any]) -> None:
         """Raises :class:`Impure` if the outputs of a second call depend on what the first one stored.
@@ -58,7 +78,8 @@ class Attributes:
         if not caches:
             return
         for module, name, now in caches:
-            vars(module)[name] = values_of(now)
+            values: dict[str, Any] = buffers_of(module) if name in buffers_of(module) else vars(module)
+            values[name] = values_of(now)
         if not same_values(values_of(result), call()):
             module, name, _ = caches[0]
             raise Impure(
@@ -78,11 +99,22 @@ class Attributes:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in vars(module).items() if name not in _SKIPPED)
+    """Yields the plain attributes of a module, and the buffers that no checkpoint holds."""
+    yield from ((name, value) for name, value in vars(module).items() if name not in SKIPPED)
+    yield from (
+        (name, value) for name, value in buffers_of(module).items() if not is_persistent(module, name)
+    )
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, value) for name, value in buffers_of(module).items() if value is not None)
+def _read_by(nodes: list[fx.Node]) -> set[str]:
+    """Returns the names of the tensors of the network from which nodes are computed."""
+    seen: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += node.all_input_nodes
+    return {str(node.target) for node in seen if node.op == "get_attr"}
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from qat_lightning.base import random_state
 from qat_lightning.base.nested import PLAIN, fields_of, is_structure, map_tensors
 from qat_lightning.base.torch_internals import BatchNorm, is_script_method, script_module_of
 from qat_lightning.modes.capture.aliases import Aliases
-from qat_lightning.modes.capture.caches import guards_of_caches
 from qat_lightning.modes.capture.call import Argument, call_with
 from qat_lightning.modes.capture.constructors import recorded_constructors
+from qat_lightning.modes.capture.numbers import flowing_numbers
 from qat_lightning.modes.capture.proxies import ValueProxy, values_of
 from qat_lightning.modes.capture.state import Attributes
 from qat_lightning.modes.capture.telling import telling_modules
@@ -34,6 +35,7 @@ class CaptureTracer(NetworkTracer):
     Args:
         opaque: What it does not look into.
         values_decide: Whether the forward may decide by the values of a tensor.
+        numbers_flow: Whether `len()` and `int()` of a size return what flows, and not a plain number.
 
     Attributes:
         computing: Whether a value is being computed. Nothing is recorded meanwhile.
@@ -41,9 +43,9 @@ class CaptureTracer(NetworkTracer):
 
     computing = False
 
-    def __init__(self, opaque: Opaque, *, values_decide: bool) -> None:
+    def __init__(self, opaque: Opaque, *, values_decide: bool, numbers_flow: bool) -> None:
         super().__init__(opaque)
-        self._values_decide = values_decide
+        self._values_decide, self._numbers_flow = values_decide, numbers_flow
         self._aliases = Aliases()
         self._paths: dict[nn.Module, str] = {}
         self._names: dict[int, str] = {}
@@ -61,6 +63,7 @@ class CaptureTracer(NetworkTracer):
         generators = PrivateGenerators(root)
         with (
             self.this_thread(),
+            flowing_numbers(root) if self._numbers_flow else nullcontext(),
             telling_modules(root, self),
             recorded_constructors(self),
             watched_contexts(self),
@@ -75,8 +78,7 @@ class CaptureTracer(NetworkTracer):
                 "its forward draws random numbers while it is captured, and a graph would repeat them"
             )
         before.refuse_writes(self.graph)
-        for guard in guards_of_caches(self.graph, before.changes()):
-            self.graph.erase_node(guard)
+        before.refuse_accumulation(lambda t: self._names.get(id(t), self.tensor_attrs.get(t)))
         if not root.training:
             with torch.no_grad():
                 args, kwargs = call_with(arguments, {each.name: each.value for each in arguments})

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+
+from qat_lightning.modes.capture.reach import closure_of, code_within
 
 _SKIPPED = ("EXTENDED_ARG", "NOP", "PUSH_NULL")  # they may lie between a load and what belongs to it
 _Scopes = Mapping[str, Mapping[str, Any]]
@@ -29,23 +30,6 @@ class Load(NamedTuple):
 
     value: Any
     numbers: frozenset[float]
-
-
-def code_within(code: CodeType) -> Iterator[CodeType]:
-    """Yields `code` and the code of the comprehensions, lambdas and functions in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from code_within(constant)
-
-
-def closure_of(function: FunctionType) -> dict[str, Any]:
-    """Returns the values of the enclosing functions' variables that `function` uses."""
-    values = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # not assigned yet
-            values[name] = cell.cell_contents
-    return values
 
 
 def loads_of(function: FunctionType) -> Iterator[Load]:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qat_lightning.base.subclass import with_forward
-from qat_lightning.modes.eager.bytecode import Load, closure_of, code_within, loads_of
+from qat_lightning.modes.capture.reach import closure_of, code_within
+from qat_lightning.modes.eager.bytecode import Load, loads_of
 from qat_lightning.modes.graph.relu6 import clamped_to_six, is_inside
 
 

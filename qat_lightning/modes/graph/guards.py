@@ -17,6 +17,10 @@ from qat_lightning.modes.graph.nodes import module_of
 _ADVICE = (
     "Capture it with an example like this input (example_inputs=…), or keep that part float (keep_float=[…])."
 )
+_FOR_NUMBERS = (
+    "Python needs a plain number there. Where an operation of torch takes the size itself, write x.size(0) "
+    "or x.shape[0], and other sizes work. Otherwise: "
+)
 
 
 @fx.node.has_side_effect
@@ -36,7 +40,7 @@ def check_decision(value: Any, expected: Any, line: str) -> None:
         raise GuardError(
             f"The network was captured with an example for which this line decided by {expected!r}. For this "
             f"input it is {found!r}, which may lead to a path that the graph does not hold.\n  at {line}\n"
-            + _ADVICE
+            f"{_FOR_NUMBERS if type(expected) in (int, float) else ''}{_ADVICE}"
         )
 
 

@@ -57,7 +57,7 @@ class _State:
             (module, name): value
             for module in modules
             for name, value in vars(module).items()
-            if isinstance(value, PLAIN) and name != "training"
+            if name != "training"
         }
         self.buffers = {module: dict(buffers_of(module)) for module in modules}
 
@@ -66,8 +66,13 @@ class _State:
         changed = []
         for (module, name), value in self.attributes.items():
             now: Any = vars(module).get(name, value)
-            if isinstance(now, fx.Proxy) or (isinstance(now, PLAIN) and now != value):
+            plain = isinstance(now, PLAIN) and isinstance(value, PLAIN)
+            if isinstance(now, fx.Proxy) or (plain and now != value):
                 setattr(module, name, value)
+                changed.append((module, name))
+        for module in self.buffers:
+            for name in [name for name, now in vars(module).items() if isinstance(now, fx.Proxy)]:
+                del vars(module)[name]  # the trace made it
                 changed.append((module, name))
         for module, kept in self.buffers.items():
             for name, buffer in kept.items():
