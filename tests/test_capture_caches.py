@@ -204,6 +204,32 @@ class Averaging(Cached):
         return x - self.mean
 
 
+class Handing(Cached):
+    """Keeps in training what it reads in eval mode."""
+
+    mean: Any = 0.0
+
+    def cached(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = x.mean((0, 1))
+            return x
+        return x - self.mean
+
+
+class Remembering(Cached):
+    """Reads in training what its last call stored."""
+
+    last: Any = None
+
+    def cached(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        last = x if self.last is None else self.last
+        self.last = 2 * x
+        y: Tensor = x + last
+        return y
+
+
 class Replacing(Cached):
     """Keeps something of its last input in a buffer of the state dict."""
 
@@ -219,8 +245,10 @@ class Replacing(Cached):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Averaging(torch.ones(4)), "computes 'mean' from what its last call stored there"),
-        (Averaging(None), "computes 'mean' from what its last call stored there"),
+        (Averaging(torch.ones(4)), "stores 'mean', in training mode, on which eval mode depends"),
+        (Averaging(None), "stores 'mean', in training mode, on which eval mode depends"),
+        (Handing(), "stores 'mean', in training mode, on which eval mode depends"),
+        (Remembering(), "stores 'last', on which its next call depends"),
         (Replacing(), "writes to the buffer 'mean'"),
     ],
 )

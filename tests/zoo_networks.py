@@ -122,7 +122,7 @@ NETWORKS = {
     "Swin": _vision("Swin", _SWIN),
     "ConvNeXt": _vision("ConvNext", _CONVNEXT, resizable=True),
     "ResNet": _vision("ResNet", _RESNET, resizable=True),
-    "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35}),
+    "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35}, resizable=True),
     "MobileViT": _vision("MobileViT", _MOBILEVIT),
     "Segformer": ZooNetwork(
         _transformers("SegformerForSemanticSegmentation", "SegformerConfig", **_SEGFORMER),
@@ -139,6 +139,8 @@ NETWORKS = {
     "timm efficientvit_b0": _timm("efficientvit_b0", 64, 96),
     "timm efficientformer_l1": _timm("efficientformer_l1", 224),
     "timm twins_svt_small": _timm("twins_svt_small", 224),
+    "timm convit_tiny": _timm("convit_tiny", 224),
+    "timm bat_resnext26ts": _timm("bat_resnext26ts", 256),
     "torchvision swin_t": _torchvision("swin_t", 64),
     "torchvision maxvit_t": _torchvision("maxvit_t", 224),
     # The output projections of nn.MultiheadAttention stay float with it.

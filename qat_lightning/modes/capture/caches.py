@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_lightning.base import random_state
-from qat_lightning.base.nested import map_tensors
-from qat_lightning.base.torch_internals import BatchNorm, buffers_of, is_persistent
-from qat_lightning.modes.capture.call import Argument, call_with
-from qat_lightning.modes.capture.isolation import isolated_copy
+from qat_lightning.base.torch_internals import buffers_of, is_persistent
+from qat_lightning.modes.capture.call import Argument, run
+from qat_lightning.modes.capture.isolation import isolated_copy, use_running_statistics
 from qat_lightning.modes.capture.reach import code_within, names_in, reached
-from qat_lightning.modes.capture.state import SKIPPED, same_values
+from qat_lightning.modes.capture.state import SKIPPED, holder_of, same_values
 from qat_lightning.modes.purity.private_generators import PrivateGenerators
 from qat_lightning.modes.purity.writes import RefusedWrites
 
@@ -69,8 +67,7 @@ def _holders(root: nn.Module, kind: type[nn.Module], name: str) -> list[str]:
 
 def _value(module: nn.Module, name: str) -> Any:
     """Returns the value of an attribute or buffer, or the class's default."""
-    default = getattr(type(module), name, _MISSING)
-    return {**buffers_of(module), **vars(module)}.get(name, default)
+    return holder_of(module, name).get(name, getattr(type(module), name, _MISSING))
 
 
 def _empties(module: nn.Module, name: str) -> Iterator[Any]:
@@ -122,19 +119,15 @@ class _Trial:
 
     def _copy(self) -> nn.Module:
         copy = isolated_copy(self.root, training=self.root.training)
-        for module in copy.modules():
-            if isinstance(module, BatchNorm):
-                module.training = False  # an example of one sample has no statistics
+        use_running_statistics(copy)
         return copy
 
     def _run(self, copy: nn.Module) -> tuple[Any] | None:
         """Returns what `copy` returns for the example, or None if it fails."""
-        inputs = {each.name: map_tensors(each.value, torch.clone) for each in self.arguments}
-        args, kwargs = call_with(self.arguments, inputs)
         generators = PrivateGenerators(copy)
         try:
-            with random_state.preserved(), torch.no_grad(), RefusedWrites(copy):
-                return (copy.forward(*args, **kwargs),)
+            with RefusedWrites(copy):
+                return (run(copy, self.arguments),)
         except Exception:  # of the user's code: it needs what the attribute held
             return None
         finally:
@@ -142,7 +135,7 @@ class _Trial:
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
-    values: dict[str, Any] = buffers_of(module) if name in buffers_of(module) else vars(module)
+    values = holder_of(module, name)
     if value is _MISSING:
         values.pop(name, None)
     else:
@@ -151,4 +144,4 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
 
 def _is_filled(module: nn.Module, name: str, empty: Any) -> bool:
     """Whether a run has assigned an attribute that was empty."""
-    return {**buffers_of(module), **vars(module)}.get(name, _MISSING) is not empty
+    return holder_of(module, name).get(name, _MISSING) is not empty

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from qat_lightning.base import random_state
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.base.nested import PLAIN, tensors_in
+from qat_lightning.base.nested import PLAIN, map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def _argument(
     return Argument(name, value, True, default, parameter.kind, bool(tensors_in(value)))
 
 
-def call_with(arguments: list[Argument], inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_with(
+    arguments: Sequence[Argument], inputs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the positional and keyword arguments to call the forward with.
 
     Args:
@@ -77,3 +81,11 @@ def call_with(arguments: list[Argument], inputs: Mapping[str, Any]) -> tuple[tup
         named.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = tuple(value for each, value in given if each.kind not in named)
     return positional, {each.name: value for each, value in given if each.kind in named}
+
+
+def run(network: nn.Module, arguments: Sequence[Argument]) -> Any:
+    """Returns what `network` returns for the example, which it may write into, at every time the same."""
+    inputs = {each.name: map_tensors(each.value, torch.clone) for each in arguments}
+    args, kwargs = call_with(arguments, inputs)
+    with random_state.preserved(), torch.no_grad():
+        return network.forward(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx, nn
 
 from qat_lightning.base import random_state
@@ -11,6 +13,7 @@ from qat_lightning.base.torch_internals import is_traced_constant, modules_of
 from qat_lightning.modes.capture.caches import empty_caches
 from qat_lightning.modes.capture.call import arguments_of_call
 from qat_lightning.modes.capture.isolation import isolated_copy
+from qat_lightning.modes.capture.state import Stored
 from qat_lightning.modes.capture.tracer import CaptureTracer
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import AutogradFunction
@@ -38,28 +41,34 @@ def _capture_both(
     network: nn.Module, opaque: Opaque, example: Inputs, *, numbers_flow: bool
 ) -> tuple[NetworkTracer, fx.Graph, fx.Graph]:
     """Captures training and eval mode."""
-    (tracer, graph), (_, evaluate) = (
-        _capture(network, opaque, example, training=training, numbers_flow=numbers_flow)
-        for training in (True, False)
-    )
-    return tracer, graph, evaluate
+
+    def tracer() -> CaptureTracer:
+        values_decide = not isinstance(example, BatchInputs)
+        return CaptureTracer(opaque, values_decide=values_decide, numbers_flow=numbers_flow)
+
+    of_training, of_eval = tracer(), tracer()
+    graph = _capture(network, of_training, example, training=True)
+    return of_training, graph, _capture(network, of_eval, example, training=False, earlier=of_training.stored)
 
 
 def _capture(
-    network: nn.Module, opaque: Opaque, example: Inputs, *, training: bool, numbers_flow: bool
-) -> tuple[NetworkTracer, fx.Graph]:
-    values_decide = not isinstance(example, BatchInputs)
-    tracer = CaptureTracer(opaque, values_decide=values_decide, numbers_flow=numbers_flow)
+    network: nn.Module,
+    tracer: CaptureTracer,
+    example: Inputs,
+    *,
+    training: bool,
+    earlier: Sequence[Stored] = (),
+) -> fx.Graph:
     root = isolated_copy(network, training=training)
     try:
-        with random_state.preserved(), opaque.recorded():
+        with random_state.preserved(), tracer.opaque.recorded():
             arguments = arguments_of_call(root, example)
             empty_caches(root, arguments)
-            graph = tracer.capture(root, arguments)
+            graph = tracer.capture(root, arguments, earlier)
     except Exception as error:
         raise untraceable_error(network, tracer, error) from error
     _share_constants(root, network)
-    return tracer, graph
+    return graph
 
 
 def _share_constants(traced: nn.Module, network: nn.Module) -> None:

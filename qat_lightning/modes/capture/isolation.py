@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_lightning.base.torch_internals import buffers_of
+from qat_lightning.base.torch_internals import BatchNorm, buffers_of
 from qat_lightning.modes.purity.structure import structural_copy
 
 
@@ -25,3 +25,10 @@ def isolated_copy(network: nn.Module, *, training: bool) -> nn.Module:
                 if isinstance(value, torch.Tensor):
                     values[name] = own.setdefault(id(value), value.detach().clone())
     return copy
+
+
+def use_running_statistics(network: nn.Module) -> None:
+    """Puts batch-norms into eval mode: an example of one sample has no statistics."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm) and module.running_mean is not None:
+            module.training = False

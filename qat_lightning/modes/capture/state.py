@@ -6,19 +6,21 @@ size, if its outputs do not depend on what it stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from qat_lightning.base.nested import PLAIN, tensors_in
-from qat_lightning.base.torch_internals import buffers_of, is_persistent, version_of
+from qat_lightning.base.torch_internals import buffers_of, is_persistent, is_traced_constant, version_of
 from qat_lightning.modes.capture.proxies import ValueProxy, proxies_in, values_of
 from qat_lightning.modes.purity.impure import Impure
 
 SKIPPED = frozenset(vars(nn.Module()))
 """The attributes of every module, which hold its children, tensors, hooks and mode."""
+Stored = tuple[str, str, Any]
+"""An attribute that a run assigned: the name of its module, its own name, and its value."""
 
 
 class Attributes:
@@ -55,36 +57,43 @@ class Attributes:
             if isinstance(before, PLAIN) and type(now) in PLAIN and not paths[module].startswith(whole):
                 raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
 
-    def refuse_accumulation(self, name_in_graph: Callable[[torch.Tensor], str | None]) -> None:
-        """Raises :class:`Impure` if the run computed what it stored from what it stored before.
+    def stored(self) -> list[Stored]:
+        """Returns what the run computed from its input and stored."""
+        paths = {module: path for path, module in self.root.named_modules()}
+        changes = [(paths[module], name, now) for module, name, _, now in self.changes() if proxies_in(now)]
+        return [(path, name, values_of(now)) for path, name, now in changes]
+
+    def refuse_dependence(self, call: Callable[[], Any], earlier: Sequence[Stored]) -> None:
+        """Raises :class:`Impure` if outputs depend on what an earlier call stored.
 
         Args:
-            name_in_graph: Returns the name by which the graph reads a tensor.
+            call: Calls the network on the example, with plain tensors.
+            earlier: What the run in training mode stored, if this one was in eval mode.
         """
-        for module, name, before, now in self.changes():
-            old = name_in_graph(before) if isinstance(before, torch.Tensor) else None
-            if old is not None and old in _read_by([proxy.__dict__["node"] for proxy in proxies_in(now)]):
-                message = f"its forward computes {name!r} from what its last call stored there, and a graph"
-                raise Impure(f"{message} would not", module)
+        stored = self.stored()
+        if stored or earlier:
+            self._restore()
+            expected = call()
+            if stored and not same_values(expected, call()):
+                raise self._state(stored[0], "on which its next call depends")
+            for path, name, value in earlier:
+                module = self.root.get_submodule(path)
+                holder_of(module, name)[name] = value
+            if earlier and not same_values(expected, call()):
+                raise self._state(earlier[0], "in training mode, on which eval mode depends")
 
-    def refuse_dependence(self, result: Any, call: Callable[[], Any]) -> None:
-        """Raises :class:`Impure` if the outputs of a second call depend on what the first one stored.
+    def _restore(self) -> None:
+        for module, name, *_ in list(self.changes()):
+            values = holder_of(module, name)
+            if (module, name) in self.attributes:
+                values[name] = self.attributes[module, name]
+            else:
+                del values[name]
 
-        Args:
-            result: The output of the first call.
-            call: Calls the network again.
-        """
-        caches = [(module, name, now) for module, name, _, now in self.changes() if proxies_in(now)]
-        if not caches:
-            return
-        for module, name, now in caches:
-            values: dict[str, Any] = buffers_of(module) if name in buffers_of(module) else vars(module)
-            values[name] = values_of(now)
-        if not same_values(values_of(result), call()):
-            module, name, _ = caches[0]
-            raise Impure(
-                f"its forward stores {name!r}, on which its next call depends, and a graph would not", module
-            )
+    def _state(self, stored: Stored, dependence: str) -> Impure:
+        path, name, _ = stored
+        message = f"its forward stores {name!r}, {dependence}, and a graph would not"
+        return Impure(message, self.root.get_submodule(path))
 
     def changes(self) -> Iterator[tuple[nn.Module, str, Any, Any]]:
         """Yields the attributes that the run assigned: module, name, and the values before and now."""
@@ -100,21 +109,20 @@ class Attributes:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the plain attributes of a module, and the buffers that no checkpoint holds."""
-    yield from ((name, value) for name, value in vars(module).items() if name not in SKIPPED)
+    yield from (
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in SKIPPED and not is_traced_constant(name)
+    )
     yield from (
         (name, value) for name, value in buffers_of(module).items() if not is_persistent(module, name)
     )
 
 
-def _read_by(nodes: list[fx.Node]) -> set[str]:
-    """Returns the names of the tensors of the network from which nodes are computed."""
-    seen: set[fx.Node] = set()
-    while nodes:
-        node = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            nodes += node.all_input_nodes
-    return {str(node.target) for node in seen if node.op == "get_attr"}
+def holder_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """Returns the dict in which a module keeps an attribute, or a buffer, of that name."""
+    buffers: dict[str, Any] = buffers_of(module)
+    return buffers if name in buffers else vars(module)
 
 
 def _equal(left: Any, right: Any) -> bool:

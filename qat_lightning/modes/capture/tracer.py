@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,11 +14,12 @@ from qat_lightning.base import random_state
 from qat_lightning.base.nested import PLAIN, fields_of, is_structure, map_tensors
 from qat_lightning.base.torch_internals import BatchNorm, is_script_method, script_module_of
 from qat_lightning.modes.capture.aliases import Aliases
-from qat_lightning.modes.capture.call import Argument, call_with
+from qat_lightning.modes.capture.call import Argument, call_with, run
 from qat_lightning.modes.capture.constructors import recorded_constructors
+from qat_lightning.modes.capture.isolation import use_running_statistics
 from qat_lightning.modes.capture.numbers import flowing_numbers
 from qat_lightning.modes.capture.proxies import ValueProxy, values_of
-from qat_lightning.modes.capture.state import Attributes
+from qat_lightning.modes.capture.state import Attributes, Stored
 from qat_lightning.modes.capture.telling import telling_modules
 from qat_lightning.modes.graph.guards import check_argument, check_decision, check_tensor
 from qat_lightning.modes.graph.lines import current_user_line
@@ -39,6 +41,7 @@ class CaptureTracer(NetworkTracer):
 
     Attributes:
         computing: Whether a value is being computed. Nothing is recorded meanwhile.
+        stored: What the run computed from its input and stored.
     """
 
     computing = False
@@ -46,14 +49,20 @@ class CaptureTracer(NetworkTracer):
     def __init__(self, opaque: Opaque, *, values_decide: bool, numbers_flow: bool) -> None:
         super().__init__(opaque)
         self._values_decide, self._numbers_flow = values_decide, numbers_flow
+        self.stored: list[Stored] = []
         self._aliases = Aliases()
         self._paths: dict[nn.Module, str] = {}
         self._names: dict[int, str] = {}
         self._reads: dict[str, ValueProxy] = {}
         self._decided: set[tuple[fx.Node, str]] = set()
 
-    def capture(self, root: nn.Module, arguments: list[Argument]) -> fx.Graph:
+    def capture(self, root: nn.Module, arguments: list[Argument], earlier: Sequence[Stored]) -> fx.Graph:
         """Runs `root`, which is used up, and returns the graph.
+
+        Args:
+            root: A copy of the network.
+            arguments: The arguments of the example's call.
+            earlier: What the run in training mode stored, if this one is in eval mode.
 
         Raises:
             Impure: The forward keeps state for its next call, or draws random numbers in Python.
@@ -78,11 +87,9 @@ class CaptureTracer(NetworkTracer):
                 "its forward draws random numbers while it is captured, and a graph would repeat them"
             )
         before.refuse_writes(self.graph)
-        before.refuse_accumulation(lambda t: self._names.get(id(t), self.tensor_attrs.get(t)))
-        if not root.training:
-            with torch.no_grad():
-                args, kwargs = call_with(arguments, {each.name: each.value for each in arguments})
-                before.refuse_dependence(result, lambda: root.forward(*args, **kwargs))
+        self.stored = before.stored()
+        use_running_statistics(root)
+        before.refuse_dependence(lambda: run(root, arguments), earlier)
         return self.graph
 
     def _begin(self, root: nn.Module) -> None:
