@@ -122,7 +122,8 @@ NETWORKS = {
     "Swin": _vision("Swin", _SWIN),
     "ConvNeXt": _vision("ConvNext", _CONVNEXT, resizable=True),
     "ResNet": _vision("ResNet", _RESNET, resizable=True),
-    "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35}, resizable=True),
+    # Its own ReLU6 becomes a ReLU when it is prepared, which is another function above 6.
+    "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35, "hidden_act": "relu"}, resizable=True),
     "MobileViT": _vision("MobileViT", _MOBILEVIT),
     "Segformer": ZooNetwork(
         _transformers("SegformerForSemanticSegmentation", "SegformerConfig", **_SEGFORMER),
