@@ -238,6 +238,25 @@ def test_the_share_and_the_fused_layers_of_resnet18() -> None:
     assert report.float_layers == report.batch_norms == report.float_ops == ()
 
 
+class Attending(nn.Module):
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.fc, self.fused = nn.Linear(8, 8), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)[:, None]  # a head of its own
+        if self.fused:
+            return F.scaled_dot_product_attention(x, x, x)
+        return (x @ x.transpose(-2, -1) / 8**0.5).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_counts_as_float_work(fused: bool) -> None:
+    (report,) = preflight(Attending(fused=fused), torch.randn(2, 6, 8))
+    layer, products = 6 * 8 * 8, 2 * 6 * 6 * 8
+    assert report.int8_share == pytest.approx(layer / (layer + products))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case_passes(case: Case) -> None:
     (report,) = preflight(case.build(), Inputs(*case.inputs()), mode=case.mode)

@@ -25,6 +25,9 @@ Convolution, ConvTranspose = _ConvNd, _ConvTransposeNd
 Dropout = _DropoutNd
 AvgPool, AdaptiveAvgPool = _AvgPoolNd, _AdaptiveAvgPoolNd
 
+# What `scaled_dot_product_attention` calls on the CPU.
+attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 # Nested values: tuples, lists and dicts of tensors.
 MappingKey = _pytree.MappingKey
 tree_flatten_with_path = _pytree.tree_flatten_with_path

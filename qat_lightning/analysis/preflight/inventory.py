@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from qat_lightning.analysis.preflight.network_report import Finding
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.base.torch_internals import Convolution, ConvTranspose
+from qat_lightning.base.torch_internals import Convolution, ConvTranspose, attention_on_cpu
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
 from qat_lightning.modes.graph.relu6 import is_inside
@@ -23,6 +23,7 @@ from qat_lightning.quantize.recipe import Recipe
 _WEIGHTED = (Convolution, nn.Linear)
 _NO_INT8_TRAINING = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, ConvTranspose)
 _BATCH_NORM = "BatchNorm"
+_NOT_COUNTED_BY_TORCH = {attention_on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 
 
 class Work(NamedTuple):
@@ -50,7 +51,7 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
         if isinstance(module, _WEIGHTED)
     ]
     # Keep gradients on: without them the counter fails if a parameter is an input, and misses attention.
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH) as counter:
         network(*inputs.args, **inputs.kwargs)
     for handle in handles:
         handle.remove()
