@@ -34,6 +34,7 @@ from torch.ao.quantization.backend_config import BackendConfig, get_native_backe
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.utils import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import MeanMetric
 
 from qat_lightning.base import lightning_internals, torch_internals
@@ -232,6 +233,15 @@ def test_blocks_of_a_transformer_layer() -> None:
     with internal("torch: nn.TransformerEncoderLayer._sa_block"):
         attended = torch_internals.self_attention(layer, x, mask, None, is_causal=False)
         assert torch.equal(attended, layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_what_attention_calls_on_the_cpu() -> None:
+    x = torch.randn(1, 2, 3, 4)
+    counted = {torch_internals.attention_on_cpu: lambda *_, **__: 7}
+    with internal("torch: _scaled_dot_product_flash_attention_for_cpu"):
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+            nn.functional.scaled_dot_product_attention(x, x, x)
+        assert counter.get_total_flops() == 7
 
 
 @pytest.mark.parametrize(
