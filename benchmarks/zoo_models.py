@@ -1,16 +1,19 @@
-"""Which networks the zoo holds: torchvision's classifiers and more, and small ones of timm's families."""
+"""Which networks the zoo holds: those of torchvision, small ones of timm's families, and other packages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import quantization
+from torchvision.ops import FrozenBatchNorm2d
+
+from benchmarks.zoo_entry import Entry, images, images_with_boxes
+from benchmarks.zoo_packages import entries_of_packages
 
 # The smallest size that a network accepts, where that is not 64.
 _SIZES = {
@@ -53,60 +56,68 @@ nextvit_small tiny_vit_5m_224 hiera_tiny_224 iformer_t vitamin_small_224
 """
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One network of the zoo.
-
-    Attributes:
-        name: Its name, with the mode in brackets where it is listed in both.
-        source: `"torchvision"` or `"timm"`.
-        family: The module that defines it.
-        size: Height and width of its inputs.
-        build: Makes it, untrained.
-        mode: The mode to prepare it in.
-        part: The submodule to prepare; all of it if empty.
-    """
-
-    name: str
-    source: str
-    family: str
-    size: int
-    build: Callable[[], nn.Module]
-    mode: str = "fx"
-    part: str = ""
-
-    def inputs(self) -> tuple[Any, ...]:
-        """Returns a batch of two random images, and targets for a network that computes its own losses."""
-        images = torch.randn(2, 3, self.size, self.size)
-        return ([*images], [_target(self.size)] * 2) if self.part else (images,)
-
-
 def entries() -> list[Entry]:
     """Returns all networks of the zoo."""
-    return [*_torchvision(), *_quantizable(), *_dense(), *_timm()]
+    return [*_torchvision(), *_quantizable(), *_dense(), *_backbones(), *_timm(), *entries_of_packages()]
 
 
 def _torchvision() -> Iterator[Entry]:
     for name in torchvision.models.list_models(module=torchvision.models):
         size = _SIZES.get(name, 64)
         sized = {"image_size": size} if name in _VIT else {}
-        yield Entry(name, "torchvision", _family(name), size, _builder(name, **sized))
+        yield _entry(name, size, _builder(name, **sized))
 
 
 def _quantizable() -> Iterator[Entry]:
     for name in torchvision.models.list_models(module=quantization):
         for mode in ("eager", "fx"):
             size = _SIZES.get(name, 64)
-            build = _builder(name, quantize=False)
-            yield Entry(f"{name} ({mode})", "torchvision", _family(name), size, build, mode)
+            build, call = _builder(name, quantize=False), images(size)
+            yield Entry(f"{name} ({mode})", "torchvision", _family(name), str(size), build, call, mode)
 
 
 def _dense() -> Iterator[Entry]:
     for name in ("deeplabv3_resnet50", "fcn_resnet50"):
-        yield Entry(name, "torchvision", _family(name), 64, _builder(name, weights_backbone=None))
+        yield _entry(name, 64, _builder(name, weights_backbone=None))
     name = "fasterrcnn_resnet50_fpn"
     build = _builder(name, weights_backbone=None, min_size=128, max_size=128)
-    yield Entry(name, "torchvision", _family(name), 128, build, part="backbone")
+    call = images_with_boxes(128)
+    yield Entry(name, "torchvision", _family(name), "128", build, call, part="backbone")
+
+
+def _backbones() -> Iterator[Entry]:
+    """Yields the backbones of detectors, also with frozen batch-norms, as they come with trained weights."""
+    resnets = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+    for name in (*resnets, "ssdlite320_mobilenet_v3_large"):
+        yield _entry(name, 128, _backbone(name), ".backbone")
+    for name in resnets:
+        yield _entry(name, 128, _frozen(_backbone(name), 128), ".backbone (frozen)")
+
+
+def _entry(name: str, size: int, build: Callable[[], nn.Module], what: str = "") -> Entry:
+    return Entry(f"{name}{what}", "torchvision", _family(name), str(size), build, images(size))
+
+
+def _backbone(name: str) -> Callable[[], nn.Module]:
+    return lambda: _builder(name, weights_backbone=None)().get_submodule("backbone")
+
+
+def _frozen(build: Callable[[], nn.Module], size: int) -> Callable[[], nn.Module]:
+    """Returns what freezes the batch-norms of a network, with the statistics of a batch."""
+
+    def frozen() -> nn.Module:
+        network = build()
+        norms = {name: m for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        for norm in norms.values():
+            norm.momentum = 1.0
+        with torch.no_grad():
+            network(torch.randn(2, 3, size, size))
+        for name, norm in norms.items():
+            network.set_submodule(name, FrozenBatchNorm2d(norm.num_features, norm.eps))
+            network.get_submodule(name).load_state_dict(norm.state_dict())
+        return network
+
+    return frozen
 
 
 def _builder(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -128,12 +139,8 @@ def _timm() -> Iterator[Entry]:
         native = config.input_size[1]
         size = native if config.fixed_input_size else _SIZES.get(f"timm/{name}", 64)
         family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-        yield Entry(f"timm/{name}", "timm", family, size, _timm_builder(name))
+        yield Entry(f"timm/{name}", "timm", family, str(size), _timm_builder(name), images(size))
 
 
 def _timm_builder(name: str) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, pretrained=False)
-
-
-def _target(size: int) -> dict[str, Tensor]:
-    return {"boxes": torch.tensor([[8.0, 8.0, size - 8.0, size - 8.0]]), "labels": torch.tensor([1])}

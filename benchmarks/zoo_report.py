@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.zoo_models import Entry, entries
+from benchmarks.zoo_entry import Entry
+from benchmarks.zoo_models import entries
 
 HEAD = """# Zoo
 
-Every classifier of torchvision, its quantizable variants, three dense predictors, and small networks of
-timm's families: prepared for x86, trained one step on two images, run once more in training mode, converted,
-and compared.
+Every classifier of torchvision, its quantizable variants, three dense predictors and the backbones of its
+detectors, small networks of timm's families, and networks of transformers and ultralytics at their usual
+size: prepared for x86 with an example of their input, trained one step on two samples, run once more in
+training mode, converted, and compared. A backbone is also listed with frozen batch-norms, as it comes with
+trained weights.
 
 ```console
 $ python -m benchmarks.zoo
@@ -19,15 +22,18 @@ $ python -m benchmarks.zoo
 
 """
 COLUMNS = """
-- **int8**: the share of the float network's multiply-adds whose layer became an int8 layer. The whole
-  includes products between activations. Those products and functional calls do not count as int8.
-- **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB.
+- **input**: height and width of the images, or the length of the texts.
+- **int8**: the share of the float network's multiply-adds that int8 layers compute. The whole includes
+  products between activations, which are never int8 layers.
+- **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB. If a
+  network has many outputs, all of them count.
 - **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was
   multiplied by 1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and
-  have seen two images, so a deep one amplifies each rounding that tips over. An SQNR near this figure is that
-  noise; one far below is not.
-- **s**: the seconds that all of it takes on one core.
-- **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network, or the error they end with.
+  have seen two samples, so a deep one amplifies each rounding that tips over. An SQNR near this figure is
+  that noise; one far below is not.
+- **s**: the CPU seconds that all of it takes in one thread.
+- **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network and the same example, or the
+  error they end with.
 
 | network | input | int8 | SQNR | noise | s | torch |
 |---|---:|---:|---:|---:|---:|---|
@@ -65,7 +71,7 @@ def _parts(entry: Entry, ours: dict[str, Any]) -> str:
 def _summary(known: list[Entry], figures: dict[str, Any]) -> Iterator[str]:
     yield "| | ours | families | torch's prepare_qat_fx |"
     yield "|---|---:|---:|---:|"
-    for source in ("torchvision", "timm"):
+    for source in dict.fromkeys(entry.source for entry in known):
         rows = [(entry, figures[entry.name]) for entry in known if entry.source == source]
         ok = [entry for entry, row in rows if row["ours"]["ok"]]
         theirs = [row["torch"]["ok"] for _, row in rows if "torch" in row]

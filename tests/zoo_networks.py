@@ -13,6 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.zoo_packages import transformers_network, yolo
+
 Call = dict[str, Tensor]
 
 
@@ -44,27 +46,6 @@ def _tokens(batch: int, length: int) -> Call:
     }
 
 
-def _transformers(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import transformers
-
-        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**settings))
-        return made
-
-    return build
-
-
-def _yolo(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        from ultralytics.nn import tasks
-
-        kind = tasks.SegmentationModel if "-seg" in name else tasks.DetectionModel
-        made: nn.Module = kind(f"{name}.yaml", verbose=False)
-        return made
-
-    return build
-
-
 _TEXT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "vocab_size": 100,
@@ -85,7 +66,7 @@ _CONVNEXT = {"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4}
 
 
 def _vision(model: str, settings: dict[str, Any], *, resizable: bool = False) -> ZooNetwork:
-    build = _transformers(f"{model}ForImageClassification", f"{model}Config", **settings)
+    build = transformers_network(model, "ImageClassification", **settings)
     size = 96 if resizable else 64
     return ZooNetwork(build, _images(2, 64, "pixel_values"), _images(3, size, "pixel_values"))
 
@@ -105,15 +86,15 @@ def _torchvision(name: str, size: int, float_layers: int = 0) -> ZooNetwork:
 torch.manual_seed(0)
 NETWORKS = {
     "BERT": ZooNetwork(
-        _transformers("BertForSequenceClassification", "BertConfig", **_TEXT), _tokens(2, 12), _tokens(3, 9)
+        transformers_network("Bert", "SequenceClassification", **_TEXT), _tokens(2, 12), _tokens(3, 9)
     ),
     "RoBERTa": ZooNetwork(
-        _transformers("RobertaForSequenceClassification", "RobertaConfig", **_TEXT),
+        transformers_network("Roberta", "SequenceClassification", **_TEXT),
         _tokens(2, 12),
         _tokens(3, 9),
     ),
     "DistilBERT": ZooNetwork(
-        _transformers("DistilBertForSequenceClassification", "DistilBertConfig", **_DISTIL),
+        transformers_network("DistilBert", "SequenceClassification", **_DISTIL),
         _tokens(2, 12),
         _tokens(3, 9),
     ),
@@ -126,12 +107,12 @@ NETWORKS = {
     "MobileNetV2": _vision("MobileNetV2", {"depth_multiplier": 0.35, "hidden_act": "relu"}, resizable=True),
     "MobileViT": _vision("MobileViT", _MOBILEVIT),
     "Segformer": ZooNetwork(
-        _transformers("SegformerForSemanticSegmentation", "SegformerConfig", **_SEGFORMER),
+        transformers_network("Segformer", "SemanticSegmentation", **_SEGFORMER),
         _images(2, 64, "pixel_values"),
         _images(3, 96, "pixel_values"),
     ),
     **{
-        name: ZooNetwork(_yolo(name), _images(2, 64), _images(3, 96))
+        name: ZooNetwork(yolo(name), _images(2, 64), _images(3, 96))
         for name in ("yolov5n", "yolov8n", "yolo11n", "yolov8n-seg")
     },
     "timm mobilevit_xxs": _timm("mobilevit_xxs", 64),
