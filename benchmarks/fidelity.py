@@ -33,7 +33,7 @@ from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.export.runtime import OnnxRuntime, RuntimeNetwork
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 from qat_lightning.tasks.data.digits import load_digits
 from qat_lightning.tasks.models import DigitsCNN
 

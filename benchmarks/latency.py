@@ -35,7 +35,7 @@ from torchvision import models
 from qat_lightning import export_onnx, export_openvino, prepare
 from qat_lightning.base import cpu
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
-from qat_lightning.modes.layers.reference import floating
+from qat_lightning.modes.lowering.reference import floating
 
 BACKEND = "x86" if cpu.overflows() else "onednn"
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large")

@@ -229,8 +229,9 @@ def test_a_batch_norm_without_factors_is_fused_and_gets_none(dims: int, tmp_path
         return nn.Sequential(_CONVS[dims](3, 8, 3), norm(8, affine=False), nn.ReLU(), _CONVS[dims](8, 4, 1))
 
     prepared, int8 = check(build, torch.randn(8, 3, *[6] * dims), tmp_path)
-    fused = prepared.get_submodule("0")
-    assert type(fused).__name__ == f"ConvBnReLU{dims}d"
+    fused: Any = prepared.get_submodule("0")
+    assert type(fused).__name__ == f"ConvBn{dims}d"
+    assert fused.relu
     assert [name for name, _ in fused.named_parameters()] == ["weight", "bias"]
     assert not {"0.bn.weight", "0.bn.bias"} & set(prepared.state_dict())
     assert not any(isinstance(module, norm) for module in int8.modules())
@@ -312,7 +313,8 @@ def test_a_frozen_batch_norm_is_fused_and_stays_frozen(norm: Any) -> None:
     expected = network(x).detach()
     state = {name: value.clone() for name, value in network.named_buffers()}
     prepared: Any = prepare(network)
-    assert [type(prepared.get_submodule(name)).__name__ for name in "03"] == ["ConvBnReLU2d"] * 2
+    assert [type(prepared.get_submodule(name)).__name__ for name in "03"] == ["ConvBn2d"] * 2
+    assert all(prepared.get_submodule(name).relu for name in "03")
     assert {name.split(".")[-1] for name, _ in prepared.named_parameters()} == {"weight", "bias"}
     assert not [name for name, _ in prepared.named_parameters() if "bn" in name or name.startswith("7")]
     for training in (True, False):

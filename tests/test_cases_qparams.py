@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
-from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.ao.quantization import DeQuantStub, MovingAverageMinMaxObserver, QConfig, QuantStub
 from torch.nn import functional as F
 
 from qat_lightning import convert, export_onnx, export_openvino, load_int8, load_runtime, prepare, save_int8
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.phases import set_enabled
-from tests.networks import sqnr
+from qat_lightning.modes.qconfig import default_qconfig
+from tests.networks import Residual, sqnr, train_steps
 
 BACKENDS = ("x86", "onednn")
 Function = Callable[[Tensor], Tensor]
@@ -272,8 +273,8 @@ class Wide(nn.Module):
 def test_concatenations_between_int8_layers_stay_int8() -> None:
     x = images()
     prepared = trained(Wide(), x)
-    parts = [prepared.get_submodule(f"activation_post_process_{i}") for i in (1, 2, 3)]
-    assert parts[0] is parts[1] is parts[2]
+    parts = [prepared.get_submodule(f"activation_post_process_{i}") for i in (1, 2)]
+    assert parts[0] is parts[1]
     assert torch.cat in {node.target for node in convert(prepared).graph.nodes}
     assert equal_to_int8(prepared, x)
 
@@ -423,3 +424,24 @@ def test_a_forward_that_is_broken_off_does_not_go_on_in_the_next_one() -> None:
         fake_quantize(torch.tensor([0.0, 2.0]))
     observer: Any = fake_quantize.activation_post_process
     assert (observer.min_val, observer.max_val) == (-1, 2)
+
+
+SIGNED = QConfig(
+    activation=FakeQuantize.with_args(
+        observer=MovingAverageMinMaxObserver, quant_min=-128, quant_max=127, dtype=torch.qint8,
+        qscheme=torch.per_tensor_symmetric,
+    ),
+    weight=default_qconfig("onednn").weight,
+)  # fmt: skip
+
+
+def test_signed_activations_are_rounded_in_training_in_int8_and_in_files(tmp_path: Path) -> None:
+    x = images()
+    prepared = prepare(Residual(), backend="onednn", qconfig=SIGNED)
+    train_steps(prepared, ((x,), {}))
+    zero_points = {int(child.zero_point) for _, child in fake_quantizes(prepared) if child.axis is None}
+    assert zero_points == {0}
+    assert equal_to_int8(prepared, x)
+    path = export_onnx(prepared, tmp_path / "signed.onnx", (x,))
+    with torch.no_grad():
+        assert sqnr(prepared(x), load_runtime(path)(x)) > 40

@@ -13,7 +13,7 @@ from torchvision import models
 from qat_lightning import FakeQuantize, convert, prepare
 from qat_lightning.base.schedule import Phase
 from qat_lightning.fake_quant.phases import enter, freeze_bn_statistics, set_enabled
-from qat_lightning.modes.layers.fused_conv_bn import ConvBn2d, ConvBnReLU2d
+from qat_lightning.modes.layers.fused_conv_bn import ConvBn2d
 from tests.networks import sqnr, train_steps
 
 
@@ -26,7 +26,7 @@ def pair(relu: bool = False, **options: Any) -> nn.Sequential:
 
 
 def fused(prepared: nn.Module) -> Any:
-    return next(m for m in prepared.modules() if isinstance(m, ConvBn2d | ConvBnReLU2d))
+    return next(m for m in prepared.modules() if isinstance(m, ConvBn2d))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -169,7 +169,7 @@ def test_a_weight_that_grows_after_the_observers_froze_is_not_clipped(build: Any
     for x in batches:
         prepared(x)
     enter(prepared, Phase(fake_quant=True, observe=False, freeze_bn=False))
-    layers: list[Any] = [m for m in prepared.modules() if isinstance(m, ConvBn2d | ConvBnReLU2d)]
+    layers: list[Any] = [m for m in prepared.modules() if isinstance(m, ConvBn2d)]
     with torch.no_grad():
         for layer in layers:
             layer.weight *= 1.3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning import ConversionError, MissingExtraError, export_onnx, prepare
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 from tests.networks import CASES, Case, leaves, sqnr, train_steps
 from tests.trained import digits, trained_digits_network
 

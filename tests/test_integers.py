@@ -17,7 +17,7 @@ from torchvision import models
 from qat_lightning import convert, prepare
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 from tests.networks import CLASSES, Stubbed, StubbedLayers, images, layers_that_differ, sqnr, train_steps
 
 

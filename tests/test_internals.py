@@ -29,9 +29,7 @@ from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase
-from torch.ao.quantization.backend_config import BackendConfig, get_native_backend_config
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torch.ao.nn.quantized import reference
 from torch.utils import checkpoint
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,6 +87,13 @@ def test_what_a_module_holds() -> None:
     with internal("torch: nn.Module._non_persistent_buffers_set"):
         assert torch_internals.is_persistent(network, "kept")
         assert not torch_internals.is_persistent(network, "lost")
+    network.register_forward_hook(lambda *_: None)
+    network.named = {"of": "the user"}  # type: ignore[assignment]
+    with internal("torch: the dicts of nn.Module"):
+        registries = torch_internals.own_registries(network)
+        for own in (held, torch_internals.buffers_of(network), torch_internals.forward_hooks(network)):
+            assert any(own is each for each in registries.values())
+        assert "named" not in registries
 
 
 def test_hooks() -> None:
@@ -351,35 +356,27 @@ def test_decomposed_operations() -> None:
         assert quantized.item() == 5
 
 
-def test_observed_nodes() -> None:
-    class Net(nn.Sequential):
+def test_kernels() -> None:
+    class Qdq(nn.Module):
+        scale: torch.Tensor
+        zero_point: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            weight = {"qscheme": torch.per_tensor_affine, "dtype": torch.qint8, "scale": 1, "zero_point": 0}
+            self.layer = reference.Linear.from_float(nn.Linear(2, 2), weight)
+            self.register_buffer("scale", torch.tensor(0.1))
+            self.register_buffer("zero_point", torch.tensor(0))
+
+        def rounded(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8).dequantize()
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sin(self[0](x)) * 2
+            return self.rounded(self.layer(self.rounded(x)))
 
-    mapping = torch.ao.quantization.get_default_qat_qconfig_mapping("x86")
-    with quiet_torch_ao(), internal("torch.ao: observed_node_names"):
-        prepared = prepare_qat_fx(Net(nn.Linear(2, 2)), mapping, (torch.ones(1, 2),))
-        assert torch_ao_internals.observed_nodes(prepared) == {"_0", "mul"}
-
-
-def test_qparams_of_a_result_with_a_number() -> None:
-    class Twice(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-    mapping = torch.ao.quantization.get_default_qat_qconfig_mapping("x86")
-    with (
-        quiet_torch_ao(),
-        internal("torch.ao: _set_num_tensor_args_to_observation_type"),
-    ):
-        for count in (1, 2):
-            configs = get_native_backend_config().configs
-            if count == 2:
-                for config in configs:
-                    torch_ao_internals.give_results_with_numbers_qparams(config)
-            known = BackendConfig().set_backend_pattern_configs(configs)
-            prepared = prepare_qat_fx(Twice(), mapping, (torch.ones(1),), backend_config=known)
-            assert len({m for m in prepared.modules() if isinstance(m, FakeQuantizeBase)}) == count
+    with quiet_torch_ao(), internal("torch.ao: quantization.fx._lower_to_native_backend"):
+        int8 = torch_ao_internals.lower_to_kernels(fx.symbolic_trace(Qdq()), {})
+        assert type(int8.layer) is torch.ao.nn.quantized.Linear
 
 
 # Lightning

@@ -28,7 +28,7 @@ from qat_lightning import (
     save_int8,
 )
 from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import CLASSES, ConvBnRelu, Residual, images, same_state, sqnr, train_steps
 from tests.runs import TinyModule, dataset, trainer

@@ -18,7 +18,7 @@ from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.cli import report as command
 from qat_lightning.fake_quant.phases import set_enabled
-from qat_lightning.modes.layers.reference import floating
+from qat_lightning.modes.lowering.reference import floating
 from qat_lightning.report import build
 from qat_lightning.report.content import Layer, Machine, Network, Report, Score, Speed
 from qat_lightning.report.curves import Curves

@@ -26,7 +26,7 @@ from qat_lightning import (
     prepare,
 )
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 from tests.networks import CLASSES, Residual, TwoInputs, images, leaves, train_steps
 from tests.runs import TinyModule, trainer
 

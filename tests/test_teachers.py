@@ -116,7 +116,7 @@ def test_it_learns_what_the_teacher_says(tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=6, enable_checkpointing=False).fit(teacher)
     module = Unlabelled(NoDropout())
     qat = QuantizationAwareTraining(distillation=Distillation(teacher.model), convert=None)
-    runner = trainer(tmp_path, qat, max_epochs=6, enable_checkpointing=False)
+    runner = trainer(tmp_path, qat, max_epochs=12, enable_checkpointing=False)
     runner.fit(module)
     (found,) = runner.test(module, verbose=False)
     (known,) = runner.test(teacher, verbose=False)

@@ -87,6 +87,12 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
+def own_registries(module: nn.Module) -> dict[str, Any]:
+    """Returns the dicts and sets in which `module` keeps its children, its tensors and its hooks, by name."""
+    names = vars(nn.Module())
+    return {name: own for name, own in vars(module).items() if name in names and isinstance(own, dict | set)}
+
+
 def is_persistent(module: nn.Module, name: str) -> bool:
     """Returns whether the state dict of `module` contains its buffer `name`."""
     return name not in module._non_persistent_buffers_set

@@ -17,7 +17,7 @@ from qat_lightning.export.example import Example, example_of
 from qat_lightning.export.extras import require
 from qat_lightning.export.fields import returning_fields
 from qat_lightning.export.runtime import OnnxRuntime
-from qat_lightning.modes.layers.reference import reference
+from qat_lightning.modes.lowering.reference import reference
 
 
 def export_onnx(

@@ -11,7 +11,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 from torch.ao.nn.intrinsic import _FusedModule
-from torch.ao.quantization.backend_config import BackendPatternConfig
+from torch.ao.quantization.fx._lower_to_native_backend import _lower_to_native_backend
 
 FusedModule = _FusedModule
 quantized_decomposed = torch.ops.quantized_decomposed
@@ -23,11 +23,6 @@ def unpacked(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return layer._weight_bias()
 
 
-def observed_nodes(prepared: fx.GraphModule) -> set[str]:
-    """The names of the nodes that torch.ao computes in int8, as far as it has a kernel."""
-    return set(prepared.meta["_observed_graph_module_attrs"].observed_node_names)
-
-
-def give_results_with_numbers_qparams(config: BackendPatternConfig) -> None:
-    """Lets the result of a sum or product with a number have its own qparams: torch.ao shares the input's."""
-    config._set_num_tensor_args_to_observation_type({})
+def lower_to_kernels(reference: fx.GraphModule, scopes: dict[str, Any]) -> fx.GraphModule:
+    """Replaces what torch.ao has int8 kernels for, between a dequantize and a quantize, by these kernels."""
+    return _lower_to_native_backend(reference, {}, scopes)

@@ -15,7 +15,6 @@ from qat_lightning.fake_quant.ranges import check_observed, unseen_in
 from qat_lightning.modes import MODES
 from qat_lightning.modes.layers.kernels import pack_weights
 from qat_lightning.modes.layers.stored_qparams import store_qparams
-from qat_lightning.modes.layers.training_classes import use_torch_ao_classes
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
 from qat_lightning.quantize.nonfinite import first_nonfinite_weight
@@ -63,7 +62,6 @@ def convert_in_place(module: ModuleT) -> ModuleT:
     """Converts like :func:`convert`, but in place and without checks."""
     module = module.cpu().eval()
     make_local(module)
-    use_torch_ao_classes(module)
     set_eval(module)
     for name, network, recipe in list(quantized_networks(module)):
         if recipe.int8:

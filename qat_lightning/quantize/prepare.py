@@ -15,7 +15,6 @@ from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
-from qat_lightning.modes.layers.zero_scale import replace_zero_scales
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import describe, qconfig_name
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
@@ -118,7 +117,6 @@ def _prepare(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
     options = mode.check(network, options)
     result = mode.prepare(network, options)
     recipe = _recipe(result, mode.name, options)
-    replace_zero_scales(result.network)
     attach(result.network, recipe)
     store_batch_norm_classes(result.network)
     return result.network
@@ -169,4 +167,5 @@ def _recipe(made: ModeResult, mode: str, options: Options) -> Recipe:
         layers=layers,
         grid=grid,
         versions=_VERSIONS,
+        numbering=2,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx, nn
 from qat_lightning.base.errors import RecipeMismatchError
 from qat_lightning.base.torch_internals import load_hooks, saves_with
 from qat_lightning.modes.graph import behaviour
+from qat_lightning.quantize.earlier_names import rename
 
 STATE_KEY = "_qat_recipe"
 FULL_BYTES = "quint8 [0, 255]"
@@ -65,6 +66,7 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=dict)
     example: str | None = None
     unseen: tuple[str, ...] = ()
+    numbering: int = 1
 
     @property
     def fills_bytes(self) -> bool:
@@ -196,7 +198,11 @@ def _load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
             "module before trainer.fit, by load_from_checkpoint or load_state_dict (on the command line "
             "weights=…), and leave ckpt_path out; or resume from a checkpoint of a QAT run."
         )
-    differences = recipe.differences(Recipe.from_tensor(stored))
+    other = Recipe.from_tensor(stored)
+    grid = other.grid
+    if other.numbering == 1 and recipe.mode == "fx":
+        grid = rename(module, state_dict, prefix, recipe.grid, grid)
+    differences = recipe.differences(replace(other, grid=grid))
     if differences:
         raise RecipeMismatchError(
             "This state dict was made with another quantization recipe than the network "

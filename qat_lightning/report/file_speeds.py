@@ -16,7 +16,7 @@ from qat_lightning.export.example import example_of
 from qat_lightning.export.onnx import write_graph
 from qat_lightning.export.openvino import convert_graph
 from qat_lightning.export.runtime import OnnxRuntime, OpenVino, Runtime, RuntimeNetwork
-from qat_lightning.modes.layers.reference import floating
+from qat_lightning.modes.lowering.reference import floating
 from qat_lightning.report.content import Speed
 from qat_lightning.report.speed import Candidate, measure
 

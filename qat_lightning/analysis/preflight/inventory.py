@@ -17,6 +17,7 @@ from qat_lightning.base.torch_internals import Convolution, ConvTranspose, atten
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
 from qat_lightning.modes.graph.relu6 import is_inside
+from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import Recipe
 
@@ -60,24 +61,17 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
 
 def fused_layers(prepared: nn.Module) -> dict[str, int]:
     """Counts the fused layers of each kind."""
-    kinds = Counter(
-        parts(module)
-        for module in prepared.modules()
-        if hasattr(module, "weight_fake_quant") or type(module).__name__.startswith("BNReLU")
-    )
+    kinds = Counter(map(parts, prepared.modules()))
     return {kind: count for kind, count in kinds.most_common() if "+" in kind}
 
 
 def parts(module: nn.Module) -> str:
-    """Names the modules in a fused layer: `Conv2d+BatchNorm2d+ReLU` for a ConvBnReLU2d."""
-    name = type(module).__name__
-    size = name[-2:] if name.endswith("d") else "1d"
-    parts = [
-        part + (size if part in ("Conv", "BatchNorm") else "")
-        for part, mark in (("Conv", "Conv"), ("Linear", "Linear"), ("BatchNorm", "Bn"), ("ReLU", "ReLU"))
-        if mark in name or (part == "BatchNorm" and "BN" in name)
-    ]
-    return "+".join(parts)
+    """Names the modules in a prepared layer: `Conv2d+BatchNorm2d+ReLU`."""
+    if not isinstance(module, TrainedLayer):
+        return type(module).__name__.replace("BNReLU", "BatchNorm+ReLU")
+    norm = getattr(module, "bn", None)
+    norms = [type(norm).__name__] if norm is not None else []
+    return "+".join([module.plain.__name__, *norms, *(["ReLU"] if module.relu else [])])
 
 
 def layers(

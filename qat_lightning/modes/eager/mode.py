@@ -16,6 +16,7 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.eager.fusion import check_groups, find_groups
@@ -25,11 +26,11 @@ from qat_lightning.modes.eager.number_sums import (
     round_sums_with_numbers,
 )
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
+from qat_lightning.modes.eager.training_classes import use_torch_ao_classes, use_training_classes
 from qat_lightning.modes.graph.lines import forward_line
 from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_modules
 from qat_lightning.modes.layers.in_place import round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs_by_trace
-from qat_lightning.modes.layers.training_classes import use_training_classes
 from qat_lightning.modes.purity.hooks import check_weight
 from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 
@@ -111,6 +112,8 @@ class EagerMode:
 
     def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
         """Converts a prepared network in place."""
+        use_torch_ao_classes(prepared)
+        set_eval(prepared)
         return ao.convert(prepared, _CONVERTED, inplace=True)
 
 

@@ -9,41 +9,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import fx, nn
-from torch.ao.quantization import QConfigMapping
-from torch.ao.quantization.backend_config import BackendConfig, ObservationType, get_native_backend_config
-from torch.ao.quantization.fx import prepare
-from torch.ao.quantization.quantize_fx import convert_fx
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.inputs import Inputs, device_of
 from qat_lightning.base.nested import map_tensors
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
-from qat_lightning.modes.fx.float_results import compute_results_in_float
-from qat_lightning.modes.fx.integers import drop_unseen, keep_integers
-from qat_lightning.modes.fx.norms import Factors, hidden, use_plain_norms, without_int8
-from qat_lightning.modes.fx.packed_weights import hold_packed_weights
-from qat_lightning.modes.fx.paddings import lower_paddings, padding_config
-from qat_lightning.modes.fx.reused_modules import copy_reused_modules, fuse_evenly
-from qat_lightning.modes.fx.shared_qparams import count_calls, share_qparams
-from qat_lightning.modes.fx.unlowered import IN_FLOAT, keep_unlowered
+from qat_lightning.modes.fx.integers import drop_unseen
 from qat_lightning.modes.graph import behaviour, graft
-from qat_lightning.modes.graph.dropout import keep_qparams_through_dropout
-from qat_lightning.modes.graph.functions import called_functions, keep_functions_float, layers_of_functions
+from qat_lightning.modes.graph.functions import called_functions
 from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
-from qat_lightning.modes.graph.relu6 import normalize_relu_calls, replace_relu6_in_graph
+from qat_lightning.modes.graph.relu6 import replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
-from qat_lightning.modes.layers.training_classes import use_training_classes
+from qat_lightning.modes.native.lower import lower
+from qat_lightning.modes.passes.annotate import annotate
+from qat_lightning.modes.passes.fuse import fuse
+from qat_lightning.modes.passes.insert import insert
+from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.purity.hooks import check_hooks
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
-from qat_lightning.modes.torch_ao_internals import give_results_with_numbers_qparams
+from qat_lightning.modes.targets.native import NATIVE
 from qat_lightning.modes.trace.fixed_norms import recognize_fixed_norms
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
@@ -94,41 +85,17 @@ class FxMode:
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
         own = graft.must_stay_in_place(network)
-        keep_functions_float(graph_module, scopes, options.keep_float)
-        layers = layers_of_functions(graph_module, options.keep_float)
-        options = replace(options, keep_float=(*options.keep_float, *layers))
-        normalize_relu_calls(graph_module)
+        qconfigs = _qconfigs(graph_module, scopes, options)
         relu6 = 0
         if options.replace_relu6:
             relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
-        prepared = self._prepare(graph_module, scopes, options)
+        prepared = _prepare(graph_module, qconfigs)
         if own:
             graft.graft(network, prepared, used)
         else:
             network = _finish(prepared, kept, type(network).__name__)
         kept_float = tuple(f"{name} ({line})" for name, line in untraceable.items())
         return ModeResult(network, kept_float, relu6, captured)
-
-    def _prepare(self, graph_module: fx.GraphModule, scopes: Any, options: Options) -> fx.GraphModule:
-        """Fuses and prepares a graph."""
-        mapping = self._mapping(options)
-        alone = without_int8(graph_module)
-        for name in [*_whole_modules(graph_module), *write_out_padding(graph_module), *alone]:
-            mapping.set_module_name(name, None)
-        known, factors = _backend_config(), Factors(graph_module)
-        fused = fuse_evenly(graph_module, known, alone)
-        prepared = prepare(fused, mapping, True, scopes, example_inputs=(), backend_config=known)
-        keep_integers(prepared)
-        compute_results_in_float(prepared)
-        keep_qparams_through_dropout(prepared)
-        share_qparams(prepared)
-        use_training_classes(prepared)
-        factors.take_back(prepared)
-        round_in_place(prepared)
-        connect_inputs(prepared, prepared.graph)
-        count_calls(prepared)
-        _place_on_device(prepared)
-        return prepared
 
     def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
         """Converts a prepared graph into an int8 one, which runs only what eval mode runs."""
@@ -139,13 +106,24 @@ class FxMode:
         kept = behaviour.attached(prepared)
         return _finish(_int8(prepared, unseen), kept, kept[_NAME])
 
-    def _mapping(self, options: Options) -> QConfigMapping:
-        mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # may be the user's
-        for name, value in options.overrides.items():
-            mapping = mapping.set_module_name(name, override_qconfig(value))
-        for name in options.keep_float:
-            mapping = mapping.set_module_name(name, None)
-        return mapping
+
+def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Options) -> QConfigs:
+    """Returns the QConfig of each node of a traced network."""
+    floating = [*options.keep_float, *_whole_modules(graph_module), *write_out_padding(graph_module)]
+    mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # may be the user's
+    for name, value in options.overrides.items():
+        mapping = mapping.set_module_name(name, override_qconfig(value))
+    return QConfigs(graph_module, scopes, mapping, floating)
+
+
+def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs) -> fx.GraphModule:
+    """Runs the passes over a graph."""
+    fuse(graph_module, qconfigs)
+    prepared = insert(graph_module, annotate(graph_module, NATIVE, qconfigs))
+    round_in_place(prepared)
+    connect_inputs(prepared, prepared.graph)
+    _place_on_device(prepared)
+    return prepared
 
 
 class _Traced(NamedTuple):
@@ -189,27 +167,6 @@ def _on_device_of(network: nn.Module, example: Inputs) -> Inputs:
     return type(example)(*map_tensors(tuple(example), lambda tensor: tensor.to(device)))
 
 
-@cache
-def _backend_config() -> BackendConfig:
-    """Returns torch.ao's backend config with three changes.
-
-    - Transposed convolutions are not in it. torch.ao has no training module for them: only the int8 network
-      would round their weights, and per tensor.
-    - Sums and products with a number, concatenations and stacks get qparams of their own. torch.ao would
-      share those of the inputs, which cannot fit both `x` and `x * 100`, for example. Concatenations and
-      stacks that stay int8 share their qparams later: see :func:`share_qparams`.
-    - Paddings with a tensor's own values share the qparams of their input.
-    """
-    configs = get_native_backend_config().configs
-    names = ("ConvTranspose", "conv_transpose")
-    kept = [config for config in configs if not any(name in str(config.pattern) for name in names)]
-    for config in kept:
-        give_results_with_numbers_qparams(config)
-        if config.pattern in IN_FLOAT:
-            config.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
-    return BackendConfig().set_backend_pattern_configs([*kept, padding_config()])
-
-
 def _check_own_forward(network: nn.Module) -> None:
     if type(network).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning.")):
         raise ValueError(
@@ -226,12 +183,7 @@ def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     evaluate_only(prepared)
     drop_unseen(prepared, unseen)
     restore_relus(prepared)
-    copy_reused_modules(prepared)
-    keep_unlowered(prepared)
-    use_plain_norms(prepared)
-    with hidden(prepared):
-        int8 = lower_paddings(prepared, lambda graph: convert_fx(graph, backend_config=_backend_config()))
-    return hold_packed_weights(int8)
+    return lower(prepared)
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

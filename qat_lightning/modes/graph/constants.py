@@ -1,34 +1,35 @@
-"""Lets a graph return plain values, such as a batch size that its forward fixed beside tensors."""
+"""Computes what depends on parameters and buffers alone, such as a weight that a forward computes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 
-def constant(value: Any) -> Any:
-    """Returns `value`. torch.ao's prepare takes no output that is not a node."""
-    return value
+class Constants:
+    """The values of the nodes of a graph that do not depend on its inputs.
 
-
-def wrap_returned_values(graph: fx.Graph) -> dict[str, Any]:
-    """Replaces each plain value in a graph's output by a node that returns it, in place.
-
-    Returns:
-        The scopes of the new nodes.
+    Args:
+        graph_module: The graph, in the mode whose values are wanted.
     """
-    output = next(iter(reversed(graph.nodes)))
 
-    def wrapped(value: Any) -> Any:
-        if isinstance(value, fx.Node) or value is None:
-            return value
-        with graph.inserting_before(output):
-            node = graph.call_function(constant, (value,))
-        node.meta["floating"] = False
-        scopes[node.name] = ("", type(None))
-        return node
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._interpreter = fx.Interpreter(graph_module)
+        self._values: dict[fx.Node, Any] = {}
 
-    scopes: dict[str, Any] = {}
-    output.args = fx.node.map_aggregate(output.args, wrapped)
-    return scopes
+    @torch.no_grad()
+    def of(self, node: fx.Node) -> Any:
+        """Returns the value of a node; None if it depends on the inputs of the graph."""
+        if node.op in ("placeholder", "output"):
+            return None
+        if node not in self._values:
+            known = {source: self.of(source) for source in node.all_input_nodes}
+            depends = any(value is None for value in known.values())
+            self._values[node] = None if depends else self._run(node, known)
+        return self._values[node]
+
+    def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        return getattr(self._interpreter, node.op)(node.target, args, kwargs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
+from torch.nn import functional as F
 
 from qat_lightning.modes.graph.pads import pad_values
 
@@ -20,6 +22,10 @@ SHARES_INPUT_QPARAMS = _operations(ObservationType.OUTPUT_SHARE_OBSERVER_WITH_IN
 """Operations, such as a reshape, whose output has the qparams of its input: types, functions and methods."""
 READS_NO_VALUES = _operations(ObservationType.INPUT_OUTPUT_NOT_OBSERVED)
 """Operations that read the shape of a tensor, or the like."""
+
+
+RELUS: frozenset[Any] = frozenset({nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"})
+"""What a node may call to compute a ReLU."""
 
 
 def module_of(network: nn.Module, node: fx.Node) -> Any:

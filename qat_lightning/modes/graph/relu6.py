@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import modules_of
+from qat_lightning.modes.graph.functions import node_function
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
@@ -52,8 +53,8 @@ def replace_relu6_modules(network: nn.Module, kept: tuple[str, ...] = ()) -> int
 
 
 def replace_relu6_in_graph(graph_module: fx.GraphModule, scopes: Any, kept: tuple[str, ...]) -> int:
-    """Replaces ReLU6 modules and calls, in place, except in the modules `kept`, and returns how many."""
-    nodes = list(graph_module.graph.nodes)
+    """Replaces ReLU6 modules and calls, in place, except in `kept`, and returns how many."""
+    nodes = [node for node in graph_module.graph.nodes if node_function(node) not in kept]
     calls = [node for node in nodes if node.op == "call_module"]
     shifted = [str(node.target) for node in calls if any(map(_is_shifted, node.all_input_nodes))]
     count = replace_relu6_modules(graph_module, (*kept, *shifted))
@@ -69,13 +70,3 @@ def replace_relu6_in_graph(graph_module: fx.GraphModule, scopes: Any, kept: tupl
 def _is_shifted(x: fx.Node) -> bool:
     """Whether a value in a graph is a tensor plus a number, as `x + 3` in a hard sigmoid."""
     return x.target in _SUMS and sum(isinstance(operand, fx.Node) for operand in x.args) == 1
-
-
-def normalize_relu_calls(graph_module: fx.GraphModule) -> None:
-    """Rewrites `torch.relu(x)` and `x.relu()` as `F.relu(x)`, in place: torch.ao fuses no other form."""
-    for node in graph_module.graph.nodes:
-        is_function = node.op == "call_function" and node.target in (torch.relu, torch.relu_)
-        if is_function or (node.op == "call_method" and node.target in ("relu", "relu_")):
-            in_place = node.target in (torch.relu_, "relu_")
-            node.op, node.target, node.kwargs = "call_function", F.relu, {"inplace": in_place}
-    graph_module.recompile()

@@ -1,56 +1,117 @@
-"""Convolution and batch-norm trained as one int8 layer, without the division of torch.ao's module.
+"""A convolution or linear layer and the batch-norm after it, trained as one int8 layer.
 
-The int8 network runs the convolution with batch-norm folded into its weight: channel `c` of the weight is
+The int8 network runs the layer with batch-norm folded into its weight: channel `c` of the weight is
 multiplied by `f[c] = gamma[c] / sqrt(var[c] + eps)`, and rounded. With symmetric per-channel qparams a
 channel's scale is proportional to the channel, so that rounding and folding commute:
-`round(f * w) = f * round(w)`. Training therefore rounds the plain weight and runs the plain convolution, and
-batch-norm follows as in float training. torch.ao's module (Krishnamoorthi 2018, section 3.2.2) rounds the
-folded weight and divides the convolution's output by `f` again. That costs several more passes over the
-activations, and gives NaN where `f` is zero.
+`round(f * w) = f * round(w)`. Training therefore rounds the plain weight and runs the plain layer, and
+batch-norm follows as in float training.
 
-In eval mode the folded weight is rounded, and the pair runs as one convolution with a bias: the arithmetic of
-the int8 network. Training with frozen statistics does the same where that is cheaper.
+With any other qparams of the weight, training rounds the folded weight and divides the output by `f` again
+(Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference", section 3.2.2). That
+costs several more passes over the activations.
+
+In eval mode the folded weight is rounded, and the pair runs as one layer with a bias: the arithmetic of the
+int8 network. Training with frozen statistics does the same where that is cheaper.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch.ao.nn.intrinsic import qat as nniqat
+from torch import nn
 
-from qat_lightning.fake_quant.fake_quantize import EPS
+from qat_lightning.fake_quant.fake_quantize import EPS, FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify, round_weight
-from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic
+from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 
-class FusedConvBn(IntegerArithmetic):
-    """The forward of a fused pair whose weight has symmetric per-channel qparams."""
+class FusedConvBn(TrainedLayer):
+    """The forward of a fused pair.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    Attributes:
+        bn: The batch-norm. It may have no affine parameters, and may be fixed.
+        freeze_bn: Whether its statistics are frozen.
+    """
+
+    weight: Any
+    bias: Any
     bn: Any
-    freeze_bn: bool
+    freeze_bn = False
     training: bool
     weight_fake_quant: Any
-    _conv_forward: Any
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._folds(x):
-            magnitude = self.weight_fake_quant.magnitude(self.weight)
-            y = self.bn(self._conv_forward(x, self._rounded(magnitude), self.bias))
-            self._observe(magnitude)  # with the statistics that batch-norm has just updated
-            return y
-        if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
-            self._observe(self.weight_fake_quant.magnitude(self.weight))
-        return self._conv_forward(x, self._folded(self._factor()), self.folded_bias())
+    @classmethod
+    def of(
+        cls, layer: nn.Module, weight_fake_quant: nn.Module, *, relu: bool, bn: nn.Module | None = None
+    ) -> Self:
+        """Makes the prepared form of a float layer and a batch-norm; they share the parameters."""
+        made = super().of(layer, weight_fake_quant, relu=relu)
+        made.bn = bn
+        return made
+
+    def to_float(self) -> Any:
+        """Returns the float layer that int8 runs, with batch-norm folded in, and without the ReLU."""
+        layer = super().to_float()
+        with torch.no_grad():
+            layer.weight = nn.Parameter(self._times(self.weight, self._factor()))
+            layer.bias = nn.Parameter(self.folded_bias())
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's output, before its own rounding."""
+        y = self._commuting(x) if self._commutes() else self._dividing(x)
+        return rectify(y, in_place=True) if self.relu else y
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the mode; frozen statistics stay frozen."""
+        super().train(mode)  # type: ignore[misc]
+        self.bn.train(mode and not self.freeze_bn)
+        return self
+
+    def freeze_bn_stats(self) -> None:
+        """Stops the statistics of the batch-norm from moving."""
+        self.freeze_bn = True
+        self.bn.eval()
+
+    def update_bn_stats(self) -> None:
+        """Lets them move again."""
+        self.freeze_bn = False
+        self.bn.train(self.training)
 
     def folded_bias(self) -> torch.Tensor:
-        """Returns the bias of the folded convolution, which eval mode runs."""
+        """Returns the bias of the folded layer, which eval mode runs."""
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
+
+    def _commutes(self) -> bool:
+        """Whether folding and rounding commute."""
+        weight = self.weight_fake_quant
+        return isinstance(weight, FakeQuantize) and weight.axis == 0 and weight.symmetric
+
+    def _commuting(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._folds(x):
+            magnitude = self.weight_fake_quant.magnitude(self.weight)
+            y = self.bn(self.compute(x, self._rounded(magnitude), self.bias))
+            self._observe(magnitude)  # with the statistics that batch-norm has just updated
+            return y  # type: ignore[no-any-return]
+        if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
+            self._observe(self.weight_fake_quant.magnitude(self.weight))
+        return self.compute(x, self._folded(self._factor()), self.folded_bias())
+
+    def _dividing(self, x: torch.Tensor) -> torch.Tensor:
+        factor = self._factor()
+        if not self.training:
+            weight = self.weight_fake_quant(self._times(self.weight, factor))
+            return self.compute(x, weight, self.folded_bias())
+        # A residual branch may start with a factor of zero, by which nothing can be divided.
+        factor = torch.where(factor.abs() < EPS, torch.ones_like(factor), factor)
+        y = self.compute(x, self.weight_fake_quant(self._times(self.weight, factor)), None)
+        y = self._times(y, 1 / factor, dim=y.ndim - 1 if isinstance(self, nn.Linear) else 1)
+        bias = None if self.bias is None else self._times(torch.ones_like(y[:1]), self.bias, dim=1)
+        return self.bn(y if bias is None else y + bias)  # type: ignore[no-any-return]
 
     def _folds(self, x: torch.Tensor) -> bool:
         """Whether to fold batch-norm into the weight, instead of running it as an operation of its own.
@@ -67,6 +128,13 @@ class FusedConvBn(IntegerArithmetic):
         rsqrt = torch.rsqrt(self.bn.running_var + self.bn.eps)
         return rsqrt if self.bn.weight is None else self.bn.weight * rsqrt
 
+    @staticmethod
+    def _times(tensor: torch.Tensor, factor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """Returns `tensor` times a factor for each index of a dimension."""
+        shape = [1] * tensor.ndim
+        shape[dim] = -1
+        return tensor * factor.view(shape)
+
     @torch.no_grad()
     def _observe(self, magnitude: torch.Tensor) -> None:
         """Sets the range of the folded weight, from the largest magnitudes of the plain one."""
@@ -78,7 +146,7 @@ class FusedConvBn(IntegerArithmetic):
         """Returns the folded weight, fake-quantized."""
         fake_quant = self.weight_fake_quant
         if not fake_quant.rounding:
-            return self.weight * factor.view(-1, *[1] * (self.weight.ndim - 1))
+            return self._times(self.weight, factor)
         return round_weight(self.weight, fake_quant.scale, fake_quant.bounds, factor)
 
     def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
@@ -99,43 +167,25 @@ class FusedConvBn(IntegerArithmetic):
         return round_weight(self.weight, scale, fake_quant.bounds, inside=fake_quant.observing)
 
 
-class ConvBn1d(FusedConvBn, nniqat.ConvBn1d):
-    """`nn.Conv1d` and `nn.BatchNorm1d`."""
+class ConvBn1d(FusedConvBn, nn.Conv1d):
+    """`nn.Conv1d` and a batch-norm."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._forward(x)
-
-
-class ConvBn2d(FusedConvBn, nniqat.ConvBn2d):
-    """`nn.Conv2d` and `nn.BatchNorm2d`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._forward(x)
+    plain = nn.Conv1d
 
 
-class ConvBn3d(FusedConvBn, nniqat.ConvBn3d):
-    """`nn.Conv3d` and `nn.BatchNorm3d`."""
+class ConvBn2d(FusedConvBn, nn.Conv2d):
+    """`nn.Conv2d` and a batch-norm."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._forward(x)
-
-
-class ConvBnReLU1d(FusedConvBn, nniqat.ConvBnReLU1d):
-    """`nn.Conv1d`, `nn.BatchNorm1d` and `nn.ReLU`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rectify(self._forward(x), in_place=True)
+    plain = nn.Conv2d
 
 
-class ConvBnReLU2d(FusedConvBn, nniqat.ConvBnReLU2d):
-    """`nn.Conv2d`, `nn.BatchNorm2d` and `nn.ReLU`."""
+class ConvBn3d(FusedConvBn, nn.Conv3d):
+    """`nn.Conv3d` and a batch-norm."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rectify(self._forward(x), in_place=True)
+    plain = nn.Conv3d
 
 
-class ConvBnReLU3d(FusedConvBn, nniqat.ConvBnReLU3d):
-    """`nn.Conv3d`, `nn.BatchNorm3d` and `nn.ReLU`."""
+class LinearBn1d(FusedConvBn, nn.Linear):
+    """`nn.Linear` and a batch-norm."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rectify(self._forward(x), in_place=True)
+    plain = nn.Linear

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qat_lightning.base.torch_internals import forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
-from qat_lightning.modes.graph.nodes import module_of
+from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 
 
@@ -34,7 +34,7 @@ def round_in_place(prepared: nn.Module) -> None:
 
 
 def restore_relus(prepared: fx.GraphModule) -> None:
-    """Restores the plain ReLUs of a graph, in place: torch.ao's convert knows only those."""
+    """Restores the plain ReLUs of a graph, in place: kernels and files know only those."""
     for node in prepared.graph.nodes:
         if node.target is rectify:
             node.target, node.kwargs = F.relu, {}
@@ -45,11 +45,11 @@ def _rectify_relus(graph_module: fx.GraphModule) -> None:
     """Replaces each ReLU that only a fake-quantize reads by one that saves a byte for each element."""
     for node in graph_module.graph.nodes:
         module = module_of(graph_module, node)
-        is_relu = type(module) is nn.ReLU or node.target is F.relu
-        if is_relu and _sole_reader(graph_module, node) is not None:
-            in_place = bool(getattr(module, "inplace", False) or node.kwargs.get("inplace"))
+        if call_target(graph_module, node) in RELUS and _sole_reader(graph_module, node) is not None:
+            spelled_in_place = str(getattr(node.target, "__name__", node.target)).endswith("_")
+            in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or spelled_in_place
             node.op, node.target = "call_function", rectify
-            node.args, node.kwargs = node.args[:1], {"in_place": in_place}
+            node.args, node.kwargs = node.args[:1], {"in_place": bool(in_place)}
     graph_module.recompile()
 
 

@@ -17,9 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.nn import qat as nnqat
-from torch.ao.nn.intrinsic import qat as nniqat
-from torch.nn import functional as F
 
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 
@@ -53,9 +50,6 @@ class IntegerArithmetic:
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
         return exact and source.rounding and isinstance(weight, FakeQuantize) and weight.rounding
 
-    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        return self.integer_forward(super()._conv_forward, x, weight, bias)  # type: ignore[misc]
-
 
 def input_fake_quantize(layer: Any) -> FakeQuantize | None:
     """Returns the fake-quantize that produced the input of `layer`; None if it is unknown."""
@@ -86,41 +80,3 @@ def _integers(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and y.requires_grad:
         return y + (y.round() - y).detach()  # exact, since the difference is
     return y.round_()
-
-
-class Conv1d(IntegerArithmetic, nnqat.Conv1d):
-    """`nn.Conv1d`."""
-
-
-class Conv2d(IntegerArithmetic, nnqat.Conv2d):
-    """`nn.Conv2d`."""
-
-
-class Conv3d(IntegerArithmetic, nnqat.Conv3d):
-    """`nn.Conv3d`."""
-
-
-class ConvReLU1d(IntegerArithmetic, nniqat.ConvReLU1d):
-    """`nn.Conv1d` and `nn.ReLU`."""
-
-
-class ConvReLU2d(IntegerArithmetic, nniqat.ConvReLU2d):
-    """`nn.Conv2d` and `nn.ReLU`."""
-
-
-class ConvReLU3d(IntegerArithmetic, nniqat.ConvReLU3d):
-    """`nn.Conv3d` and `nn.ReLU`."""
-
-
-class Linear(IntegerArithmetic, nnqat.Linear):
-    """`nn.Linear`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.integer_forward(F.linear, x, self.weight_fake_quant(self.weight), self.bias)
-
-
-class LinearReLU(IntegerArithmetic, nniqat.LinearReLU):
-    """`nn.Linear` and `nn.ReLU`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.integer_forward(F.linear, x, self.weight_fake_quant(self.weight), self.bias))

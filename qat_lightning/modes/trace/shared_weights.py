@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.functions import FUNCTION
 from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE
@@ -58,11 +59,11 @@ def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any])
 
 
 def copy_reads_of_layers(graph_module: fx.GraphModule) -> None:
-    """Gives what reads the parameter of a called layer that parameter under another name, in place."""
-    called = called_modules(graph_module).keys()
+    """Gives what reads a parameter of a called layer or norm the parameter under another name, in place."""
+    called, owners = called_modules(graph_module).keys(), (*QUANTIZABLE, BatchNorm)
     names: dict[str, str] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node, called), QUANTIZABLE):
+        if node.op == "get_attr" and isinstance(_called_owner(graph_module, node, called), owners):
             if node.target not in names:
                 names[node.target] = _free(graph_module, "", node.target.replace(".", "_"))
                 setattr(graph_module, names[node.target], attribute(graph_module, node.target))

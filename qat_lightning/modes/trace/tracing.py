@@ -20,7 +20,6 @@ from torch import fx, nn
 
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.modes.graph.by_mode import OutputByMode
-from qat_lightning.modes.graph.constants import wrap_returned_values
 from qat_lightning.modes.graph.dropout import remove_dropout
 from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.identities import erase_identities
@@ -92,7 +91,6 @@ def _trace_split(network: nn.Module, opaque: Opaque, record: Record) -> tuple[fx
             raise
         return _trace_split(network, more, record)
     scopes = {**tracer.node_name_to_scope, **join_modes(network, graph, eval_graph)}
-    scopes |= wrap_returned_values(graph)
     erase_identities(network, graph)
     redirect_later_reads(network, graph)
     write_out_arguments(graph)

@@ -12,7 +12,7 @@ from torch import nn
 from qat_lightning.analysis.scoring import lone_trainer, validate
 from qat_lightning.base.inputs import Catcher, Inputs
 from qat_lightning.export.load import size_of
-from qat_lightning.modes.layers.reference import floating
+from qat_lightning.modes.lowering.reference import floating
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.report.content import Score
 from qat_lightning.run import trainer_facts

@@ -23,7 +23,8 @@ from qat_lightning.fake_quant.ranges import has_range, has_seen_data
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
-from qat_lightning.modes.layers.training_classes import store_rounded_bias
+from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.torch_ao_internals import quantized_decomposed
 from qat_lightning.modes.trace.tracing import evaluate_only
 
@@ -157,6 +158,7 @@ def _rebuilt(
 def _keep_what_a_file_holds(graph_module: fx.GraphModule) -> None:
     remove_guards(graph_module)
     evaluate_only(graph_module)
+    spell_out(graph_module)
 
 
 def _rounded_weights(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -188,10 +190,12 @@ def _constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | Non
 
 
 def _reference_layer(child: Any) -> nn.Module:
-    store_rounded_bias(child)
-    plain = child.to_float()
-    fused = isinstance(plain, nn.Sequential)
-    layer = ReferenceLayer(plain[0] if fused else plain, child.weight_fake_quant, relu=fused)
+    if isinstance(child, TrainedLayer):
+        layer = ReferenceLayer(child.to_int8(), child.weight_fake_quant, relu=child.relu)
+    else:  # torch.ao's, in eager mode
+        plain = child.to_float()
+        fused = isinstance(plain, nn.Sequential)
+        layer = ReferenceLayer(plain[0] if fused else plain, child.weight_fake_quant, relu=fused)
     # Eager mode keeps the fake-quantize of a layer's output in a child that a forward hook calls.
     if hasattr(child, "activation_post_process"):
         layer.activation_post_process = child.activation_post_process
@@ -200,7 +204,9 @@ def _reference_layer(child: Any) -> nn.Module:
 
 
 def _float_layer(child: Any) -> nn.Module:
-    return child.to_float().eval()
+    plain: nn.Module = child.to_float()
+    fused = isinstance(child, TrainedLayer) and child.relu
+    return (nn.Sequential(plain, nn.ReLU()) if fused else plain).eval()
 
 
 def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:

@@ -1,0 +1,95 @@
+"""The layers of a prepared network: they round their weight, and may hold the ReLU after them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qat_lightning.base.torch_internals import convolve, modules_of, own_registries
+from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
+
+
+class TrainedLayer(IntegerArithmetic):
+    """A convolution or linear layer that rounds its weight.
+
+    Attributes:
+        plain: The float class.
+        weight_fake_quant: The fake-quantize of the weight.
+        relu: Whether a ReLU follows, as a part of the layer.
+    """
+
+    plain: type[nn.Module]
+    relu = False
+
+    @classmethod
+    def of(cls, layer: nn.Module, weight_fake_quant: nn.Module, *, relu: bool) -> Self:
+        """Makes the prepared form of a float layer; they share the parameters."""
+        made: Any = _like(layer, cls)
+        made.weight_fake_quant, made.relu = weight_fake_quant, relu
+        return made  # type: ignore[no-any-return]
+
+    def to_float(self) -> Any:
+        """Returns the float layer, without the ReLU; they share the parameters."""
+        layer = _like(self, self.plain)
+        for name in ("weight_fake_quant", "bn"):
+            modules_of(layer).pop(name, None)
+        for name in ("relu", "freeze_bn", "input_fake_quantize"):
+            vars(layer).pop(name, None)
+        return layer
+
+    @torch.no_grad()
+    def to_int8(self) -> Any:
+        """Returns the float layer whose weight int8 rounds, with the bias that eval mode computes with."""
+        layer, source = self.to_float(), input_fake_quantize(self)
+        if source is not None and layer.bias is not None and source.rounding:
+            weight: Any = self.weight_fake_quant
+            layer.bias = nn.Parameter(round_bias(layer.bias, source.scale * weight.scale))
+        return layer
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns the convolution or the product of `x` and `weight`; eval mode computes with integers."""
+        layer: Any = self
+        run = F.linear if isinstance(self, nn.Linear) else lambda *args: convolve(layer, *args)
+        return self.integer_forward(run, x, weight, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the layer's output, before its own rounding."""
+        layer: Any = self
+        y = self.compute(x, layer.weight_fake_quant(layer.weight), layer.bias)
+        return F.relu(y) if self.relu else y
+
+
+class Conv1d(TrainedLayer, nn.Conv1d):
+    """`nn.Conv1d`."""
+
+    plain = nn.Conv1d
+
+
+class Conv2d(TrainedLayer, nn.Conv2d):
+    """`nn.Conv2d`."""
+
+    plain = nn.Conv2d
+
+
+class Conv3d(TrainedLayer, nn.Conv3d):
+    """`nn.Conv3d`."""
+
+    plain = nn.Conv3d
+
+
+class Linear(TrainedLayer, nn.Linear):
+    """`nn.Linear`."""
+
+    plain = nn.Linear
+
+
+def _like(layer: Any, kind: Any) -> Any:
+    """Returns a module of another class with the attributes of `layer`; they share the parameters."""
+    made = kind.__new__(kind)
+    vars(made).update(vars(layer))
+    vars(made).update({name: copy.copy(value) for name, value in own_registries(layer).items()})
+    return made

@@ -1,0 +1,1 @@
+"""Lowers a prepared graph to PyTorch's quantized dtypes and kernels, by torch.ao."""
