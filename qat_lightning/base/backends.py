@@ -11,7 +11,16 @@ from torch import nn
 
 from qat_lightning.base.errors import nearest
 
-BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
+_RUNTIMES = ("onnxruntime", "openvino")
+BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn", *_RUNTIMES)
+"""The engines of PyTorch, and the runtimes that a network can be trained for."""
+
+
+def engine_of(backend: str) -> str:
+    """Returns the engine on which PyTorch runs the int8 network of a backend."""
+    if backend not in _RUNTIMES:
+        return backend
+    return "onednn" if "onednn" in torch.backends.quantized.supported_engines else "qnnpack"
 
 
 def check_backend(backend: str) -> str:
@@ -25,7 +34,7 @@ def check_backend(backend: str) -> str:
             f"backend must be one of {BACKENDS}, but received {backend!r}. {nearest(str(backend), BACKENDS)}"
         )
     supported = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    if backend not in supported:
+    if engine_of(backend) not in supported:
         raise ValueError(
             f"backend={backend!r} needs an engine that this build of PyTorch lacks; it has "
             f"{supported}. Choose one of those."
@@ -35,9 +44,9 @@ def check_backend(backend: str) -> str:
 
 @contextmanager
 def engine(backend: str) -> Iterator[None]:
-    """Makes `backend` the quantized engine of PyTorch inside the `with` block."""
+    """Makes the engine of `backend` the quantized engine of PyTorch inside the `with` block."""
     before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = backend
+    torch.backends.quantized.engine = engine_of(backend)
     try:
         yield
     finally:
@@ -50,7 +59,7 @@ def run_on_engine(module: nn.Module, backend: str) -> None:
     The engine is a global setting of PyTorch. A program with two int8 networks has to set it for each call.
     Forward hooks do that, so `forward` itself is not replaced.
     """
-    switch = _EngineSwitch(backend)
+    switch = _EngineSwitch(engine_of(backend))
     module.register_forward_pre_hook(switch.enter)
     module.register_forward_hook(switch.leave, always_call=True)
 

@@ -18,7 +18,7 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
-from qat_lightning.base.backends import BACKENDS
+from qat_lightning.base.backends import BACKENDS, engine_of
 from qat_lightning.base.errors import RecipeMismatchError
 from qat_lightning.fake_quant.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
 
@@ -87,7 +87,7 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping
     """Returns the QConfigMapping to prepare a network with, for `backend` or for a user-defined `qconfig`."""
     if isinstance(qconfig, QConfigMapping):
         return qconfig
-    mapping = get_default_qat_qconfig_mapping(backend)
+    mapping = get_default_qat_qconfig_mapping(engine_of(backend))
     torch_default: Any = mapping.global_qconfig
     if qconfig != "torch":
         chosen = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
@@ -110,7 +110,7 @@ def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConf
     """
     if not isinstance(qconfig, QConfigMapping):
         if qconfig == "torch":
-            qconfig = get_default_qat_qconfig(backend)
+            qconfig = get_default_qat_qconfig(engine_of(backend))
         default = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
         return {"": default, nn.Embedding: None, nn.EmbeddingBag: None}
     rules = qconfig.to_dict()

@@ -28,13 +28,15 @@ from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.native.lower import lower
 from qat_lightning.modes.passes.annotate import annotate
+from qat_lightning.modes.passes.decompose import decompose_attention
 from qat_lightning.modes.passes.fuse import fuse
 from qat_lightning.modes.passes.insert import insert
 from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.purity.hooks import check_hooks
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
-from qat_lightning.modes.targets.native import NATIVE
+from qat_lightning.modes.targets import target_of
+from qat_lightning.modes.targets.rules import Target
 from qat_lightning.modes.trace.fixed_norms import recognize_fixed_norms
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
@@ -89,7 +91,7 @@ class FxMode:
         relu6 = 0
         if options.replace_relu6:
             relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
-        prepared = _prepare(graph_module, qconfigs)
+        prepared = _prepare(graph_module, qconfigs, target_of(options.backend))
         if own:
             graft.graft(network, prepared, used)
         else:
@@ -116,10 +118,12 @@ def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Opt
     return QConfigs(graph_module, scopes, mapping, floating)
 
 
-def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs) -> fx.GraphModule:
+def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -> fx.GraphModule:
     """Runs the passes over a graph."""
     fuse(graph_module, qconfigs)
-    prepared = insert(graph_module, annotate(graph_module, NATIVE, qconfigs))
+    if target.decomposes_attention:
+        decompose_attention(graph_module, qconfigs)
+    prepared = insert(graph_module, annotate(graph_module, target, qconfigs))
     round_in_place(prepared)
     connect_inputs(prepared, prepared.graph)
     _place_on_device(prepared)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -38,7 +38,7 @@ class ByMode(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         arguments = self.train_arguments if self.training else self.eval_arguments
-        args, kwargs = _fill(arguments, tensors)
+        args, kwargs = filled(arguments, tensors)
         if self.method:
             return getattr(args[0], self.function)(*args[1:], **kwargs)
         return self.function(*args, **kwargs)
@@ -55,13 +55,14 @@ class Slot(int):
     """The place of a tensor in the stored arguments of a :class:`ByMode`."""
 
 
-def _fill(arguments: Any, tensors: tuple[Any, ...]) -> Any:
+def filled(arguments: Any, tensors: Sequence[Any]) -> Any:
+    """Returns stored arguments with the tensors in their places."""
     if isinstance(arguments, Slot):
         return tensors[arguments]
     if isinstance(arguments, tuple | list):
-        return type(arguments)(_fill(item, tensors) for item in arguments)
+        return type(arguments)(filled(item, tensors) for item in arguments)
     if isinstance(arguments, dict):
-        return {key: _fill(item, tensors) for key, item in arguments.items()}
+        return {key: filled(item, tensors) for key, item in arguments.items()}
     return arguments
 
 

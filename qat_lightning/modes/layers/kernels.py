@@ -9,7 +9,7 @@ from torch import nn
 from torch.ao.nn import quantized
 
 from qat_lightning.base import cpu
-from qat_lightning.base.backends import engine
+from qat_lightning.base.backends import engine, engine_of
 from qat_lightning.modes.torch_ao_internals import unpacked
 
 _EXACT = "qnnpack"
@@ -27,7 +27,7 @@ def pack_weights(network: nn.Module, backend: str) -> None:
       which is many times slower. The x86 engine runs linear layers with fbgemm, which adds up the same
       integers.
     """
-    if backend != "onednn":
+    if engine_of(backend) != "onednn":
         return
     kinds: tuple[type[nn.Module], ...] = (quantized.Linear,)
     kernels = "x86"

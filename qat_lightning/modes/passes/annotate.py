@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.nn import functional as F
 
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
@@ -22,7 +23,7 @@ from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.passes.tensors import Tensors
-from qat_lightning.modes.targets.rules import Kind, Rule, Table
+from qat_lightning.modes.targets.rules import Kind, Rule, Target
 
 _COMPUTING = (Kind.LAYER, Kind.COMPUTES, Kind.COMBINES)
 _PASSING = (Kind.MOVES, Kind.AVERAGES, Kind.CONCATENATES, Kind.COMBINES)
@@ -62,16 +63,16 @@ class Plan:
     moving: list[fx.Node] = field(default_factory=list)
 
 
-def annotate(graph_module: fx.GraphModule, table: Table, qconfigs: QConfigs) -> Plan:
+def annotate(graph_module: fx.GraphModule, target: Target, qconfigs: QConfigs) -> Plan:
     """Returns the plan for a graph whose layers are fused."""
-    return _Annotator(graph_module, table, qconfigs).plan()
+    return _Annotator(graph_module, target, qconfigs).plan()
 
 
 class _Annotator:
     """Walks over a graph once backward, to see what int8 operations read, and once forward."""
 
-    def __init__(self, graph_module: fx.GraphModule, table: Table, qconfigs: QConfigs) -> None:
-        self._graph_module, self._table, self._qconfigs = graph_module, table, qconfigs
+    def __init__(self, graph_module: fx.GraphModule, target: Target, qconfigs: QConfigs) -> None:
+        self._graph_module, self._target, self._qconfigs = graph_module, target, qconfigs
         self._tensors = Tensors()
         self._rules = {node: self._rule(node) for node in graph_module.graph.nodes}
         self._unread = self._unread_by_int8()
@@ -98,14 +99,16 @@ class _Annotator:
         """Returns what the table says of a node; None for a float operation."""
         module = module_of(self._graph_module, node)
         if isinstance(module, TrainedLayer):
-            return Rule(Kind.LAYER)
-        rule = self._table.get(call_target(self._graph_module, node))
+            return self._target.rules[module.plain]
+        rule = self._target.rules.get(call_target(self._graph_module, node))
         if rule is None and is_dropout(self._graph_module, node):
             rule = Rule(Kind.MOVES)
         if rule is None or rule.kind in (Kind.READS_SHAPE, Kind.ENDS):
             return rule
         is_float_layer = rule.kind is Kind.LAYER and module is not None
         if is_float_layer or self._qconfigs.of(node) is None or lacks_int8(module):
+            return None
+        if node.target is F.pad and not _pads_with_zeros(node):
             return None
         return None if rule.kind is Kind.COMBINES and not self._combines_tensors(node) else rule
 
@@ -123,6 +126,7 @@ class _Annotator:
         for node in reversed(self._graph_module.graph.nodes):
             rule = self._rules[node]
             ends = node.op == "output" or (rule is not None and rule.kind in (Kind.READS_SHAPE, Kind.ENDS))
+            ends = ends or (rule is None and not self._target.through_float)
             passes = rule.kind in _PASSING if rule is not None else not self._has_weights(node)
             if ends or (passes and unread.issuperset(node.users)):
                 unread.add(node)
@@ -138,6 +142,8 @@ class _Annotator:
             self._read(source, node)
         for source in weights:
             self._add(Rounding(source, self._qconfigs.of(node), [node], weight=True))
+        if rule.float_result:
+            return
         result = self._after_relu(node) if rule.relu else node
         self._rounded[node] = self._rounded[result] = self._add(
             Rounding(result, self._qconfigs.of(node), fixed=rule.fixed)
@@ -149,7 +155,7 @@ class _Annotator:
         if rule.kind is Kind.LAYER and node.op == "call_function":
             return self._floating(operands[:1]), self._floating(operands[1:2])
         is_function_of_two = rule.kind is Kind.COMBINES or len(node.all_input_nodes) == 2
-        return self._floating(operands[: 2 if is_function_of_two else 1]), []
+        return self._floating(operands)[: 2 if is_function_of_two else 1], []
 
     def _after_relu(self, node: fx.Node) -> fx.Node:
         """Returns the ReLU that alone reads a node's result, or the node itself."""
@@ -196,3 +202,9 @@ class _Annotator:
     def _add(self, rounding: Rounding) -> Rounding:
         self._plan.roundings.append(rounding)
         return rounding
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    """Whether a call of `F.pad` adds zeros, or values of its input."""
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    return given.get("mode", "constant") != "constant" or not given.get("value")

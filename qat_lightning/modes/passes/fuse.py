@@ -55,14 +55,9 @@ def _join_norms(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]], q
     for name, norm in called_modules(graph_module).items():
         node, relu = calls[name][0], _follower(calls[name][0])
         is_norm = type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d) and not lacks_int8(norm)
-        if (
-            not is_norm
-            or relu is None
-            or len(calls[name]) > 1
-            or None in (qconfigs.of(node), qconfigs.of(relu))
-        ):
+        if not is_norm or relu is None or call_target(graph_module, relu) not in RELUS:
             continue
-        if call_target(graph_module, relu) in RELUS:
+        if len(calls[name]) == 1 and qconfigs.of(node) is not None and qconfigs.of(relu) is not None:
             joined = NormReLU(norm, nn.ReLU())
             joined.training = norm.training
             graph_module.set_submodule(name, joined)

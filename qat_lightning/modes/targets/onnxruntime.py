@@ -1,0 +1,37 @@
+"""What ONNX Runtime's int8 kernels compute on a CPU.
+
+- A product of matrices returns floats at no cost (MatMulIntegerToFloat), so that a norm, a GELU or a softmax after
+  it, for which there are no int8 kernels, reads its full precision.
+- A convolution returns int8. Sigmoid, LeakyReLU and a SiLU (a product with a sigmoid) are int8, too.
+- Sums are int8 between convolutions. In a transformer they lead to a norm, and stay float.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qat_lightning.modes.targets.common import COMMON
+from qat_lightning.modes.targets.native import UNIT
+from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
+
+ONNX_RUNTIME = Target(
+    {
+        **COMMON,
+        **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        **rules(Rule(Kind.LAYER, float_result=True), nn.Linear),
+        **rules(Rule(Kind.LAYER, relu=True), F.conv1d, F.conv2d, F.conv3d),
+        **rules(Rule(Kind.LAYER, relu=True, float_result=True), F.linear),
+        **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
+        **rules(Rule(Kind.COMBINES, relu=True), operator.mul, operator.imul, torch.mul),
+        **rules(Rule(Kind.COMPUTES, float_result=True), torch.matmul, operator.matmul, torch.bmm),
+        **rules(Rule(Kind.COMPUTES, float_result=True), torch.einsum, "matmul", "bmm"),
+        **rules(Rule(Kind.COMPUTES), nn.LeakyReLU, F.leaky_relu, nn.Hardswish, F.hardswish),
+        **rules(Rule(Kind.COMPUTES, fixed=UNIT), nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"),
+    },
+    decomposes_attention=True,
+    through_float=False,
+)
