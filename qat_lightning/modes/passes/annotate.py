@@ -207,4 +207,4 @@ class _Annotator:
 def _pads_with_zeros(node: fx.Node) -> bool:
     """Whether a call of `F.pad` adds zeros, or values of its input."""
     given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    return given.get("mode", "constant") != "constant" or not given.get("value")
+    return given.get("mode", "constant") != "constant" or given.get("value") in (None, 0)
