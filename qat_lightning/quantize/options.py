@@ -19,7 +19,9 @@ class PrepareOptions(TypedDict, total=False):
     Attributes:
         backend: Engine of the int8 network: `"x86"` (default), `"fbgemm"`, `"qnnpack"` or `"onednn"`. x86 and
             fbgemm use 7 bits for activations, so sums do not overflow on CPUs without VNNI. onednn and
-            qnnpack use 8 bits, which is more accurate on CPUs with VNNI.
+            qnnpack use 8 bits, which is more accurate on CPUs with VNNI. Or the runtime of the exported file:
+            `"onnxruntime"` or `"openvino"`, with 8 bits. PyTorch then runs the int8 network on onednn, and
+            computes layers whose result stays float in float.
         qconfig: Your own `QConfig` or `QConfigMapping` instead of the backend's default.
         mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself. `"eager"`
             runs the network's own code, with the QuantStubs that its author wrote. `"auto"` (default) is

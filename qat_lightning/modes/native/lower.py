@@ -43,6 +43,8 @@ _KNOWN: dict[tuple[str, Any], tuple[str, Any]] = {
 
 def lower(prepared: fx.GraphModule) -> fx.GraphModule:
     """Returns the int8 graph of a prepared one, which is consumed. It must be in eval mode on the CPU."""
+    # PyTorch warns of the first quantized tensor of a process. Here the caller is quiet; a forward is not.
+    torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
     copy_reused_modules(prepared)
     spell_out(prepared)
     for name, module in list(prepared.named_modules(remove_duplicate=False)):

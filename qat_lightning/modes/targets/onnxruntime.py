@@ -1,8 +1,8 @@
 """What ONNX Runtime's int8 kernels compute on a CPU.
 
-- A product of matrices returns floats at no cost (MatMulIntegerToFloat). So a norm, a GELU or a softmax after it, for
-  which there are no int8 kernels, reads its full precision.
-- A convolution returns int8. Sigmoid, LeakyReLU and a SiLU (a product with a sigmoid) are int8, too.
+- A product of matrices returns floats at no cost (MatMulIntegerToFloat). So a norm, a GELU or a softmax after
+  it, for which there are no int8 kernels, reads its full precision.
+- A convolution returns int8. Sigmoid and LeakyReLU are int8, too; a SiLU is not.
 - Sums are int8 between convolutions. In a transformer they lead to a norm, and stay float.
 """
 

@@ -1,0 +1,193 @@
+"""The backends onnxruntime and openvino: what is rounded, what stays float, and that the runtimes agree."""
+
+from __future__ import annotations
+
+import operator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from qat_lightning import (
+    convert,
+    export_onnx,
+    export_openvino,
+    load_int8,
+    load_runtime,
+    prepare,
+    save_int8,
+)
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.graph.attention import attention_weights
+from qat_lightning.modes.graph.nodes import fake_quantize_of
+from tests.networks import sqnr, train_steps
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+class Block(nn.Module):
+    """A block of a transformer, with a mask and dropout in its attention."""
+
+    def __init__(self, width: int = 16, heads: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.after(x))))
+
+
+class Gated(nn.Module):
+    """An inverted bottleneck with SiLU, a gate, a residual and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.deep = nn.Sequential(
+            nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+        )
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.SiLU(), nn.Conv2d(4, 8, 1))
+        self.point = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.1))
+        self.up, self.last = nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.deep(x)
+        x = x + self.point(y * self.gate(y).sigmoid())
+        return self.last(self.up(x))
+
+
+INPUTS = {Block: (4, 5, 16), Gated: (4, 3, 8, 8)}
+
+
+def trained(kind: type[nn.Module], backend: str, **options: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(INPUTS[kind])
+    prepared = prepare(kind(), backend=backend, **options)
+    train_steps(prepared, ((x,), {}))
+    set_enabled(prepared, observer=False, fake_quant=True)
+    return prepared.eval(), x
+
+
+def reads_rounded(prepared: fx.GraphModule, node: fx.Node) -> list[bool]:
+    return [fake_quantize_of(prepared, source) is not None for source in node.all_input_nodes]
+
+
+def export(prepared: Any, x: Tensor, backend: str, folder: Path) -> Any:
+    if backend == "onnxruntime":
+        return load_runtime(export_onnx(prepared, folder / "int8.onnx", (x,)))
+    return load_runtime(export_openvino(prepared, folder / "int8.xml", (x,)))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_the_runtime_and_int8_compute_what_was_trained(
+    backend: str, kind: type[nn.Module], tmp_path: Path
+) -> None:
+    prepared, x = trained(kind, backend)
+    int8 = convert(prepared)
+    with torch.no_grad():
+        expected = prepared(x)
+        assert sqnr(expected, int8(x)) > 35
+        assert sqnr(expected, export(prepared, x, backend, tmp_path)(x)) > 30
+        loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), kind())
+        assert torch.equal(loaded(x), int8(x))
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_the_products_of_attention_read_rounded_tensors_and_sums_stay_float(backend: str) -> None:
+    prepared, _ = trained(Block, backend)
+    products = [node for node in prepared.graph.nodes if node.target is torch.matmul]
+    assert [reads_rounded(prepared, node) for node in products] == [[True, True]] * 2
+    sums = [node for node in prepared.graph.nodes if node.target is operator.add]
+    assert [reads_rounded(prepared, node) for node in sums] == [[False, False]] * 2
+
+
+def test_openvino_rounds_nothing_between_a_layer_and_its_activation() -> None:
+    prepared, _ = trained(Gated, "openvino")
+    activations = [n for n in prepared.graph.nodes if isinstance(n.target, str) and n.target.endswith(".2")]
+    assert [reads_rounded(prepared, node) for node in activations] == [[False]] * 4
+    onnx, _ = trained(Gated, "onnxruntime")
+    assert [reads_rounded(onnx, node) for node in onnx.graph.nodes if node.target == "stem.2"] == [[True]]
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_more_of_a_transformer_is_left_than_with_pytorchs_kernels(backend: str) -> None:
+    """A float residual stream keeps the precision that LayerNorm needs."""
+
+    def fidelity(backend: str) -> float:
+        prepared, x = trained(Block, backend)
+        with torch.no_grad():
+            rounded = prepared(x)
+            set_enabled(prepared, observer=False, fake_quant=False)
+            return sqnr(prepared(x), rounded)
+
+    assert fidelity(backend) > fidelity("onednn") + 3
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bool": {"attn_mask": torch.rand(5, 7) > 0.4},
+    "number": {"attn_mask": torch.randn(5, 7)},
+    "row without keys": {"attn_mask": torch.arange(5).view(5, 1) > torch.zeros(1, 7)},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
+def test_the_parts_of_attention_are_attention(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    arguments = {"mask" if name == "attn_mask" else name: value for name, value in options.items()}
+    weights = attention_weights(q @ k.mT, width=4, **arguments)
+    torch.testing.assert_close(weights @ v, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_rounding_a_transformer_is_the_float_network(masked: bool) -> None:
+    torch.manual_seed(0)
+    network, x = Block(dropout=0.5), torch.randn(2, 5, 16)
+    inputs = (x, torch.ones(5, 5).tril().bool()) if masked else (x,)
+    expected = network.eval()(*inputs)
+    prepared = prepare(network.train(), backend="openvino", example_inputs=inputs)
+    set_enabled(prepared, observer=False, fake_quant=False)
+    torch.testing.assert_close(prepared.eval()(*inputs), expected)
+    assert not torch.equal(prepared.train()(*inputs), expected)  # dropout
+    assert not torch.equal(prepared(*inputs), prepared(*inputs))
+
+
+def test_attention_that_stays_float() -> None:
+    prepared, _ = trained(Block, "openvino", keep_float=[F.scaled_dot_product_attention])
+    assert torch.matmul not in {node.target for node in prepared.graph.nodes}
+    assert F.scaled_dot_product_attention in {node.target for node in prepared.graph.nodes}
+
+
+def test_splits_and_pads_keep_the_qparams_of_their_input() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.first(x).relu().chunk(2, 1)
+            return self.second(F.pad(torch.cat([right, left], 1), (1, 1, 1, 1)))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    prepared = prepare(Shuffled(), backend="onednn")
+    train_steps(prepared, ((x,), {}))
+    activations = [name for name, _ in fake_quantizes(prepared) if not name.endswith("weight_fake_quant")]
+    assert len(activations) == 3
+    with torch.no_grad():
+        assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 40
