@@ -132,13 +132,21 @@ def test_parametrized_weights_are_refused() -> None:
         prepare(network)
 
 
+class CheckedAttention(nn.MultiheadAttention):
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert len(query) > 0
+        return super().forward(query, *args, **kwargs)
+
+
 def test_layers_inside_whole_modules_stay_float(tmp_path: Path) -> None:
-    prepared = prepare(Transformer(), backend="onednn").train()
+    network = Transformer()
+    network.encoder.self_attn = CheckedAttention(8, 2, batch_first=True)
+    prepared = prepare(network, backend="onednn", untraceable="float").train()
     x = torch.randn(4, 3, 16, 16)
     prepared(x)
     int8: Any = convert(prepared)
     attention = int8.encoder.self_attn
-    assert type(attention) is nn.MultiheadAttention
+    assert type(attention) is CheckedAttention
     assert type(attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
     assert type(int8.encoder.linear1).__module__.startswith("torch.ao.nn.")
     prepared.eval()

@@ -31,21 +31,22 @@ def settle(prepared: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_the_feed_forward_layers_of_a_transformer_are_int8(norm_first: bool) -> None:
+def test_the_layers_of_a_transformer_are_int8(norm_first: bool) -> None:
     network = Encoder(norm_first)
     kind, names = type(network.decoder), network.state_dict().keys()
     plain = copy.deepcopy(network).eval()
     prepared: Any = prepare(network)
+    encoder = ("self_attn.in_proj_weight_linear", "self_attn.out_proj", "linear1", "linear2")
+    cross = [f"multihead_attn.in_proj_weight_linear{number}" for number in ("", "_2", "_3")]
+    decoder = (*encoder[:2], *cross, "multihead_attn.out_proj", *encoder[2:])
     assert layers(prepared) == (
         "projection",
-        *(f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)),
-        "decoder.linear1",
-        "decoder.linear2",
+        *(f"encoder.layers.{i}.{name}" for i in (0, 1) for name in encoder),
+        *(f"decoder.{name}" for name in decoder),
         "head",
     )
     assert names < prepared.state_dict().keys()
     assert type(network.decoder) is kind
-    assert isinstance(prepared.encoder.layers.get_submodule("0.self_attn"), nn.MultiheadAttention)
     x, mask = torch.randn(16, 5, 6), nn.Transformer.generate_square_subsequent_mask(5)
     set_enabled(prepared, observer=False, fake_quant=False)
     torch.testing.assert_close(prepared.eval()(x, mask), plain(x, mask))

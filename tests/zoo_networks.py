@@ -125,6 +125,5 @@ NETWORKS = {
     "timm bat_resnext26ts": _timm("bat_resnext26ts", 256),
     "torchvision swin_t": _torchvision("swin_t", 64),
     "torchvision maxvit_t": _torchvision("maxvit_t", 224),
-    # The output projections of nn.MultiheadAttention stay float with it.
-    "torchvision vit_b_16": _torchvision("vit_b_16", 224, float_layers=12),
+    "torchvision vit_b_16": _torchvision("vit_b_16", 224),
 }

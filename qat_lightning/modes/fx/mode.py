@@ -19,6 +19,7 @@ from qat_lightning.base.nested import map_tensors
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.integers import drop_unseen
+from qat_lightning.modes.fx.row_layers import RowLayers
 from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.functions import called_functions
 from qat_lightning.modes.graph.nodes import called_modules
@@ -120,10 +121,12 @@ def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Opt
 
 def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -> fx.GraphModule:
     """Runs the passes over a graph."""
+    rows = RowLayers(graph_module)
     fuse(graph_module, qconfigs)
     if target.decomposes_attention:
         decompose_attention(graph_module, qconfigs)
     prepared = insert(graph_module, annotate(graph_module, target, qconfigs))
+    rows.take_back(prepared)
     round_in_place(prepared)
     connect_inputs(prepared, prepared.graph)
     _place_on_device(prepared)

@@ -26,6 +26,7 @@ from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, f
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.torch_ao_internals import quantized_decomposed
+from qat_lightning.modes.trace.own_layers import with_own_parameters
 from qat_lightning.modes.trace.tracing import evaluate_only
 
 _OPS = quantized_decomposed
@@ -137,6 +138,7 @@ def _rebuilt(
     rounding: Callable[[Any, torch.Tensor | None], nn.Module],
 ) -> nn.Module:
     module = copy.deepcopy(prepared).cpu().eval()
+    with_own_parameters(module)
     weights: dict[tuple[nn.Module, str], torch.Tensor] = {}
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):

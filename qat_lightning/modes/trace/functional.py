@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -24,8 +25,39 @@ def write_out_arguments(graph: fx.Graph) -> None:
             for name in ("stride", "padding", "dilation"):
                 given[name] = _each(given[name], _DIMENSIONS[node.target])
         node.args, node.kwargs = tuple(given[name] for name in names), {}
-        if isinstance(given["bias"], fx.Node) and given["bias"].op != "get_attr":
+        computed = isinstance(given["bias"], fx.Node) and not _is_read(given["bias"])
+        if computed and not reads_rows(node):
             stay_float(node)
+
+
+def _is_read(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+Rows = tuple[int | None, int | None]
+"""The first row of a parameter, and the one after the last; None if there is no limit."""
+ALL_ROWS: Rows = (None, None)
+
+
+def reads_rows(node: fx.Node) -> bool:
+    """Whether a node calls `F.linear` with rows of stored tensors, such as `self.weight[:8]`, or all rows."""
+    weight, bias = node.args[1:3]
+    given = [weight] if bias is None else [weight, bias]
+    return node.target is F.linear and all(rows_of(value) is not None for value in given)
+
+
+def rows_of(value: Any) -> tuple[fx.Node, Rows] | None:
+    """Returns the read of a stored tensor, and which of its rows `value` is; None if it is anything else."""
+    if _is_read(value):
+        return value, ALL_ROWS
+    if not isinstance(value, fx.Node) or value.target is not operator.getitem:
+        return None
+    read, key = value.args
+    if not _is_read(read) or not isinstance(key, slice) or key.step is not None:
+        return None
+    start, stop = key.start, key.stop
+    plain = isinstance(start, int | None) and isinstance(stop, int | None)
+    return (read, (start, stop)) if plain else None  # type: ignore[return-value]
 
 
 def stay_float(node: fx.Node) -> None:

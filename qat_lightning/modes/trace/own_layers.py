@@ -1,4 +1,6 @@
-"""Replaces functional calls inside user-defined layers by calls of torch.nn layers, which torch.ao can fuse.
+"""Layers of torch.nn that share their parameters with what they stand for.
+
+They replace functional calls inside user-defined layers, since torch.ao can fuse only layers.
 
 An example is timm's `Conv2dSame`, which pads its input and calls `F.conv2d` with its own weight. torch.ao
 fuses a batch-norm into a layer, but not into a function.
@@ -6,12 +8,16 @@ fuses a batch-norm into a layer, but not into a function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import modules_of, parameters_of
+from qat_lightning.modes.trace.functional import Rows
 
 LAYER_OF: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
@@ -89,3 +95,71 @@ def layer_with(kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, *sett
         layer = kind(channels * groups, out_channels, tuple(kernel), *places, groups, device="meta")
     parameters_of(layer).update(weight=weight, bias=bias)
     return layer
+
+
+class RowLayer(nn.Module):
+    """A layer whose weight and bias are rows of parameters that it shares with others.
+
+    Attributes:
+        whole_weight: The parameter that holds the weight.
+        whole_bias: The parameter that holds the bias, or None.
+        rows: Which rows are the weight, and which the bias.
+    """
+
+    whole_weight: nn.Parameter
+    whole_bias: nn.Parameter | None
+    rows: Sequence[Rows]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows that are the weight."""
+        return self.whole_weight[slice(*self.rows[0])]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The rows that are the bias."""
+        return None if self.whole_bias is None else self.whole_bias[slice(*self.rows[1])]
+
+
+def linear_with_rows(weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[Rows]) -> RowLayer:
+    """Returns a linear layer of torch.nn with rows of a weight and of a bias.
+
+    Args:
+        weight: A parameter.
+        bias: A parameter, or None.
+        rows: Which of their rows.
+    """
+    out_channels, channels = weight[slice(*rows[0])].shape
+    layer = nn.Linear(channels, out_channels, device="meta")
+    return with_rows(layer, weight, bias, rows)
+
+
+def with_rows(
+    layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[Rows]
+) -> RowLayer:
+    """Gives a layer rows of other parameters instead of its own, in place."""
+    own: Any = parameters_of(layer)
+    del own["weight"], own["bias"]
+    own.update(whole_weight=weight, whole_bias=bias)
+    row_layer: Any = layer
+    row_layer.rows = rows
+    row_layer.__class__ = _row_class(type(layer))
+    return row_layer  # type: ignore[no-any-return]
+
+
+def with_own_parameters(network: nn.Module) -> None:
+    """Gives layers that share rows of parameters copies of these rows, and their classes back, in place."""
+    for layer in network.modules():
+        if isinstance(layer, RowLayer):
+            own: Any = parameters_of(layer)
+            trains, copies = layer.whole_weight.requires_grad, {}
+            for name, rows in (("weight", layer.weight), ("bias", layer.bias)):
+                copies[name] = None if rows is None else nn.Parameter(rows.detach().clone(), trains)
+            del own["whole_weight"], own["whole_bias"], vars(layer)["rows"]
+            layer.__class__ = type(layer).__bases__[1]
+            own.update(copies)
+
+
+@cache
+def _row_class(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (RowLayer, kind), {"__module__": kind.__module__})
