@@ -11,7 +11,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.nn import intrinsic as nni
 from torch.ao.nn import quantized
+from torch.ao.nn.intrinsic import quantized as nniq
+from torch.nn import functional as F
 
 from qat_lightning import convert, export_onnx, load_int8, load_qat_checkpoint, prepare, save_int8
 from qat_lightning.fake_quant.phases import set_enabled
@@ -332,3 +335,59 @@ def test_a_lightning_module_with_an_attention(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(x), int8(x))
         assert sqnr(prepared(x), int8(x)) > 25
+
+
+class Rows(nn.Module):
+    """Linear functions with rows of a weight and of a bias, one with a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, SIZE) / 3), nn.Parameter(torch.randn(12))
+        self.fit, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(F.linear(x, self.weight[:SIZE], self.bias[:SIZE]))
+        return self.head(F.linear(y, self.weight[SIZE:]) + F.linear(x, self.weight[-5:-1], self.fit))
+
+
+@pytest.mark.parametrize("keep", [[], ["weight_linear"], ["weight_linear_2"]])
+def test_functions_with_rows_of_a_weight_are_layers(keep: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = Rows(), torch.randn(16, SIZE)
+    plain = copy.deepcopy(network)
+    prepared = prepare(network, keep_float=keep)
+    names = {"weight_linear", "weight_linear_2", "weight_linear_3", "head"}
+    assert set(recipe_of(prepared).layers) == names - set(keep)  # type: ignore[union-attr]
+    set_enabled(prepared, observer=False, fake_quant=False)
+    assert_same(prepared, plain, (x,))
+    set_enabled(prepared, observer=True, fake_quant=True)
+    train_steps(prepared, ((x,), {}))
+    int8: Any = convert(prepared)
+    relu = int8.get_submodule("weight_linear")
+    assert type(relu) is (nni.LinearReLU if keep == ["weight_linear"] else nniq.LinearReLU)
+    loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), Rows())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), int8(x))
+        assert sqnr(prepared(x), int8(x)) > 30
+    export_onnx(prepared, tmp_path / "int8.onnx", (x,), min_sqnr=30)
+
+
+class Masked(Network):
+    """Adds a number that is almost minus infinity to a mask, before attention with a dropout."""
+
+    def forward(self, x: Tensor, bias: Tensor, far: Tensor) -> Any:  # type: ignore[override]
+        x = self.first(x)
+        return self.head(self.attention(x, x, x, attn_mask=bias + far)[0])
+
+
+def test_a_mask_is_not_rounded_in_a_network_with_dropout() -> None:
+    torch.manual_seed(0)
+    prepared = prepare(Masked(Case({"dropout": 0.1})))
+    bias, far = torch.randn(LENGTH, LENGTH), torch.zeros(LENGTH, LENGTH)
+    far[:, -1] = -1e4
+    inputs = torch.randn(LENGTH, BATCH, SIZE), bias, far
+    train_steps(prepared, (inputs, {}))
+    with torch.no_grad():
+        expected = prepared(*inputs)
+        set_enabled(prepared, observer=False, fake_quant=False)
+        assert sqnr(prepared(*inputs), expected) > 25

@@ -25,13 +25,11 @@ class ZooNetwork(NamedTuple):
         build: Builds it.
         example: The call to capture.
         other: Another call.
-        float_layers: Layers that no graph of today's torch.ao can quantize.
     """
 
     build: Callable[[], nn.Module]
     example: Call
     other: Call
-    float_layers: int = 0
 
 
 def _images(batch: int, size: int, name: str = "x") -> Call:
@@ -75,12 +73,12 @@ def _timm(name: str, size: int, other: int | None = None) -> ZooNetwork:
     return ZooNetwork(lambda: timm.create_model(name), _images(2, size), _images(3, other or size))
 
 
-def _torchvision(name: str, size: int, float_layers: int = 0) -> ZooNetwork:
+def _torchvision(name: str, size: int) -> ZooNetwork:
     def build() -> nn.Module:
         made: nn.Module = torchvision.models.get_model(name)
         return made
 
-    return ZooNetwork(build, _images(2, size), _images(3, size), float_layers)
+    return ZooNetwork(build, _images(2, size), _images(3, size))
 
 
 torch.manual_seed(0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
+from qat_lightning.base.torch_internals import parameters_of
 from qat_lightning.modes.trace.own_layers import RowLayer, with_own_parameters, with_rows
 
 
@@ -25,5 +28,6 @@ class RowLayers:
     def take_back(self, prepared: nn.Module) -> None:
         """Makes the layers of the prepared graph share the parameters again."""
         for name, shared in self._shared.items():
-            layer = prepared.get_submodule(name)
-            with_rows(layer[0] if isinstance(layer, nn.Sequential) else layer, *shared)
+            layer: Any = prepared.get_submodule(name)
+            fused_in_float = "weight" not in parameters_of(layer)
+            with_rows(layer[0] if fused_in_float else layer, *shared)
