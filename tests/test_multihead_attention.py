@@ -391,3 +391,20 @@ def test_a_mask_is_not_rounded_in_a_network_with_dropout() -> None:
         expected = prepared(*inputs)
         set_enabled(prepared, observer=False, fake_quant=False)
         assert sqnr(prepared(*inputs), expected) > 25
+
+
+class Rerouted(nn.Module):
+    """Takes another path in training, which no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.training and x.sum() > 0 else x
+
+
+def test_a_part_that_is_called_as_a_whole_leaves_attention_int8() -> None:
+    prepared = prepare(nn.Sequential(nn.TransformerEncoderLayer(SIZE, HEADS, 16), Rerouted()))
+    layers = recipe_of(prepared).layers  # type: ignore[union-attr]
+    assert layers == ("0.self_attn.in_proj_weight_linear", "0.self_attn.out_proj", "0.linear1", "0.linear2")

@@ -143,7 +143,7 @@ def with_rows(
     own.update(whole_weight=weight, whole_bias=bias)
     row_layer: Any = layer
     row_layer.rows = rows
-    row_layer.__class__ = _row_class(type(layer))
+    row_layer.__class__ = _row_class(row_layer.__class__)
     return row_layer  # type: ignore[no-any-return]
 
 

@@ -34,7 +34,7 @@ from qat_lightning.modes.trace.own_layers import call_plain_layers
 from qat_lightning.modes.trace.padded_layers import split_padded_layers
 from qat_lightning.modes.trace.shared_weights import call_layers_of_weights, copy_reads_of_layers
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
-from qat_lightning.modes.trace.transformers import traceable_transformers
+from qat_lightning.modes.trace.transformers import has_plain_forward, traceable_transformers
 
 Record = Callable[[nn.Module, Opaque], tuple[NetworkTracer, fx.Graph, fx.Graph]]
 """Records a network's forward: returns a tracer, the graph of training mode, and that of eval mode."""
@@ -66,7 +66,9 @@ def trace(
         return trace_with(network, Opaque(whole), record)
     except UntraceableError:
         leaves = frozenset(
-            name for name, module in network.named_modules() if name and reads_training(module)
+            name
+            for name, module in network.named_modules()
+            if name and reads_training(module) and not has_plain_forward(module)
         )
         if not leaves:
             raise

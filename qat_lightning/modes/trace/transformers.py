@@ -231,8 +231,13 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 
 def traceable_transformers(network: nn.Module) -> AbstractContextManager[None]:
     """Gives torch.nn's attention and transformer layers in `network` plain forwards while it is traced."""
-    kinds = {module: type(module) for module in network.modules() if forward_of(module) in _PLAIN}
+    kinds = {module: type(module) for module in network.modules() if has_plain_forward(module)}
     return other_classes({module: _plain_class(kind) for module, kind in kinds.items()})
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether `module` runs a plain forward while it is traced."""
+    return forward_of(module) in _PLAIN
 
 
 def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
