@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.ao.nn import intrinsic as nni
 from torch.ao.nn import quantized
 from torch.ao.nn.intrinsic import quantized as nniq
 from torch.nn import functional as F
@@ -364,7 +363,7 @@ def test_functions_with_rows_of_a_weight_are_layers(keep: list[str], tmp_path: P
     train_steps(prepared, ((x,), {}))
     int8: Any = convert(prepared)
     relu = int8.get_submodule("weight_linear")
-    assert type(relu) is (nni.LinearReLU if keep == ["weight_linear"] else nniq.LinearReLU)
+    assert type(relu) is (nn.Linear if keep == ["weight_linear"] else nniq.LinearReLU)
     loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), Rows())
     with torch.no_grad():
         assert torch.equal(loaded(x), int8(x))

@@ -1,17 +1,14 @@
-"""Layers with rows of shared parameters, which torch.ao prepares as layers with parameters of their own."""
+"""Layers with rows of shared parameters, which the passes see as layers with parameters of their own."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx, nn
 
-from qat_lightning.base.torch_internals import parameters_of
 from qat_lightning.modes.trace.own_layers import RowLayer, with_own_parameters, with_rows
 
 
 class RowLayers:
-    """The layers with rows of shared parameters, while torch.ao fuses and prepares a graph.
+    """The layers with rows of shared parameters, while the passes fuse and prepare a graph.
 
     Args:
         graph_module: A traced network. Its layers get parameters of their own.
@@ -28,6 +25,4 @@ class RowLayers:
     def take_back(self, prepared: nn.Module) -> None:
         """Makes the layers of the prepared graph share the parameters again."""
         for name, shared in self._shared.items():
-            layer: Any = prepared.get_submodule(name)
-            fused_in_float = "weight" not in parameters_of(layer)
-            with_rows(layer[0] if fused_in_float else layer, *shared)
+            with_rows(prepared.get_submodule(name), *shared)

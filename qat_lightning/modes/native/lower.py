@@ -22,6 +22,7 @@ from qat_lightning.modes.native.packed_weights import hold_packed_weights
 from qat_lightning.modes.native.reused_modules import copy_reused_modules
 from qat_lightning.modes.passes.insert import AFTER_FLOAT
 from qat_lightning.modes.torch_ao_internals import lower_to_kernels
+from qat_lightning.modes.trace.own_layers import with_own_parameters
 
 _REFERENCES: dict[Any, tuple[Any, Any]] = {
     nn.Conv1d: (nnqr.Conv1d, nni.ConvReLU1d),
@@ -45,6 +46,7 @@ def lower(prepared: fx.GraphModule) -> fx.GraphModule:
     """Returns the int8 graph of a prepared one, which is consumed. It must be in eval mode on the CPU."""
     # PyTorch warns of the first quantized tensor of a process. Here the caller is quiet; a forward is not.
     torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+    with_own_parameters(prepared)
     copy_reused_modules(prepared)
     spell_out(prepared)
     for name, module in list(prepared.named_modules(remove_duplicate=False)):

@@ -17,6 +17,7 @@ from typing import Any
 from torch import fx
 from torch.nn import functional as F
 
+from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
@@ -100,7 +101,8 @@ class _Annotator:
         module = module_of(self._graph_module, node)
         if isinstance(module, TrainedLayer):
             return self._target.rules[module.plain]
-        rule = self._target.rules.get(call_target(self._graph_module, node))
+        called = module.function if isinstance(module, ByMode) else call_target(self._graph_module, node)
+        rule = self._target.rules.get(called)
         if rule is None and is_dropout(self._graph_module, node):
             rule = Rule(Kind.MOVES)
         if rule is None or rule.kind in (Kind.READS_SHAPE, Kind.ENDS):
@@ -206,5 +208,6 @@ class _Annotator:
 
 def _pads_with_zeros(node: fx.Node) -> bool:
     """Whether a call of `F.pad` adds zeros, or values of its input."""
-    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    return given.get("mode", "constant") != "constant" or given.get("value") in (None, 0)
+    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
+    given |= node.kwargs
+    return given.get("mode", "constant") != "constant" or not given.get("value")

@@ -13,6 +13,7 @@ from qat_lightning.modes.graph.attention import attention_weights
 from qat_lightning.modes.graph.dropout import detached
 from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.targets.rules import Kind, Rule, Table, rules
+from qat_lightning.modes.trace.transformers import attend
 
 COMMON: Table = {
     **rules(Rule(Kind.CONCATENATES), torch.cat, torch.stack),
@@ -45,6 +46,6 @@ COMMON: Table = {
         Rule(Kind.ENDS),
         *(nn.Softmax, nn.LogSoftmax, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax),
         *("softmax", "log_softmax", nn.MultiheadAttention, F.multi_head_attention_forward),
-        *(F.scaled_dot_product_attention, attention_weights),
+        *(F.scaled_dot_product_attention, attention_weights, attend),
     ),
 }
