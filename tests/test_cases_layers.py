@@ -34,8 +34,8 @@ from qat_lightning import (
 from qat_lightning.base.errors import PreflightError
 from qat_lightning.export.load import load_graph
 from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.lines import is_user_file
-from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.trace.fixed_norms import FixedNorm, recognize_fixed_norms
 from qat_lightning.quantize.copies import copy_of
 from qat_lightning.quantize.recipe import recipe_of

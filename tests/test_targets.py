@@ -22,7 +22,7 @@ from qat_lightning import (
 )
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.phases import set_enabled
-from qat_lightning.modes.graph.attention import attention_weights
+from qat_lightning.modes.functions.attention import attention_weights
 from qat_lightning.modes.graph.nodes import fake_quantize_of
 from tests.networks import sqnr, train_steps
 

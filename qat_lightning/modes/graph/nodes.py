@@ -10,7 +10,7 @@ from torch.ao.quantization import FakeQuantizeBase
 from torch.ao.quantization.backend_config import ObservationType, get_native_backend_config
 from torch.nn import functional as F
 
-from qat_lightning.modes.graph.pads import pad_values
+from qat_lightning.modes.functions.pads import pad_values
 
 
 def _operations(observation: ObservationType) -> frozenset[Any]:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from qat_lightning.base import random_state
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
+from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
-from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.symbolic import defaults

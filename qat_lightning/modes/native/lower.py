@@ -12,9 +12,9 @@ from torch.ao.quantization.utils import get_qparam_dict
 from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
+from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.constants import Constants
 from qat_lightning.modes.graph.nodes import called_modules, fake_quantize_of
-from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.spell_out import spell_out

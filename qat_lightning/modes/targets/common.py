@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-from qat_lightning.modes.graph.attention import attention_weights
+from qat_lightning.modes.functions.attention import attend, attention_weights, merged_mask
+from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.dropout import detached
-from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.targets.rules import Kind, Rule, Table, rules
-from qat_lightning.modes.trace.transformers import attend
 
 COMMON: Table = {
     **rules(Rule(Kind.CONCATENATES), torch.cat, torch.stack),
@@ -46,6 +45,6 @@ COMMON: Table = {
         Rule(Kind.ENDS),
         *(nn.Softmax, nn.LogSoftmax, torch.softmax, torch.log_softmax, F.softmax, F.log_softmax),
         *("softmax", "log_softmax", nn.MultiheadAttention, F.multi_head_attention_forward),
-        *(F.scaled_dot_product_attention, attention_weights, attend),
+        *(F.scaled_dot_product_attention, attention_weights, attend, merged_mask),
     ),
 }

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.nodes import module_of
-from qat_lightning.modes.graph.pads import pad_values
 from qat_lightning.modes.trace.functional import padding_of_same
 from qat_lightning.modes.trace.own_layers import layer_with
 

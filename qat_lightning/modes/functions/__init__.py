@@ -1,0 +1,1 @@
+"""Functions of this package that stand in a graph as one operation."""
