@@ -17,8 +17,8 @@ pytest.register_assert_rewrite("tests.compatibility")
 settings.register_profile("project", deadline=None)  # no test depends on the clock
 settings.load_profile("project")
 
-# Tests fork this process. A fork computes no gradient if the first backward of its parent came after an export
-# or a fake tensor, since autograd then starts threads.
+# Tests fork this process. A fork computes no gradient if the first backward of its parent came after an
+# export or a fake tensor, since autograd then starts threads.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.modes.functions.attention import attention_weights
 from qat_lightning.modes.graph.nodes import fake_quantize_of
+from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import sqnr, train_steps
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -117,8 +119,16 @@ def test_openvino_rounds_nothing_between_a_layer_and_its_activation() -> None:
     prepared, _ = trained(Gated, "openvino")
     activations = [n for n in prepared.graph.nodes if isinstance(n.target, str) and n.target.endswith(".2")]
     assert [reads_rounded(prepared, node) for node in activations] == [[False]] * 4
-    onnx, _ = trained(Gated, "onnxruntime")
-    assert [reads_rounded(onnx, node) for node in onnx.graph.nodes if node.target == "stem.2"] == [[True]]
+
+
+def test_onnx_runtime_computes_a_silu_in_int8() -> None:
+    prepared, _ = trained(Gated, "onnxruntime")
+    sigmoids = [node for node in prepared.graph.nodes if node.target is torch.sigmoid]
+    assert [reads_rounded(prepared, node) for node in sigmoids] == [[True]] * 3
+    products = [node for node in prepared.graph.nodes if node.target is operator.mul]
+    assert [reads_rounded(prepared, node) for node in products] == [[True, True]] * 4
+    kept, _ = trained(Gated, "onnxruntime", keep_float=[nn.SiLU])
+    assert not [node for node in kept.graph.nodes if node.target is torch.sigmoid]
 
 
 @pytest.mark.parametrize("backend", RUNTIMES)
@@ -191,3 +201,54 @@ def test_splits_and_pads_keep_the_qparams_of_their_input() -> None:
     assert len(activations) == 3
     with torch.no_grad():
         assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 40
+
+
+class Dense(nn.Module):
+    """Concatenates, and normalizes before it convolves, as DenseNet does."""
+
+    def __init__(self, affine: bool = True) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=affine)
+        self.conv, self.last_norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.conv(F.relu(self.norm(x)))
+        return self.last(F.relu(self.last_norm(torch.cat([x, y], 1))))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_a_batch_norm_before_a_convolution_is_one(backend: str, affine: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, plain = torch.randn(4, 3, 8, 8), Dense(affine)
+    network = copy.deepcopy(plain)
+    prepared: Any = prepare(network, backend=backend)
+    recipe = recipe_of(prepared)
+    assert recipe is not None
+    assert {"norm", "last_norm"} < set(recipe.layers)
+    set_enabled(prepared, observer=False, fake_quant=False)
+    for each in (plain, prepared):
+        train_steps(each, ((x,), {}))
+    torch.testing.assert_close(prepared.eval()(x), plain.eval()(x))
+    for parameter, value in plain.named_parameters():
+        inner = parameter if "norm" not in parameter else parameter.replace("norm.", "norm.bn.")
+        torch.testing.assert_close(prepared.get_parameter(inner), value)
+    set_enabled(prepared, observer=True, fake_quant=True)
+    train_steps(prepared, ((x,), {}))
+    int8 = convert(prepared.eval())
+    with torch.no_grad():
+        assert sqnr(prepared(x), int8(x)) > 35
+        assert sqnr(prepared(x), export(prepared, x, backend, tmp_path)(x)) > 30
+        loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), Dense(affine))
+        assert torch.equal(loaded(x), int8(x))
+
+
+def test_a_batch_norm_after_a_float_layer_stays_float() -> None:
+    for backend in ("onednn", *RUNTIMES):
+        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        prepared: Any = prepare(network, backend=backend, keep_float=["1"])
+        (norm,) = (node for node in prepared.graph.nodes if node.target == "2")
+        assert reads_rounded(prepared, norm) == [False]
+        assert type(prepared.get_submodule("2")) is nn.BatchNorm2d

@@ -29,8 +29,10 @@ from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.native.lower import lower
 from qat_lightning.modes.passes.annotate import annotate
-from qat_lightning.modes.passes.decompose import decompose_attention
+from qat_lightning.modes.passes.decompose_attention import decompose_attention
+from qat_lightning.modes.passes.decompose_silu import decompose_silu
 from qat_lightning.modes.passes.fuse import fuse
+from qat_lightning.modes.passes.fuse_norms import fuse_norms
 from qat_lightning.modes.passes.insert import insert
 from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.purity.hooks import check_hooks
@@ -123,8 +125,11 @@ def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -
     """Runs the passes over a graph."""
     rows = RowLayers(graph_module)
     fuse(graph_module, qconfigs)
+    fuse_norms(graph_module, qconfigs, as_layers=target.norms_are_layers)
     if target.decomposes_attention:
         decompose_attention(graph_module, qconfigs)
+    if target.decomposes_silu:
+        decompose_silu(graph_module, qconfigs)
     prepared = insert(graph_module, annotate(graph_module, target, qconfigs))
     rows.take_back(prepared)
     round_in_place(prepared)

@@ -17,11 +17,14 @@ from typing import Any
 from torch import fx
 from torch.nn import functional as F
 
+from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
+from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.passes.fuse_norms import follows_float_layer
 from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.passes.tensors import Tensors
 from qat_lightning.modes.targets.rules import Kind, Rule, Target
@@ -107,6 +110,8 @@ class _Annotator:
             rule = Rule(Kind.MOVES)
         if rule is None or rule.kind in (Kind.READS_SHAPE, Kind.ENDS):
             return rule
+        if isinstance(module, BatchNorm | NormReLU) and follows_float_layer(self._graph_module, node):
+            return None
         is_float_layer = rule.kind is Kind.LAYER and module is not None
         if is_float_layer or self._qconfigs.of(node) is None or lacks_int8(module):
             return None

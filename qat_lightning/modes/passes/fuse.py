@@ -14,7 +14,6 @@ from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.graph.nodes import RELUS, call_target, called_modules, module_of
 from qat_lightning.modes.layers import fused_conv_bn, trained_layer
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
-from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.passes.qconfigs import QConfigs
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
@@ -45,24 +44,8 @@ def fuse(graph_module: fx.GraphModule, qconfigs: QConfigs) -> None:
         if type(layer) in _LAYERS and qconfig is not None:
             chains = _common([_chain(graph_module, node, calls, qconfigs) for node in nodes])
             _replace(graph_module, layer, nodes, chains, qconfig.weight())
-    _join_norms(graph_module, calls, qconfigs)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-
-
-def _join_norms(graph_module: fx.GraphModule, calls: dict[str, list[fx.Node]], qconfigs: QConfigs) -> None:
-    """Joins each other batch-norm with the ReLU that follows its only call, in place."""
-    for name, norm in called_modules(graph_module).items():
-        node, relu = calls[name][0], _follower(calls[name][0])
-        is_norm = type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d) and not lacks_int8(norm)
-        if not is_norm or relu is None or call_target(graph_module, relu) not in RELUS:
-            continue
-        if len(calls[name]) == 1 and qconfigs.of(node) is not None and qconfigs.of(relu) is not None:
-            joined = NormReLU(norm, nn.ReLU())
-            joined.training = norm.training
-            graph_module.set_submodule(name, joined)
-            relu.replace_all_uses_with(node)
-            graph_module.graph.erase_node(relu)
 
 
 def _chain(

@@ -2,7 +2,8 @@
 
 - A product of matrices returns floats at no cost (MatMulIntegerToFloat). So a norm, a GELU or a softmax after
   it, for which there are no int8 kernels, reads its full precision.
-- A convolution returns int8. Sigmoid and LeakyReLU are int8, too; a SiLU is not.
+- A convolution returns int8. Sigmoid and LeakyReLU are int8, too. So are a SiLU, as a product with a sigmoid,
+  and a batch-norm, as a convolution.
 - Sums are int8 between convolutions. In a transformer they lead to a norm, and stay float.
 """
 
@@ -33,5 +34,7 @@ ONNX_RUNTIME = Target(
         **rules(Rule(Kind.COMPUTES, fixed=UNIT), nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"),
     },
     decomposes_attention=True,
+    decomposes_silu=True,
+    norms_are_layers=True,
     through_float=False,
 )

@@ -27,5 +27,6 @@ OPENVINO = Target(
         **rules(Rule(Kind.COMPUTES, float_result=True), torch.einsum, "matmul", "bmm"),
     },
     decomposes_attention=True,
+    norms_are_layers=True,
     through_float=False,
 )

@@ -63,12 +63,16 @@ class Target:
         rules: The table. A convolution or linear layer has the rule of its class in torch.nn.
         decomposes_attention: Whether the products of attention are int8, so that
             `scaled_dot_product_attention` becomes two products and a softmax.
+        decomposes_silu: Whether a SiLU is a product with a sigmoid.
+        norms_are_layers: Whether a batch-norm without a layer before it is a convolution of each channel.
         through_float: Whether a sum, a product or a concatenation computes in int8 if int8 operations read
             its result through float operations, such as a norm.
     """
 
     rules: Table
     decomposes_attention: bool = False
+    decomposes_silu: bool = False
+    norms_are_layers: bool = False
     through_float: bool = True
 
 
