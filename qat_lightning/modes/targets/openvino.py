@@ -2,7 +2,8 @@
 
 - It fuses any activation into the convolution or product before it. A rounding between the two would prevent
   that, so layers return floats.
-- Norms and softmax compute in float, and read the full precision of what is before them.
+- A batch-norm without a layer before it is rounded on both sides, so that a concatenation before it is int8.
+- Other norms and softmax compute in float, and read the full precision of what is before them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.targets.common import COMMON
 from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
 
@@ -21,12 +23,12 @@ OPENVINO = Target(
         **COMMON,
         **rules(Rule(Kind.LAYER, float_result=True), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
         **rules(Rule(Kind.LAYER, float_result=True), F.conv1d, F.conv2d, F.conv3d, F.linear),
+        **rules(Rule(Kind.COMPUTES), nn.BatchNorm2d, nn.BatchNorm3d, NormReLU),
         **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
         **rules(Rule(Kind.COMBINES, relu=True), operator.mul, operator.imul, torch.mul),
         **rules(Rule(Kind.COMPUTES, float_result=True), torch.matmul, operator.matmul, torch.bmm),
         **rules(Rule(Kind.COMPUTES, float_result=True), torch.einsum, "matmul", "bmm"),
     },
     decomposes_attention=True,
-    norms_are_layers=True,
     through_float=False,
 )
