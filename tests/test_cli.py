@@ -256,7 +256,7 @@ def test_help_says_what_to_type(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     for part in ("qat-train experiment=digits_demo weights=", "-m backend=x86,qnnpack"):
         assert part in shown.stdout
-    assert "backend: fbgemm, float, onednn, qnnpack, x86" in shown.stdout
+    assert "backend: fbgemm, float, onednn, onnxruntime, openvino, qnnpack, x86" in shown.stdout
     assert "freeze_observers_at: 0.5" in shown.stdout
     assert list(tmp_path.iterdir()) == []
 
