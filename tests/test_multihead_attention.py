@@ -147,7 +147,10 @@ def assert_same(ours: nn.Module, plain: nn.Module, inputs: Any) -> None:
             torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad)
 
 
-@pytest.mark.parametrize(("captured", "backend"), [(False, "x86"), (True, "x86"), (False, "openvino")])
+@pytest.mark.parametrize(
+    ("captured", "backend"),
+    [(False, "x86"), pytest.param(True, "x86", marks=pytest.mark.slow), (False, "openvino")],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_without_rounding_it_computes_what_torch_does(name: str, captured: bool, backend: str) -> None:
     torch.manual_seed(0)
