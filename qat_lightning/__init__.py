@@ -19,6 +19,7 @@ from qat_lightning.base.errors import (
 from qat_lightning.callback import QuantizationAwareTraining
 from qat_lightning.export import export_onnx, export_openvino, load_runtime
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.modes.qconfig import QConfig
 from qat_lightning.post_training import PostTrainingQuantization
 from qat_lightning.quantize.convert import convert
 from qat_lightning.quantize.int8_file import load_int8, load_qat_checkpoint, save_int8
@@ -44,6 +45,7 @@ __all__ = [
     "PostTrainingQuantization",
     "PreflightError",
     "PrepareOptions",
+    "QConfig",
     "QuantizationAwareTraining",
     "RankError",
     "RankMismatchError",

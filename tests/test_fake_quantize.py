@@ -11,16 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.ao.quantization.observer import MinMaxObserver, MovingAverageMinMaxObserver
 
 from qat_lightning import FakeQuantize
 from qat_lightning.base.quiet import quiet_torch_ao
-from qat_lightning.fake_quant.fake_quantize import OBSERVERS
 from qat_lightning.fake_quant.numerics import (
     affine_qparams,
     fake_quantize,
     fake_quantize_in_one_kernel,
     round_weight,
 )
+from qat_lightning.fake_quant.observers import OBSERVERS
 from qat_lightning.modes.qconfig import default_qconfig
 
 GRIDS = st.sampled_from([(0, 127), (0, 255), (-128, 127)])
@@ -244,10 +245,11 @@ def test_first_nonfinite_tensor_leaves_no_range() -> None:
     assert float(grid.activation_post_process.max_val) == 1.0
 
 
-@pytest.mark.parametrize("observer", ["moving_average", "min_max"])
-def test_range_follows_torchs_own_observer(observer: str) -> None:
-    grid = activation_grid(observer=observer)
-    torchs: Any = OBSERVERS[observer](dtype=torch.quint8)
+@pytest.mark.parametrize(
+    ("observer", "kind"), [("moving_average", MovingAverageMinMaxObserver), ("min_max", MinMaxObserver)]
+)
+def test_range_follows_torchs_own_observer(observer: str, kind: Any) -> None:
+    grid, torchs = activation_grid(observer=observer), kind(dtype=torch.quint8)
     for scale in (1.0, 3.0, 0.5):
         x = torch.randn(50) * scale
         grid(x)

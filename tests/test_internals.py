@@ -38,7 +38,7 @@ from torchmetrics import MeanMetric
 from qat_lightning.base import lightning_internals, torch_internals
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.cli import hydra_internals
-from qat_lightning.modes import torch_ao_internals
+from qat_lightning.modes.native import torch_ao_internals
 from tests.networks import CLASSES, SIZE, ConvBnRelu, Residual
 from tests.runs import TinyModule, dataset, trainer
 
@@ -47,7 +47,7 @@ ROOMS = [
     PACKAGE / "base" / "torch_internals.py",
     PACKAGE / "base" / "lightning_internals.py",
     PACKAGE / "cli" / "hydra_internals.py",
-    PACKAGE / "modes" / "torch_ao_internals.py",
+    PACKAGE / "modes" / "native" / "torch_ao_internals.py",
 ]
 
 
@@ -346,14 +346,6 @@ def test_int8_layers() -> None:
         assert weight.shape == (3, 2)
         assert bias is not None
         assert bias.shape == (3,)
-
-
-def test_decomposed_operations() -> None:
-    with internal("torch.ao: quantization.fx._decomposed"):
-        quantized = torch_ao_internals.quantized_decomposed.quantize_per_tensor(
-            torch.ones(1), 0.5, 3, 0, 255, torch.uint8
-        )
-        assert quantized.item() == 5
 
 
 def test_kernels() -> None:

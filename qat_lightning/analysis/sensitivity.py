@@ -17,7 +17,7 @@ from qat_lightning.base import random_state
 from qat_lightning.base.inputs import Inputs, first_samples
 from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.fake_quant.fake_quantize import FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.layers.layer_fake_quantizes import layer_fake_quantizes
 from qat_lightning.quantize.options import ModuleOptions, Settings
 
@@ -140,12 +140,12 @@ class _Probe:
                 "int8 cannot be compared with them. Pass batches, and weights, that give finite outputs."
             )
 
-    def sqnr(self, fake_quants: Collection[FakeQuantizeBase]) -> float:
+    def sqnr(self, fake_quants: Collection[Any]) -> float:
         """Returns the SQNR between the float outputs and those with only these fake-quantizes on."""
         self.simulation.round_with(fake_quants)
         return sqnr(self.float_outputs, self._outputs())
 
-    def others(self) -> frozenset[FakeQuantizeBase]:
+    def others(self) -> frozenset[Any]:
         """Returns the fake-quantizes that belong to no layer."""
         all_of_them = {fake_quant for _, fake_quant in fake_quantizes(self.network)}
         return frozenset(all_of_them.difference(*layer_fake_quantizes(self.network).values()))

@@ -14,7 +14,7 @@ from torch import nn
 from qat_lightning.analysis.batches import Batches, collect_inputs, inputs_of
 from qat_lightning.analysis.example_batch import prepare_on_batch
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.phases import average_over, only_observe, set_enabled, set_eval
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data, is_moving_average
 from qat_lightning.quantize.copies import copy_of
@@ -38,11 +38,11 @@ class Simulation:
     inputs: Mapping[str, Sequence[Inputs]]
 
     @property
-    def fake_quants(self) -> frozenset[FakeQuantizeBase]:
+    def fake_quants(self) -> frozenset[Any]:
         """Returns all fake-quantizes."""
         return frozenset(fake_quant for _, fake_quant in fake_quantizes(self.module))
 
-    def round_with(self, fake_quants: Collection[FakeQuantizeBase]) -> None:
+    def round_with(self, fake_quants: Collection[Any]) -> None:
         """Switches these fake-quantizes on, and all others off."""
         for fake_quant in self.fake_quants:
             fake_quant.enable_fake_quant(fake_quant in fake_quants)

@@ -1,4 +1,4 @@
-"""The `forward` of a class, and subclasses with another one, which change a single module."""
+"""Classes of modules: their `forward`, subclasses with another one for a single module, and their origin."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def with_forward(user_class: type[nn.Module], forward: Any) -> type[nn.Module]:
     """Returns a subclass of the user's class with the same name and another `forward`."""
     same = {name: getattr(user_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(user_class.__name__, (user_class,), {**same, "forward": forward})
+
+
+def derives_from(value: object, package: str, *names: str) -> bool:
+    """Whether the class of `value`, or a base of it, is one of these in a package, which is not imported.
+
+    Args:
+        value: Any object.
+        package: How the names of the package's modules begin, as in `"torch.ao."`.
+        *names: Names of classes; none for any class.
+    """
+    kinds = [kind for kind in type(value).__mro__ if kind.__module__.startswith(package)]
+    return any(not names or kind.__name__ in names for kind in kinds)

@@ -90,6 +90,7 @@ def write_graph(
 
     from qat_lightning.export.graph import simplify
     from qat_lightning.export.hard_swish import as_products
+    from qat_lightning.export.operations import TRANSLATIONS
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
         program = torch.onnx.export(
@@ -98,6 +99,7 @@ def write_graph(
             dynamo=True,
             verbose=False,
             output_names=_output_names(example.outputs),
+            custom_translation_table=TRANSLATIONS,
             dynamic_shapes=tree_map(_dynamic, example.kwargs or example.args),
         )
         assert program is not None

@@ -1,6 +1,7 @@
 """The fake-quantize module: observes the range of a tensor and rounds the tensor to int8 values.
 
-`torch.ao`'s prepare and convert accept it through a QConfig. It differs from `torch.ao`'s own module:
+It has the buffers and attributes of `torch.ao`'s own module, so `torch.ao`'s prepare and convert accept it
+through a QConfig. It differs from that module:
 
 - `forward` rounds with exactly the scale and the zero point that convert reads;
 - it observes in training mode only, so that an evaluation changes no range;
@@ -16,40 +17,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao import quantization as ao
-from torch.ao.quantization import FakeQuantizeBase
-from torch.ao.quantization.observer import (
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-    PerChannelMinMaxObserver,
-)
 
 from qat_lightning.fake_quant.forward_extremes import ForwardExtremes
 from qat_lightning.fake_quant.numerics import affine_qparams, fake_quantize, round_weight, symmetric_scale
+from qat_lightning.fake_quant.observers import EPS, MovingAverage, averages_tensors, keeps_histogram
+from qat_lightning.fake_quant.switches import Switches, is_fake_quantize
 
-OBSERVERS: dict[str, type[nn.Module]] = {
-    "moving_average": MovingAverageMinMaxObserver,
-    "moving_average_per_channel": MovingAveragePerChannelMinMaxObserver,
-    "min_max": MinMaxObserver,
-    "min_max_per_channel": PerChannelMinMaxObserver,
-    "histogram": HistogramObserver,
-}
-OBSERVER_NAMES = {observer: name for name, observer in OBSERVERS.items()}
-EPS = float(torch.finfo(torch.float32).eps)
-"""The smallest scale, as in `torch.ao`: int8 kernels cannot requantize with a far smaller one."""
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+_PER_CHANNEL = (
+    torch.per_channel_symmetric,
+    torch.per_channel_affine,
+    torch.per_channel_affine_float_qparams,
+)
 
 
-class FakeQuantize(ao.FakeQuantize):
+class FakeQuantize(Switches):
     """Observes the range of a tensor and rounds the tensor to the int8 values of that range.
 
     A weight (per-channel qparams) has the range of its latest tensor. The range of an activation follows the
     observer.
 
     Args:
-        observer: One of torch's observers; moving average by default.
+        observer: The class of one of `torch.ao`'s observers, or a constructor; by default a moving average.
         quant_min: Smallest integer.
         quant_max: The integer for the top of the range; 127 for the 7-bit activations of x86 and fbgemm.
             Values beyond the range continue up to the largest integer of the dtype, as in the int8 network.
@@ -70,25 +59,38 @@ class FakeQuantize(ao.FakeQuantize):
             a histogram do not.
     """
 
+    scale: torch.Tensor
+    zero_point: torch.Tensor
     nonfinite: torch.Tensor
     averaging: torch.Tensor
     exact_value: float | None = None
 
     def __init__(
         self,
-        observer: Any = MovingAverageMinMaxObserver,
+        observer: Any = MovingAverage,
         quant_min: int = 0,
         quant_max: int = 255,
         **observer_kwargs: Any,
     ) -> None:
-        super().__init__(observer, quant_min, quant_max, **observer_kwargs)
+        super().__init__()
+        made: Any = observer(quant_min=quant_min, quant_max=quant_max, **observer_kwargs)
+        self.activation_post_process = made
+        self.quant_min, self.quant_max = int(made.quant_min), int(made.quant_max)
+        self.dtype, self.qscheme = made.dtype, made.qscheme
+        self.is_per_channel, self.ch_axis = made.qscheme in _PER_CHANNEL, getattr(made, "ch_axis", -1)
+        self.is_dynamic = bool(getattr(made, "is_dynamic", False))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int))
         self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.bool), persistent=False)
         self.register_buffer("averaging", torch.zeros(()), persistent=False)
         self.observing = self.rounding = True
         self.seen = self.in_place = False
         self.forward_extremes = ForwardExtremes()
-        self.eps = float(getattr(self.activation_post_process, "eps", EPS))
+        self.eps = float(getattr(made, "eps", EPS))
+        self._has_histogram, self._averages = keeps_histogram(made), averages_tensors(made)
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
+        if not self.bounds[0] <= quant_min <= quant_max <= self.bounds[1]:
+            raise ValueError(f"{self.dtype} has no integers [{quant_min}, {quant_max}].")
         self.axis = self.ch_axis if self.is_per_channel else None
         self.symmetric = self.qscheme in _SYMMETRIC
         self.initial_zero_point = quant_max - (quant_max - quant_min) // 2 if self.symmetric else 0
@@ -132,7 +134,7 @@ class FakeQuantize(ao.FakeQuantize):
         if x.numel() == 0:
             return None
         x = x.float()
-        if isinstance(self.activation_post_process, HistogramObserver):
+        if self._has_histogram:
             self._observe_histogram(x)
             return None
         extremes = self._extremes(x)
@@ -163,7 +165,7 @@ class FakeQuantize(ao.FakeQuantize):
     def refresh(self) -> None:
         """Computes the scale and the zero point from the observer's range."""
         observer = self.activation_post_process
-        if isinstance(observer, HistogramObserver):
+        if self._has_histogram:
             scale, zero_point = observer.calculate_qparams()
         elif self.symmetric:
             self._set_symmetric_qparams(torch.maximum(-observer.min_val, observer.max_val))
@@ -180,8 +182,8 @@ class FakeQuantize(ao.FakeQuantize):
 
     def enable_observer(self, enabled: bool = True) -> None:
         """Switches the observer; `torch.ao.quantization.disable_observer` calls this."""
+        super().enable_observer(enabled)
         self.observing = bool(enabled)
-        self.observer_enabled.fill_(int(enabled))
 
     def average_over(self, batches: int | None) -> None:
         """Makes a moving average the plain mean over `batches`, counting the next one; None ends this."""
@@ -189,8 +191,16 @@ class FakeQuantize(ao.FakeQuantize):
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switches the rounding; `torch.ao.quantization.disable_fake_quant` calls this."""
+        super().enable_fake_quant(enabled)
         self.rounding = bool(enabled)
-        self.fake_quant_enabled.fill_(int(enabled))
+
+    def extra_repr(self) -> str:
+        """Returns the qparams, and what is switched on."""
+        return (
+            f"observing={self.observing}, rounding={self.rounding}, quant_min={self.quant_min}, "
+            f"quant_max={self.quant_max}, dtype={self.dtype}, qscheme={self.qscheme}, "
+            f"ch_axis={self.ch_axis}, scale={self.scale}, zero_point={self.zero_point}"
+        )
 
     def _extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.axis is None:
@@ -215,10 +225,18 @@ class FakeQuantize(ao.FakeQuantize):
             extremes = torch.cat((low, high))
             if self.forward_extremes.calls > 1:
                 old, extremes, finite = self.forward_extremes.join(old, extremes, finite)
-            new = _updated_range(observer, self.averaging, old, extremes)
+            new = self._updated_range(old, extremes)
             low, high = torch.where(finite, new, old).split(1)
         self._set_range(low, high)
         self.refresh()
+
+    def _updated_range(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Returns the range after the next batch: an average over batches, or the extremes of all of them."""
+        if self._averages:
+            seen = old[0] <= old[1]  # at first they are inf and -inf
+            share = self.averaging.clamp(min=self.activation_post_process.averaging_constant)
+            return torch.where(seen, old + share * (new - old), new)
+        return torch.cat((torch.minimum(old[:1], new[:1]), torch.maximum(old[1:], new[1:])))
 
     def train(self, mode: bool = True) -> FakeQuantize:
         """Switches the mode. A forward that was broken off does not go on in the next one."""
@@ -251,22 +269,15 @@ class FakeQuantize(ao.FakeQuantize):
             self.refresh()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("scale", "zero_point"):  # of channels, before the first tensor
+            stored = state_dict.get(prefix + name)
+            if stored is not None:
+                getattr(self, name).resize_(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.observing = bool(self.observer_enabled.any())
         self.rounding = bool(self.fake_quant_enabled.any())
         low = state_dict.get(prefix + "activation_post_process.min_val")  # the observer loads only after this
         self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
-
-
-def _updated_range(
-    observer: Any, averaging: torch.Tensor, old: torch.Tensor, new: torch.Tensor
-) -> torch.Tensor:
-    """Returns the range after the next batch: an average over batches, or the extremes of all of them."""
-    if isinstance(observer, MovingAverageMinMaxObserver):
-        seen = old[0] <= old[1]  # at first they are inf and -inf
-        share = averaging.clamp(min=observer.averaging_constant)
-        return torch.where(seen, old + share * (new - old), new)
-    return torch.cat((torch.minimum(old[:1], new[:1]), torch.maximum(old[1:], new[1:])))
 
 
 def _with_channels(buffer: torch.Tensor, like: torch.Tensor, unseen: float) -> torch.Tensor:
@@ -281,8 +292,8 @@ def _assign(buffer: torch.Tensor, value: torch.Tensor) -> None:
     buffer.copy_(value.reshape(buffer.shape))
 
 
-def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
+def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the name and the module of each fake-quantize in `module`, once."""
     for name, child in module.named_modules():
-        if isinstance(child, FakeQuantizeBase):
+        if is_fake_quantize(child):
             yield name, child

@@ -8,7 +8,7 @@ from torch import nn
 
 from qat_lightning.base.schedule import Phase
 from qat_lightning.base.torch_internals import BatchNorm
-from qat_lightning.fake_quant.fake_quantize import FakeQuantize, FakeQuantizeBase, fake_quantizes
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 
 
 def set_enabled(module: nn.Module, *, observer: bool, fake_quant: bool) -> None:
@@ -89,7 +89,7 @@ class ObserversOff:
     """Switches observers off while a loop only evaluates, and restores the state of each afterwards."""
 
     def __init__(self) -> None:
-        self._flags: dict[FakeQuantizeBase, bool] = {}
+        self._flags: dict[Any, bool] = {}
 
     def enter(self, module: nn.Module) -> None:
         """Remembers each observer's flag, then switches it off. A second call keeps the first flags."""

@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.ao.quantization import (
-    FakeQuantizeBase,
-    QConfig,
-    QConfigMapping,
-    get_default_qat_qconfig,
-    get_default_qat_qconfig_mapping,
-)
 from torch.nn import functional as F
 
-from qat_lightning.base.backends import BACKENDS, engine_of
+from qat_lightning.base.backends import BACKENDS
 from qat_lightning.base.errors import RecipeMismatchError
-from qat_lightning.fake_quant.fake_quantize import EPS, OBSERVER_NAMES, OBSERVERS, FakeQuantize
+from qat_lightning.base.subclass import derives_from
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.fake_quant.fixed import fixed_fake_quantize
+from qat_lightning.fake_quant.observers import EPS, OBSERVERS, observer_name
+from qat_lightning.fake_quant.switches import is_fake_quantize
+from qat_lightning.modes.targets.native import NATIVE
 
-QConfigLike = QConfig | QConfigMapping | str
-Override = QConfig | str
+
+class QConfig(NamedTuple):
+    """How a layer is quantized. `torch.ao.quantization.QConfig` has the same fields, and is accepted, too.
+
+    Attributes:
+        activation: A constructor of the fake-quantizes of activations, such as `FakeQuantize.with_args(…)`.
+        weight: A constructor of the fake-quantizes of weights.
+    """
+
+    activation: Any
+    weight: Any
+
+
+@dataclass
+class Rules:
+    """Which operation has which QConfig; a `QConfigMapping` of `torch.ao` has the same attributes.
+
+    Attributes:
+        global_qconfig: The QConfig of all operations that no rule names.
+        object_type_qconfigs: QConfigs by the class of a module, a function, or the name of a method.
+        module_name_regex_qconfigs: QConfigs by patterns of the names of modules.
+        module_name_qconfigs: QConfigs by the names of modules.
+    """
+
+    global_qconfig: QConfig
+    object_type_qconfigs: dict[Any, QConfig | None] = field(default_factory=dict)
+    module_name_regex_qconfigs: dict[str, QConfig | None] = field(default_factory=dict)
+    module_name_qconfigs: dict[str, QConfig | None] = field(default_factory=dict)
+
+
+if TYPE_CHECKING:
+    from torch.ao import quantization as ao
+
+    QConfigLike = QConfig | ao.QConfig | ao.QConfigMapping | str
+    Override = QConfig | ao.QConfig | str
+else:
+    QConfigLike = Override = QConfig | str  # torch.ao's need no import to be accepted
 Overrides = Mapping[str, Override | None]
 
 # Backends whose kernels multiply bytes in pairs and add them in 16 bits on CPUs without VNNI: with 7 bits
 # of activation the sum cannot saturate.
 _SEVEN_BITS = ("x86", "fbgemm")
 
-# torch.ao has no training module for these: int8 would round a weight that training leaves as it is.
-_NOT_ROUNDED_IN_TRAINING = (
+# Int8 would round the weights of these, which training leaves as they are.
+_FLOAT = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
 )
 
 
@@ -52,10 +89,8 @@ def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
     Raises:
         ValueError: There is no such observer.
     """
-    if observer not in OBSERVERS:
-        raise ValueError(f"observer must be one of {sorted(OBSERVERS)}, but received {observer!r}.")
     activation = FakeQuantize.with_args(
-        observer=OBSERVERS[observer],
+        observer=_observer(observer),
         quant_min=0,
         quant_max=127 if backend in _SEVEN_BITS else 255,
         dtype=torch.quint8,
@@ -73,65 +108,63 @@ def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
     return QConfig(activation=activation, weight=weight)
 
 
+def _observer(name: str) -> Any:
+    if name == "histogram":
+        from qat_lightning.modes.native.torch_defaults import histogram_observer
+
+        return histogram_observer()
+    if name not in OBSERVERS:
+        known = sorted((*OBSERVERS, "histogram"))
+        raise ValueError(f"observer must be one of {known}, but received {name!r}.")
+    return OBSERVERS[name]
+
+
+def is_qconfig(value: object) -> bool:
+    """Whether `value` is a QConfig, ours or `torch.ao`'s."""
+    return isinstance(value, QConfig) or derives_from(value, "torch.ao.", "QConfig")
+
+
+def is_mapping(value: object) -> bool:
+    """Whether `value` is a QConfigMapping of `torch.ao`."""
+    return derives_from(value, "torch.ao.", "QConfigMapping")
+
+
 def check_qconfig(qconfig: object) -> None:
     """Raises a `TypeError` if no network can be prepared with `qconfig`."""
-    if qconfig is not None and qconfig != "torch" and not isinstance(qconfig, QConfig | QConfigMapping):
-        raise TypeError(
-            "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, 'torch' for PyTorch's own "
-            "default, or None for the backend's default here, but received "
-            f"{type(qconfig).__name__}: {qconfig!r}."
-        )
+    if qconfig is None or qconfig == "torch" or is_qconfig(qconfig) or is_mapping(qconfig):
+        return
+    raise TypeError(
+        "qconfig must be a torch.ao.quantization.QConfig, a QConfigMapping, 'torch' for PyTorch's own "
+        "default, or None for the backend's default here, but received "
+        f"{type(qconfig).__name__}: {qconfig!r}."
+    )
 
 
-def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> QConfigMapping:
-    """Returns the QConfigMapping to prepare a network with, for `backend` or for a user-defined `qconfig`."""
-    if isinstance(qconfig, QConfigMapping):
-        return qconfig
-    mapping = get_default_qat_qconfig_mapping(engine_of(backend))
-    torch_default: Any = mapping.global_qconfig
-    if qconfig != "torch":
-        chosen = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
-        mapping.set_global(chosen)
-        # Operations with fixed (sigmoid) or shared (reshape) qparams keep PyTorch's rules.
-        for kind, rule in dict(mapping.object_type_qconfigs).items():
-            if rule is not None and rule.activation is torch_default.activation:
-                mapping.set_object_type(kind, QConfig(chosen.activation, rule.weight))
-        for kind in _NOT_ROUNDED_IN_TRAINING:
-            mapping.set_object_type(kind, None)
-    # torch.ao accepts only one scheme for the table of an embedding, and raises for any other.
-    return mapping.set_object_type(nn.Embedding, None).set_object_type(nn.EmbeddingBag, None)
+def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> Any:
+    """Returns rules to prepare a network with, for `backend` or for a user-defined `qconfig`.
 
-
-def eager_qconfigs(backend: str, qconfig: QConfigLike | None) -> dict[Any, QConfig | None]:
-    """Returns the same for `torch.ao`'s eager mode: QConfigs by module name or type, the default under ''.
-
-    Raises:
-        TypeError: `qconfig` is a QConfigMapping with rules that eager mode does not support.
+    They have the attributes of :class:`Rules`.
     """
-    if not isinstance(qconfig, QConfigMapping):
-        if qconfig == "torch":
-            qconfig = get_default_qat_qconfig(engine_of(backend))
-        default = qconfig if isinstance(qconfig, QConfig) else default_qconfig(backend)
-        return {"": default, nn.Embedding: None, nn.EmbeddingBag: None}
-    rules = qconfig.to_dict()
-    if rules["module_name_regex"] or rules["module_name_object_type_order"]:
-        raise TypeError(
-            "In eager mode a QConfigMapping may hold set_global, set_object_type and set_module_name "
-            "rules, but received a regex or an order rule. Use mode='fx' or name the modules."
-        )
-    return {"": rules[""], **dict(rules["object_type"]), **dict(rules["module_name"])}
+    if is_mapping(qconfig):
+        return copy.deepcopy(qconfig)
+    if qconfig == "torch":
+        from qat_lightning.modes.native.torch_defaults import torch_mapping
+
+        return torch_mapping(backend)
+    chosen: Any = default_qconfig(backend) if qconfig is None else qconfig
+    fixed = {operation: rule.fixed for operation, rule in NATIVE.rules.items() if rule.fixed is not None}
+    types = {operation: QConfig(fixed_fake_quantize(*qparams), None) for operation, qparams in fixed.items()}
+    return Rules(chosen, {**types, **dict.fromkeys(_FLOAT)})
 
 
-def describe(fake_quantize: FakeQuantizeBase) -> str:
+def describe(fake_quantize: Any) -> str:
     """Describes a fake-quantize in words: observer, scheme, dtype and range of integers."""
     observer = getattr(fake_quantize, "activation_post_process", None)
-    kind: Any = type(observer)
-    name = OBSERVER_NAMES.get(kind, f"{kind.__module__}.{kind.__qualname__}")
     source = observer if observer is not None else fake_quantize
     low, high = getattr(source, "quant_min", None), getattr(source, "quant_max", None)
     scheme = str(getattr(source, "qscheme", None)).removeprefix("torch.")
     dtype = str(getattr(source, "dtype", None)).removeprefix("torch.")
-    return f"{name} {scheme} {dtype} [{low}, {high}]"
+    return f"{observer_name(observer)} {scheme} {dtype} [{low}, {high}]"
 
 
 def qconfig_name(qconfig: QConfigLike | None) -> str:
@@ -150,7 +183,7 @@ def qconfig_name(qconfig: QConfigLike | None) -> str:
 
 def check_override(value: object) -> None:
     """Raises a `TypeError` if no single layer can be prepared with `value`."""
-    if value is not None and value not in BACKENDS and not isinstance(value, QConfig):
+    if value is not None and value not in BACKENDS and not is_qconfig(value):
         raise TypeError(
             "overrides map names or globs of layers to a torch.ao.quantization.QConfig, to the name of a "
             f"backend for its default ({', '.join(BACKENDS)}), or to None to keep them float, but received "
@@ -158,7 +191,7 @@ def check_override(value: object) -> None:
         )
 
 
-def override_qconfig(value: Override) -> QConfig:
+def override_qconfig(value: Override) -> Any:
     """Returns the QConfig of an override, which may be the name of a backend."""
     return default_qconfig(value) if isinstance(value, str) else value
 
@@ -198,17 +231,17 @@ def stored_qconfig(name: str, qconfig: QConfigLike | None) -> QConfigLike | None
     return qconfig
 
 
-def _describe_qconfigs(qconfig: QConfigLike) -> Any:
-    if isinstance(qconfig, QConfigMapping):
+def _describe_qconfigs(qconfig: Any) -> Any:
+    if is_mapping(qconfig):
         rules = qconfig.to_dict()
         return [[str(rule), _describe_rule(value)] for rule, value in rules.items()]
     return _describe_rule(qconfig)
 
 
 def _describe_rule(value: Any) -> Any:
-    if isinstance(value, QConfig):
+    if is_qconfig(value):
         parts = (value.activation(), value.weight())
-        return [describe(part) if isinstance(part, FakeQuantizeBase) else str(part) for part in parts]
+        return [describe(part) if is_fake_quantize(part) else str(part) for part in parts]
     if isinstance(value, list | tuple):
         return [_describe_rule(item) for item in value]
     return str(value)

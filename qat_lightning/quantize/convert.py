@@ -12,9 +12,7 @@ from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.fake_quant.ranges import check_observed, unseen_in
-from qat_lightning.modes import MODES
-from qat_lightning.modes.layers.kernels import pack_weights
-from qat_lightning.modes.layers.stored_qparams import store_qparams
+from qat_lightning.modes import get_mode
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
 from qat_lightning.quantize.nonfinite import first_nonfinite_weight
@@ -60,6 +58,9 @@ def convert(module: ModuleT) -> ModuleT:
 
 def convert_in_place(module: ModuleT) -> ModuleT:
     """Converts like :func:`convert`, but in place and without checks."""
+    from qat_lightning.modes.native.kernels import pack_weights
+    from qat_lightning.modes.native.stored_qparams import store_qparams
+
     module = module.cpu().eval()
     make_local(module)
     set_eval(module)
@@ -69,7 +70,7 @@ def convert_in_place(module: ModuleT) -> ModuleT:
         restore_batch_norms(network)
         with quiet_torch_ao(), engine(recipe.backend):
             unseen = recipe.unseen or unseen_in(network)  # a file's recipe names them
-            converted = MODES[recipe.mode].convert(network, unseen)
+            converted = get_mode(recipe.mode).convert(network, unseen)
         pack_weights(converted, recipe.backend)
         store_qparams(converted)
         attach(converted, dataclasses.replace(recipe, int8=True, unseen=unseen))

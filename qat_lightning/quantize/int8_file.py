@@ -18,7 +18,6 @@ from qat_lightning.base.backends import engine
 from qat_lightning.base.errors import Int8FileError, RecipeMismatchError
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import module_versions, set_module_versions
-from qat_lightning.modes.layers.kernels import pack_weights
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
 from qat_lightning.quantize.convert import convert_in_place
 from qat_lightning.quantize.copies import replace_submodule
@@ -112,6 +111,8 @@ def load_int8(
 
 def load_packed(int8: nn.Module, state_dict: dict[str, Any]) -> None:
     """Loads a state dict into an int8 module, and packs the weights of each network for its engine."""
+    from qat_lightning.modes.native.kernels import pack_weights
+
     int8.load_state_dict(state_dict)
     for name, network, recipe in quantized_networks(int8):
         with engine(recipe.backend):

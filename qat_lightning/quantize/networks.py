@@ -14,7 +14,7 @@ from qat_lightning.base.errors import RecipeMismatchError, UntraceableError
 from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import load_hooks
-from qat_lightning.modes import MODES, choose_mode
+from qat_lightning.modes import choose_mode, get_mode
 from qat_lightning.modes.graph.graft import calls
 from qat_lightning.modes.qconfig import qconfig_name
 from qat_lightning.quantize.copies import replace_submodule
@@ -143,7 +143,7 @@ def _split(networks: Mapping[str, nn.Module], settings: Settings, examples: Exam
     names = {network: name for name, network in networks.items()}
 
     def functions(network: nn.Module) -> frozenset[str] | None:
-        mode = MODES[choose_mode(network, settings.mode)[0]]
+        mode = get_mode(choose_mode(network, settings.mode)[0])
         return mode.functions(network, settings.untraceable, examples.of(names[network]))
 
     kept = split_patterns([*networks.values()], settings.keep_float, functions)

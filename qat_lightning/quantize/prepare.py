@@ -14,7 +14,7 @@ from qat_lightning.base.inputs import Inputs, first_samples
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
-from qat_lightning.modes import MODES, Mode, ModeResult, Options, choose_mode
+from qat_lightning.modes import Mode, ModeResult, Options, choose_mode, get_mode
 from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import describe, qconfig_name
 from qat_lightning.modes.trace.one_thread import ONE_AT_A_TIME
@@ -82,7 +82,7 @@ def prepare_with(
 
 
 def _prepare_as(network: nn.Module, settings: Settings, example: Inputs | None, tried: bool) -> nn.Module:
-    mode = MODES[choose_mode(network, settings.mode)[0]]
+    mode = get_mode(choose_mode(network, settings.mode)[0])
     resolved = _resolve(network, mode, settings, example)
     with quiet_torch_ao():
         if not mode.prepares_in_place(network):

@@ -25,7 +25,7 @@ from qat_lightning.base.torch_internals import (
     tree_map,
 )
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
-from qat_lightning.modes.torch_ao_internals import FusedModule
+from qat_lightning.modes.native.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.padded_layers import pads_by_itself
 
 _logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.base.inputs import Inputs
 from qat_lightning.fake_quant.phases import set_eval
+from qat_lightning.fake_quant.switches import known_to_torch_ao
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
 from qat_lightning.modes.eager.fusion import check_groups, find_groups
@@ -25,6 +26,7 @@ from qat_lightning.modes.eager.number_sums import (
     RoundingFloatFunctional,
     round_sums_with_numbers,
 )
+from qat_lightning.modes.eager.qconfigs import eager_override, eager_qconfigs
 from qat_lightning.modes.eager.relu6_calls import hard_sigmoids, replace_relu6_calls
 from qat_lightning.modes.eager.training_classes import use_torch_ao_classes, use_training_classes
 from qat_lightning.modes.graph.lines import forward_line
@@ -32,8 +34,8 @@ from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_modules
 from qat_lightning.modes.layers.in_place import round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs_by_trace
 from qat_lightning.modes.purity.hooks import check_weight
-from qat_lightning.modes.qconfig import eager_qconfigs, override_qconfig
 
+known_to_torch_ao(ao)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # torch.ao has training modules for one-dimensional convolutions, but its mappings for eager mode lack them.
 _TRAINED = ao.get_default_qat_module_mappings() | {nn.Conv1d: nnqat.Conv1d, nni.ConvReLU1d: nniqat.ConvReLU1d}
@@ -94,7 +96,7 @@ class EagerMode:
             ao.fuse_modules_qat(network, [list(group) for group in options.fuse], inplace=True)
         configs = eager_qconfigs(options.backend, options.qconfig)
         configs |= dict.fromkeys(_DROPOUTS)  # int8 has no rounding there
-        configs |= {name: override_qconfig(value) for name, value in options.overrides.items()}
+        configs |= {name: eager_override(value) for name, value in options.overrides.items()}
         for name in options.keep_float:
             keep_float(network.get_submodule(name), configs[""])
         ao.propagate_qconfig_(network, configs)

@@ -6,7 +6,6 @@ package's trace, which keeps the differences between training and eval mode.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
-from qat_lightning.modes.native.lower import lower
 from qat_lightning.modes.passes.annotate import annotate
 from qat_lightning.modes.passes.decompose_attention import decompose_attention
 from qat_lightning.modes.passes.decompose_silu import decompose_silu
@@ -115,9 +113,9 @@ class FxMode:
 def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Options) -> QConfigs:
     """Returns the QConfig of each node of a traced network."""
     floating = [*options.keep_float, *_whole_modules(graph_module), *write_out_padding(graph_module)]
-    mapping = copy.deepcopy(qconfig_mapping(options.backend, options.qconfig))  # may be the user's
+    mapping = qconfig_mapping(options.backend, options.qconfig)
     for name, value in options.overrides.items():
-        mapping = mapping.set_module_name(name, override_qconfig(value))
+        mapping.module_name_qconfigs[name] = override_qconfig(value)
     return QConfigs(graph_module, scopes, mapping, floating)
 
 
@@ -192,6 +190,8 @@ def _check_own_forward(network: nn.Module) -> None:
 
 def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
     """Converts a prepared graph, and consumes it."""
+    from qat_lightning.modes.native.lower import lower
+
     evaluate_only(prepared)
     drop_unseen(prepared, unseen)
     restore_relus(prepared)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.quantization import DeQuantStub, QuantStub
 
+from qat_lightning.base.subclass import derives_from
 from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.modes.graph.relu6 import is_inside
 
@@ -48,7 +48,8 @@ def follower(name: str, flows: Sequence[Flow]) -> str | None:
 
 def is_leaf(module: nn.Module, name: str, keep_float: tuple[str, ...]) -> bool:
     """Whether a flow treats `module` as one unit and ignores what happens inside; not so for an Identity."""
-    if is_inside(name, keep_float) or isinstance(module, QuantStub | DeQuantStub | torch.jit.ScriptModule):
+    stub = derives_from(module, "torch.ao.", "QuantStub", "DeQuantStub")
+    if stub or is_inside(name, keep_float) or isinstance(module, torch.jit.ScriptModule):
         return True
     package = type(module).__module__
     return package.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, TRANSPARENT)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
 from qat_lightning.base import random_state
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
+from qat_lightning.fake_quant.switches import is_fake_quantize
 from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
@@ -47,7 +47,7 @@ def connect_inputs(network: nn.Module, graph: fx.Graph) -> None:
         network: The network.
         graph: A graph that calls the modules of `network` by their names.
     """
-    sources: dict[str, set[FakeQuantizeBase | None]] = {}
+    sources: dict[str, set[nn.Module | None]] = {}
     for node in graph.nodes:
         if isinstance(module_of(network, node), IntegerArithmetic):
             sources.setdefault(str(node.target), set()).add(_source(network, node.args[0]))
@@ -68,15 +68,15 @@ def connect_inputs_by_trace(network: nn.Module) -> None:
         connect_inputs(network, _Tracer().trace(twin, concrete_args=defaults(twin)))
 
 
-def _source(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
+def _source(network: nn.Module, node: Any) -> nn.Module | None:
     """Returns the fake-quantize that produced the values of `node`; None if it is unknown."""
     while isinstance(node, fx.Node):
         module = module_of(network, node)
-        if isinstance(module, FakeQuantizeBase):
+        if is_fake_quantize(module):
             return module
         for owner in (module, getattr(module, "requantize", None)):  # eager mode calls both from hooks
             hooked = getattr(owner, "activation_post_process", None)
-            if isinstance(hooked, FakeQuantizeBase):
+            if is_fake_quantize(hooked):
                 return hooked
         if call_target(network, node) not in _KEEPS_QPARAMS:
             return None
@@ -86,4 +86,5 @@ def _source(network: nn.Module, node: Any) -> FakeQuantizeBase | None:
 
 class _Tracer(OneThreadTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, IntegerArithmetic | FakeQuantizeBase) or is_leaf(m, module_qualified_name, ())
+        known = isinstance(m, IntegerArithmetic) or is_fake_quantize(m)
+        return known or is_leaf(m, module_qualified_name, ())

@@ -1,7 +1,7 @@
 """The reference graph: a float copy of a prepared network, with a quantize/dequantize pair at each rounding.
 
 It works for both modes, since both keep fake-quantizes and fused layers as modules. Each fake-quantize
-becomes a quantize/dequantize pair of `torch.ops.quantized_decomposed`. Each fused layer becomes a plain one
+becomes a quantize/dequantize pair of `torch.ops.qat_lightning`. Each fused layer becomes a plain one
 with batch-norm folded in and its weight stored as int8.
 """
 
@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.ao.quantization import FakeQuantizeBase
 from torch.nn import functional as F
 
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.torch_internals import convolve, forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data
+from qat_lightning.fake_quant.switches import is_fake_quantize
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.guards import remove_guards
-from qat_lightning.modes.graph.nodes import SHARES_INPUT_QPARAMS, call_target, fake_quantize_of
+from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.lowering.operations import OPERATIONS as OPS
 from qat_lightning.modes.lowering.spell_out import spell_out
-from qat_lightning.modes.torch_ao_internals import quantized_decomposed
+from qat_lightning.modes.targets.native import NATIVE
+from qat_lightning.modes.targets.rules import Kind
 from qat_lightning.modes.trace.own_layers import with_own_parameters
 from qat_lightning.modes.trace.tracing import evaluate_only
 
-_OPS = quantized_decomposed
+_SHARE_QPARAMS = (Kind.MOVES, Kind.AVERAGES, Kind.CONCATENATES)
 
 
 class QuantizeDequantize(nn.Module):
@@ -56,12 +58,12 @@ class QuantizeDequantize(nn.Module):
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the integers of a float tensor."""
-        quantize = _OPS.quantize_per_tensor if self.axis is None else _OPS.quantize_per_channel
+        quantize = OPS.quantize_per_tensor if self.axis is None else OPS.quantize_per_channel
         return quantize(x, *self._qparams())
 
     def dequantize(self, integers: torch.Tensor) -> torch.Tensor:
         """Returns the floats that the integers represent."""
-        dequantize = _OPS.dequantize_per_tensor if self.axis is None else _OPS.dequantize_per_channel
+        dequantize = OPS.dequantize_per_tensor if self.axis is None else OPS.dequantize_per_channel
         return dequantize(integers, *self._qparams())
 
     def _qparams(self) -> tuple[Any, ...]:
@@ -153,7 +155,7 @@ def _rebuilt(
         _replace_each(module, lambda m: hasattr(m, "weight_fake_quant"), layer)
         for (network, name), weight in weights.items():
             network.set_submodule(name, rounding(network.get_submodule(name), weight))
-        _replace_each(module, lambda m: isinstance(m, FakeQuantizeBase), lambda m: rounding(m, None))
+        _replace_each(module, is_fake_quantize, lambda m: rounding(m, None))
     return module
 
 
@@ -180,7 +182,8 @@ def _constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | Non
     """Returns the value of a node that is a parameter, or one that is only rounded and moved; else None."""
     if node.op == "get_attr":
         return dict(graph_module.named_parameters(remove_duplicate=False)).get(str(node.target))
-    moves = call_target(graph_module, node) in SHARES_INPUT_QPARAMS
+    rule = NATIVE.get(call_target(graph_module, node))
+    moves = rule is not None and rule.kind in _SHARE_QPARAMS
     if len(node.all_input_nodes) != 1 or not (moves or fake_quantize_of(graph_module, node) is not None):
         return None
     value = _constant(graph_module, node.all_input_nodes[0])

@@ -20,8 +20,8 @@ from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.native.packed_weights import hold_packed_weights
 from qat_lightning.modes.native.reused_modules import copy_reused_modules
+from qat_lightning.modes.native.torch_ao_internals import lower_to_kernels
 from qat_lightning.modes.passes.insert import AFTER_FLOAT
-from qat_lightning.modes.torch_ao_internals import lower_to_kernels
 from qat_lightning.modes.trace.own_layers import with_own_parameters
 
 _REFERENCES: dict[Any, tuple[Any, Any]] = {

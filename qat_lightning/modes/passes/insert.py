@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
 from torch import fx, nn
-from torch.ao.quantization import FixedQParamsFakeQuantize, FixedQParamsObserver
 
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.fake_quant.fixed import fixed_fake_quantize
 from qat_lightning.modes.passes.annotate import Plan, Rounding
 
 _NAME = "activation_post_process_"
@@ -75,11 +74,9 @@ def _modules(plan: Plan) -> dict[int, nn.Module]:
 
 
 def _fake_quantize(rounding: Rounding) -> nn.Module:
-    if rounding.fixed is None:
-        made: nn.Module = rounding.qconfig.weight() if rounding.weight else rounding.qconfig.activation()
-        return made
-    scale, zero_point = rounding.fixed
-    observer = FixedQParamsObserver.with_args(
-        scale=scale, zero_point=zero_point, dtype=torch.quint8, quant_min=0, quant_max=255
-    )
-    return FixedQParamsFakeQuantize(observer)
+    if rounding.fixed is not None:
+        constructor = fixed_fake_quantize(*rounding.fixed)
+    else:
+        constructor = rounding.qconfig.weight if rounding.weight else rounding.qconfig.activation
+    made: nn.Module = constructor()
+    return made

@@ -10,23 +10,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.ao.nn.quantized import FXFloatFunctional
-from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from qat_lightning.base import random_state
 from qat_lightning.base.errors import UntraceableError
-from qat_lightning.base.subclass import forward_of
+from qat_lightning.base.subclass import derives_from, forward_of
 from qat_lightning.base.torch_internals import is_traced_constant
 from qat_lightning.modes.graph.lines import user_frame
 from qat_lightning.modes.graph.quantizable import holds_quantizable
 from qat_lightning.modes.purity.impure import Impure
-from qat_lightning.modes.torch_ao_internals import FusedModule
 from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.contexts import AutogradFunction, detach_results
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 
-_LEAVES = (FXFloatFunctional, FusedModule, FixedNorm, AutogradFunction, torch.jit.ScriptModule)
+_LEAVES = (FixedNorm, AutogradFunction, torch.jit.ScriptModule)
 
 
 def reads_training(module: nn.Module) -> bool:
@@ -43,8 +40,8 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.device == right.device and torch.equal(left, right)
 
 
-class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
-    """torch.ao's tracer, with more leaves.
+class NetworkTracer(OneThreadTracer):
+    """A tracer with more leaves than torch.fx's.
 
     A module that reads `self.training` and holds nothing to quantize (stochastic depth, drop path) becomes a
     single call. Nothing is lost, and its own flag keeps deciding.
@@ -62,7 +59,8 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
     )
 
     def __init__(self, opaque: Opaque) -> None:
-        super().__init__([], [])
+        super().__init__()
+        self.record_stack_traces = not fx.config.do_not_emit_stack_traces  # errors name the line
         self.opaque = opaque
         self.failed: tuple[Exception | None, str] = None, ""
         self.drew = ""
@@ -114,6 +112,8 @@ class NetworkTracer(OneThreadTracer, QuantizationTracer):  # type: ignore[misc]
             super().is_leaf_module(m, module_qualified_name)
             or module_qualified_name in self.opaque.modules
             or isinstance(m, _LEAVES)
+            or derives_from(m, "torch.ao.nn.intrinsic.")
+            or derives_from(m, "torch.ao.nn.", "FXFloatFunctional")
             or (reads_training(m) and not holds_quantizable(m))
         )
 

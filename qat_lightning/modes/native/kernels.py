@@ -10,7 +10,7 @@ from torch.ao.nn import quantized
 
 from qat_lightning.base import cpu
 from qat_lightning.base.backends import engine, engine_of
-from qat_lightning.modes.torch_ao_internals import unpacked
+from qat_lightning.modes.native.torch_ao_internals import unpacked
 
 _EXACT = "qnnpack"
 """The engine whose kernels add in 32 bits on every CPU, so that they never overflow."""

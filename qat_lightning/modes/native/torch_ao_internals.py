@@ -8,14 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 from torch.ao.nn.intrinsic import _FusedModule
 from torch.ao.quantization.fx._lower_to_native_backend import _lower_to_native_backend
 
 FusedModule = _FusedModule
-quantized_decomposed = torch.ops.quantized_decomposed
-"""Quantize and dequantize as operations that an exporter knows."""
 
 
 def unpacked(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
