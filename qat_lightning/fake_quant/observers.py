@@ -69,6 +69,12 @@ class Observer(Constructible, nn.Module):
         self.register_buffer("min_val", torch.tensor(low_value, **options))
         self.register_buffer("max_val", torch.tensor(high_value, **options))
 
+    def reset_min_max_vals(self) -> None:
+        """Forgets the range."""
+        for buffer, value in zip((self.min_val, self.max_val), self._unseen(), strict=True):
+            unseen = buffer.new_tensor(value)
+            buffer.resize_(unseen.shape).copy_(unseen)
+
     def extra_repr(self) -> str:
         """Returns the range."""
         return f"min_val={self.min_val}, max_val={self.max_val}"
