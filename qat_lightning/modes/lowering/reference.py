@@ -26,7 +26,7 @@ from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.operations import OPERATIONS as OPS
 from qat_lightning.modes.lowering.spell_out import spell_out
-from qat_lightning.modes.targets.native import NATIVE
+from qat_lightning.modes.targets.common import COMMON
 from qat_lightning.modes.targets.rules import Kind
 from qat_lightning.modes.trace.own_layers import with_own_parameters
 from qat_lightning.modes.trace.tracing import evaluate_only
@@ -182,7 +182,7 @@ def _constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | Non
     """Returns the value of a node that is a parameter, or one that is only rounded and moved; else None."""
     if node.op == "get_attr":
         return dict(graph_module.named_parameters(remove_duplicate=False)).get(str(node.target))
-    rule = NATIVE.get(call_target(graph_module, node))
+    rule = COMMON.get(call_target(graph_module, node))
     moves = rule is not None and rule.kind in _SHARE_QPARAMS
     if len(node.all_input_nodes) != 1 or not (moves or fake_quantize_of(graph_module, node) is not None):
         return None
