@@ -22,7 +22,8 @@ class PrepareOptions(TypedDict, total=False):
             qnnpack use 8 bits, which is more accurate on CPUs with VNNI. Or the runtime of the exported file:
             `"onnxruntime"` or `"openvino"`, with 8 bits. PyTorch then runs the int8 network on onednn, and
             computes layers whose result stays float in float.
-        qconfig: Your own `QConfig` or `QConfigMapping` instead of the backend's default.
+        qconfig: Your own :class:`qat_lightning.QConfig` instead of the backend's default, or a `QConfig` or
+            `QConfigMapping` of `torch.ao.quantization`. `"torch"` for PyTorch's own default.
         mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself. `"eager"`
             runs the network's own code, with the QuantStubs that its author wrote. `"auto"` (default) is
             eager if the network holds QuantStubs, else fx.
