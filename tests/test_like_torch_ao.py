@@ -161,6 +161,8 @@ def test_constructors_are_like_torch_aos() -> None:
 
 def test_the_default_rules_are_those_of_pytorch() -> None:
     rules, theirs = qconfig_mapping("x86", None), ao.get_default_qat_qconfig_mapping("x86")
+    fixed = [each for each, qconfig in theirs.object_type_qconfigs.items() if "Fixed" in str(qconfig)]
+    assert {*rules.object_type_qconfigs} >= {*fixed} - {nn.Softmax}
     for operation, qconfig in rules.object_type_qconfigs.items():
         if qconfig is not None:
             expected: Any = theirs.object_type_qconfigs[operation]

@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     inputs, _ = next(iter(sentences(8, seed=2)))
     export_onnx(module.model, folder / "model.onnx", inputs)
     with torch.no_grad():
-        fake_quant = module.model(**inputs)["logits"]
+        fake_quant = module.model(**inputs).logits
     torch.save((fake_quant, load_runtime(folder / "model.onnx")(**inputs)["logits"]), folder / "outputs.pt")
     loaded = [name for name in sys.modules if name.startswith("qat_lightning.modes.")]
     refused = []

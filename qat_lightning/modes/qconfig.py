@@ -152,8 +152,11 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> Any:
 
         return torch_mapping(backend)
     chosen: Any = default_qconfig(backend) if qconfig is None else qconfig
-    fixed = {operation: rule.fixed for operation, rule in NATIVE.rules.items() if rule.fixed is not None}
-    types = {operation: QConfig(fixed_fake_quantize(*qparams), None) for operation, qparams in fixed.items()}
+    types = {
+        operation: QConfig(fixed_fake_quantize(*rule.fixed), None)
+        for operation, rule in NATIVE.rules.items()
+        if rule.fixed is not None and operation is not F.sigmoid  # no rule of PyTorch's names this one
+    }
     return Rules(chosen, {**types, **dict.fromkeys(_FLOAT)})
 
 
