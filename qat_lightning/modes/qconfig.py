@@ -155,7 +155,7 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> Any:
     types = {
         operation: QConfig(fixed_fake_quantize(*rule.fixed), None)
         for operation, rule in NATIVE.rules.items()
-        if rule.fixed is not None and operation is not F.sigmoid  # no rule of PyTorch's names this one
+        if rule.fixed is not None and operation not in (F.sigmoid, F.tanh)  # PyTorch has no rules for these
     }
     return Rules(chosen, {**types, **dict.fromkeys(_FLOAT)})
 
