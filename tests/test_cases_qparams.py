@@ -445,3 +445,25 @@ def test_signed_activations_are_rounded_in_training_in_int8_and_in_files(tmp_pat
     path = export_onnx(prepared, tmp_path / "signed.onnx", (x,))
     with torch.no_grad():
         assert sqnr(prepared(x), load_runtime(path)(x)) > 40
+
+
+class SigmoidOfFloat(nn.Module):
+    """A sigmoid whose input is no int8 tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sigmoid(torch.sin(self.first(x)) * 6 - 3))
+
+
+@pytest.mark.parametrize("qconfig", [None, "torch"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "onnxruntime"])
+def test_the_input_of_a_sigmoid_has_qparams_of_its_own(backend: str, qconfig: Any) -> None:
+    x = images()
+    prepared = trained(SigmoidOfFloat(), x, backend=backend, qconfig=qconfig)
+    assert fidelity(prepared, x) > 25
+    with torch.no_grad():
+        # PyTorch's own fake-quantizes round with scales that differ a little from those of int8.
+        assert equal_to_int8(prepared, x) or (qconfig and sqnr(prepared(x), convert(prepared)(x)) > 30)

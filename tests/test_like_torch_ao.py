@@ -12,6 +12,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.quantization import observer as torchs
+from torch.nn import functional as F
 
 from qat_lightning import FakeQuantize, QConfig, prepare
 from qat_lightning.base.quiet import quiet_torch_ao
@@ -20,7 +21,8 @@ from qat_lightning.fake_quant.fixed import fixed_fake_quantize
 from qat_lightning.fake_quant.observers import OBSERVERS, observer_name
 from qat_lightning.fake_quant.switches import is_fake_quantize
 from qat_lightning.modes.lowering.operations import OPERATIONS
-from qat_lightning.modes.qconfig import default_qconfig, describe, qconfig_mapping, qconfig_name
+from qat_lightning.modes.qconfig import default_qconfig, describe, qconfig_name
+from qat_lightning.modes.targets.native import NATIVE
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import ConvBnRelu, Residual, Stubbed, images
 
@@ -159,15 +161,16 @@ def test_constructors_are_like_torch_aos() -> None:
     assert "quant_max=200" in repr(made)
 
 
-def test_the_default_rules_are_those_of_pytorch() -> None:
-    rules, theirs = qconfig_mapping("x86", None), ao.get_default_qat_qconfig_mapping("x86")
-    fixed = [each for each, qconfig in theirs.object_type_qconfigs.items() if "Fixed" in str(qconfig)]
-    assert {*rules.object_type_qconfigs} >= {*fixed} - {nn.Softmax}
-    for operation, qconfig in rules.object_type_qconfigs.items():
-        if qconfig is not None:
-            expected: Any = theirs.object_type_qconfigs[operation]
-            assert describe(qconfig.activation()) == describe(expected.activation())
-            assert qconfig.activation().scale == expected.activation().scale
+def test_fixed_qparams_are_those_of_pytorch() -> None:
+    theirs: dict[Any, Any] = dict(ao.get_default_qat_qconfig_mapping("x86").object_type_qconfigs)
+    fixed = {each: qconfig for each, qconfig in theirs.items() if "Fixed" in str(qconfig)}
+    ours = {each: rule.fixed for each, rule in NATIVE.rules.items() if rule.fixed is not None}
+    assert {*ours} - {F.sigmoid, F.tanh} == {*fixed} & {*NATIVE.rules} - {nn.Softmax}
+    for operation, qparams in ours.items():
+        if operation in fixed:
+            expected, made = fixed[operation].activation(), fixed_fake_quantize(*qparams)()
+            assert describe(made) == describe(expected)
+            assert (made.scale, made.zero_point) == (expected.scale, expected.zero_point)
 
 
 @pytest.mark.parametrize("kind", ["per_tensor", "per_channel"])

@@ -17,10 +17,8 @@ from qat_lightning.base.backends import BACKENDS
 from qat_lightning.base.errors import RecipeMismatchError
 from qat_lightning.base.subclass import derives_from
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
-from qat_lightning.fake_quant.fixed import fixed_fake_quantize
 from qat_lightning.fake_quant.observers import EPS, OBSERVERS, observer_name
 from qat_lightning.fake_quant.switches import is_fake_quantize
-from qat_lightning.modes.targets.native import NATIVE
 
 
 class QConfig(NamedTuple):
@@ -152,12 +150,7 @@ def qconfig_mapping(backend: str, qconfig: QConfigLike | None) -> Any:
 
         return torch_mapping(backend)
     chosen: Any = default_qconfig(backend) if qconfig is None else qconfig
-    types = {
-        operation: QConfig(fixed_fake_quantize(*rule.fixed), None)
-        for operation, rule in NATIVE.rules.items()
-        if rule.fixed is not None and operation not in (F.sigmoid, F.tanh)  # PyTorch has no rules for these
-    }
-    return Rules(chosen, {**types, **dict.fromkeys(_FLOAT)})
+    return Rules(chosen, dict.fromkeys(_FLOAT))
 
 
 def describe(fake_quantize: Any) -> str:

@@ -201,10 +201,16 @@ class _Annotator:
             return made
         rounding = self._at_edge.get(source)
         if rounding is None:
-            rounding = self._at_edge[source] = self._add(Rounding(source, self._qconfigs.of(reader), []))
+            rounding = self._at_edge[source] = self._add(Rounding(source, self._qconfig_of_input(reader), []))
         assert rounding.readers is not None
         rounding.readers.append(reader)
         return rounding
+
+    def _qconfig_of_input(self, reader: fx.Node) -> Any:
+        """Returns the QConfig of what a node reads. PyTorch's rule for a sigmoid holds for its result."""
+        rule = self._rules[reader]
+        fixed = rule is not None and rule.fixed is not None
+        return (self._qconfigs.default if fixed else None) or self._qconfigs.of(reader)
 
     def _add(self, rounding: Rounding) -> Rounding:
         self._plan.roundings.append(rounding)

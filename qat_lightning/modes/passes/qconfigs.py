@@ -36,6 +36,11 @@ class QConfigs:
             self._known[node] = self._resolve(node)
         return self._known[node]
 
+    @property
+    def default(self) -> Any:
+        """The QConfig of what no rule names."""
+        return self._mapping.global_qconfig
+
     def _resolve(self, node: fx.Node) -> Any:
         is_module = node.op == "call_module"
         path = str(node.target) if is_module else self._scopes.get(node.name, ("", None))[0]
