@@ -286,6 +286,7 @@ def test_a_busy_machine_is_spoken_of() -> None:
 # What runs in float
 
 
+@pytest.mark.slow
 def test_a_part_that_was_kept_float_runs_in_float(tmp_path: Path) -> None:
     prepared = prepare(Island(), keep_float=["middle"])
     train_steps(prepared, ((images(),), {}))

@@ -166,7 +166,7 @@ def test_a_padded_convolution_can_be_kept_float() -> None:
     assert not hasattr(prepared.get_submodule("0"), "weight_fake_quant")
 
 
-@pytest.mark.parametrize("mode", ["circular", "replicate"])
+@pytest.mark.parametrize("mode", ["circular", pytest.param("replicate", marks=pytest.mark.slow)])
 def test_paddings_are_exported_as_int8(mode: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 8, 8)
     prepared = prepare(padded(mode))
@@ -586,7 +586,13 @@ def test_the_names_of_their_layers_are_found_again(tmp_path: Path) -> None:
         prepare(InnerCall(), keep_float=["inner.other"])
 
 
-@pytest.mark.parametrize("kind", [LinearCall, ConvCall, ComputedConv, BiasOfFused])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ComputedConv,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (LinearCall, ConvCall, BiasOfFused)),
+    ],
+)
 def test_loose_weights_are_exported(kind: type[Weights], tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, prepared = torch.randn(4, 3, 7, 7), prepare(kind())

@@ -363,7 +363,9 @@ EXPORTED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize(
+    "name", ["scalars", *(pytest.param(n, marks=pytest.mark.slow) for n in EXPORTED if n != "scalars")]
+)
 def test_exports_hold_the_same_numbers(name: str, tmp_path: Path) -> None:
     x = images()
     prepared = trained(EXPORTED[name](), x)

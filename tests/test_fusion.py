@@ -93,7 +93,10 @@ class Traceable(Untraceable):
         return self.dequant(self.fc(self.pool(x).flatten(1)))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large", "googlenet"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "mobilenet_v2", "mobilenet_v3_large", pytest.param("googlenet", marks=pytest.mark.slow)],
+)
 def test_what_is_found_in_torchvisions_models_is_what_they_list(name: str) -> None:
     options = {"init_weights": False} if name == "googlenet" else {}
     listed = getattr(models.quantization, name)(num_classes=4, **options).eval()

@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         (0, "half a later checkpoint"),
         (0, "before the int8 file is in place"),
         pytest.param(1, "the last step", marks=pytest.mark.slow),
-        (1, "a validation"),
+        pytest.param(1, "a validation", marks=pytest.mark.slow),
         (3, "a step in mid-epoch"),
     ],
 )

@@ -201,8 +201,10 @@ def test_its_projections_are_int8(name: str, tmp_path: Path) -> None:
         assert sqnr(leaves(prepared(*inputs))[0], expected) > 25
 
 
-@pytest.mark.parametrize("backend", ["x86", "onnxruntime"])
-@pytest.mark.parametrize("name", ["batch first", "both masks", "cross"])
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("x86", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["both masks", *(pytest.param(n, marks=pytest.mark.slow) for n in ("batch first", "cross"))]
+)
 def test_it_runs_in_onnx_runtime(name: str, backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     prepared, inputs = prepare(Network(CASES[name]), backend=backend), inputs_of(CASES[name])
@@ -243,7 +245,7 @@ LAYERS = (
 )
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("captured", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_transformer_is_int8(captured: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, inputs = Translator(dropout=0.0), sentences()
