@@ -40,7 +40,7 @@ if __name__ == "__main__":
     data = DataLoader(TensorDataset(images, labels), batch_size=8)
 
     # 2. Fuse: the callback calls the model's own fuse_model(is_qat=True).
-    # 3. Choose the scheme: by the name of the backend, or with your own QConfig (qat_lightning.QConfig, or torch.ao's).
+    # 3. Choose the scheme: by the name of the backend, or with your own QConfig (ours, or torch.ao's).
     # 4. Insert fake-quantization: the callback, before Lightning restores checkpoints and wraps for DDP.
     qat = QuantizationAwareTraining(backend="onednn", mode="eager", freeze_bn_at=1, freeze_observers_at=1)
 
