@@ -23,7 +23,7 @@ def shapes(runtime: Any) -> list[tuple[int | None, ...]]:
     return [each.shape for each in runtime.runtime.signatures]
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", ["int8.onnx", pytest.param("int8.xml", marks=pytest.mark.slow)])
 def test_a_file_takes_texts_of_any_length_and_returns_fields(name: str, tmp_path: Path) -> None:
     case = CASES["attention"]
     prepared: Any = trained(case)

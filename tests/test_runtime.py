@@ -110,7 +110,7 @@ CASES = [
         lambda: {"batch": {"image": images(4), "facts": [torch.randn(4, 5)]}, "extra": torch.randn(4, 5)},
     ),
     Case("island", Island, lambda: (images(4),), options={"keep_float": ["middle"]}),
-    Case("island-eager", StubbedIsland, lambda: (images(4),), options={"keep_float": ["middle"]}),
+    Case("island-eager", StubbedIsland, lambda: (images(4),), options={"keep_float": ["middle"]}, slow=True),
 ]
 MARKED = [pytest.param(c, marks=[pytest.mark.slow] if c.slow else [], id=c.name) for c in CASES]
 

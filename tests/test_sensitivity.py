@@ -119,7 +119,13 @@ def test_trained_ranges_are_used() -> None:
     assert sensitivity(narrow, batches).int8_sqnr[""] < 15
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+MARKED = [
+    pytest.param(case, id=str(case), marks=[pytest.mark.slow] if str(case).startswith("encoder") else [])
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", MARKED)
 def test_every_kind_of_network(case: Case) -> None:
     network = seeded(case.build)
     args, kwargs = case.inputs()

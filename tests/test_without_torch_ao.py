@@ -16,6 +16,7 @@ from tests.networks import sqnr
 NEED_TORCH_AO = ("qat_lightning.modes.eager.", "qat_lightning.modes.native.")
 
 
+@pytest.mark.slow
 def test_a_captured_network_needs_no_torch_ao(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", without_torch_ao_script.__name__, str(tmp_path)],
