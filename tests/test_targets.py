@@ -252,3 +252,25 @@ def test_a_batch_norm_after_a_float_layer_stays_float() -> None:
         (norm,) = (node for node in prepared.graph.nodes if node.target == "2")
         assert reads_rounded(prepared, norm) == [False]
         assert type(prepared.get_submodule("2")) is nn.BatchNorm2d
+
+
+class Rejoined(nn.Module):
+    """Concatenates the parts of a tensor, which no node takes apart."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.between, self.first, self.last = between, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat(torch.split(self.between(self.first(x)), 4, 1), 1))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), torch.sin])
+@pytest.mark.parametrize("backend", ["onednn", *RUNTIMES])
+def test_parts_that_are_joined_again(backend: str, between: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    prepared = prepare(Rejoined(between), backend=backend)
+    train_steps(prepared, ((x,), {}))
+    with torch.no_grad():
+        assert sqnr(prepared.eval()(x), convert(prepared)(x)) > 35

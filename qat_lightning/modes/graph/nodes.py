@@ -12,6 +12,8 @@ from qat_lightning.fake_quant.switches import is_fake_quantize
 
 RELUS: frozenset[Any] = frozenset({nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"})
 """What a node may call to compute a ReLU."""
+SPLITS: frozenset[Any] = frozenset({torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"})
+"""What returns several parts of a tensor."""
 
 
 def module_of(network: nn.Module, node: fx.Node) -> Any:

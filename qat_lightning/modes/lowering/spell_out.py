@@ -9,7 +9,7 @@ import operator
 
 from torch import fx
 
-from qat_lightning.modes.graph.nodes import fake_quantize_of
+from qat_lightning.modes.graph.nodes import SPLITS, fake_quantize_of
 from qat_lightning.modes.passes.insert import MOVING
 
 
@@ -35,5 +35,6 @@ def _rounding_behind(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | N
 
 
 def _is_split(node: fx.Node) -> bool:
-    """Whether the result of a node is a tuple, of which its readers take parts."""
-    return bool(node.users) and all(user.target is operator.getitem for user in node.users)
+    """Whether the result of a node is a tuple."""
+    taken_apart = bool(node.users) and all(user.target is operator.getitem for user in node.users)
+    return taken_apart or node.target in SPLITS

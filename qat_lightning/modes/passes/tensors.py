@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qat_lightning.modes.graph.nodes import SPLITS
+
 _OF_TENSORS = frozenset({"size", "dim", "numel", "ndimension", "element_size", "stride", "data_ptr", "item"})
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout"})
 _ON_NUMBERS: frozenset[Any] = frozenset(
@@ -30,7 +32,9 @@ class Tensors:
         self._numbers: dict[fx.Node, bool] = {}
 
     def is_floating(self, node: fx.Node) -> bool:
-        """Whether a node is a floating-point tensor, as far as that is known."""
+        """Whether a node is a floating-point tensor, as far as that is known, and not a tuple of parts."""
+        if node.target in SPLITS:
+            return False
         return bool(node.meta.get("floating", True)) and not self._is_number(node)
 
     def _is_number(self, node: fx.Node) -> bool:
