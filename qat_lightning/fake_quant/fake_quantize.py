@@ -20,7 +20,13 @@ from torch import nn
 
 from qat_lightning.fake_quant.forward_extremes import ForwardExtremes
 from qat_lightning.fake_quant.numerics import affine_qparams, fake_quantize, round_weight, symmetric_scale
-from qat_lightning.fake_quant.observers import EPS, MovingAverage, averages_tensors, keeps_histogram
+from qat_lightning.fake_quant.observers import (
+    EPS,
+    MovingAverage,
+    averages_tensors,
+    keeps_histogram,
+    resize_buffers,
+)
 from qat_lightning.fake_quant.switches import Switches, is_fake_quantize
 
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -269,10 +275,7 @@ class FakeQuantize(Switches):
             self.refresh()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scale", "zero_point"):  # of channels, before the first tensor
-            stored = state_dict.get(prefix + name)
-            if stored is not None:
-                getattr(self, name).resize_(stored.shape)
+        resize_buffers(self, ("scale", "zero_point"), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.observing = bool(self.observer_enabled.any())
         self.rounding = bool(self.fake_quant_enabled.any())

@@ -19,6 +19,16 @@ EPS = float(torch.finfo(torch.float32).eps)
 _SIGNED = (torch.qint8, torch.int8)
 
 
+def resize_buffers(
+    module: nn.Module, names: tuple[str, ...], state_dict: dict[str, Any], prefix: str
+) -> None:
+    """Gives buffers the sizes that they are about to load: those of channels have none before any tensor."""
+    for name in names:
+        stored = state_dict.get(prefix + name)
+        if stored is not None:
+            getattr(module, name).resize_(stored.shape)
+
+
 class Observer(Constructible, nn.Module):
     """The range of a tensor.
 
@@ -84,10 +94,7 @@ class Observer(Constructible, nn.Module):
         return torch.inf, -torch.inf
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("min_val", "max_val"):  # of channels, before the first tensor
-            stored = state_dict.get(prefix + name)
-            if stored is not None:
-                getattr(self, name).resize_(stored.shape)
+        resize_buffers(self, ("min_val", "max_val"), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -16,7 +16,6 @@ from torch.ao.nn.intrinsic import qat as nniqat
 from torch.ao.nn.intrinsic import quantized as nniq
 
 from qat_lightning.base.inputs import Inputs
-from qat_lightning.fake_quant.phases import set_eval
 from qat_lightning.fake_quant.switches import known_to_torch_ao
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.eager.float_parts import compute_in_float, keep_float
@@ -115,7 +114,6 @@ class EagerMode:
     def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
         """Converts a prepared network in place."""
         use_torch_ao_classes(prepared)
-        set_eval(prepared)
         return ao.convert(prepared, _CONVERTED, inplace=True)
 
 

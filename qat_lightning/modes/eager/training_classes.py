@@ -9,7 +9,6 @@ from torch import nn
 from torch.ao.nn import qat as nnqat
 from torch.ao.nn.intrinsic import qat as nniqat
 
-from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.layers import fused_conv_bn, trained_layer
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 from qat_lightning.modes.layers.integer_arithmetic import input_fake_quantize, round_bias
@@ -41,11 +40,9 @@ def use_training_classes(prepared: nn.Module) -> None:
     module: Any
     for module in prepared.modules():
         if type(module) in _OURS:
-            fake_quant = module.weight_fake_quant
-            if isinstance(fake_quant, FakeQuantize) and fake_quant.axis == 0:
-                fake_quant.allocate(module.weight.shape[0])
             ours, relu = _OURS[type(module)]
             module.__class__, module.relu = ours, relu
+            module.allocate()
 
 
 def use_torch_ao_classes(prepared: nn.Module) -> None:

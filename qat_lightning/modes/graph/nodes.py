@@ -21,6 +21,11 @@ def module_of(network: nn.Module, node: fx.Node) -> Any:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def sole_reader(node: fx.Node) -> fx.Node | None:
+    """Returns the only reader of a node's result; None if there are others, or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def called_modules(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
     """Returns the modules that a graph calls, by the names that it calls them by, in its order."""
     names = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")

@@ -27,6 +27,12 @@ from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 
+def commutes(weight_fake_quant: Any) -> bool:
+    """Whether rounding a weight commutes with folding a batch-norm into it."""
+    ours = isinstance(weight_fake_quant, FakeQuantize)
+    return ours and weight_fake_quant.axis == 0 and weight_fake_quant.symmetric
+
+
 class FusedConvBn(TrainedLayer):
     """The forward of a fused pair.
 
@@ -61,7 +67,7 @@ class FusedConvBn(TrainedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output, before its own rounding."""
-        y = self._commuting(x) if self._commutes() else self._dividing(x)
+        y = self._commuting(x) if commutes(self.weight_fake_quant) else self._dividing(x)
         return rectify(y, in_place=True) if self.relu else y
 
     def train(self, mode: bool = True) -> Self:
@@ -85,11 +91,6 @@ class FusedConvBn(TrainedLayer):
         factor = self._factor()
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
-
-    def _commutes(self) -> bool:
-        """Whether folding and rounding commute."""
-        weight = self.weight_fake_quant
-        return isinstance(weight, FakeQuantize) and weight.axis == 0 and weight.symmetric
 
     def _commuting(self, x: torch.Tensor) -> torch.Tensor:
         if not self._folds(x):

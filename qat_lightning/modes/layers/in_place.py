@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qat_lightning.base.torch_internals import forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
-from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
+from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of, sole_reader
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
 
 
@@ -45,7 +45,7 @@ def _rectify_relus(graph_module: fx.GraphModule) -> None:
     """Replaces each ReLU that only a fake-quantize reads by one that saves a byte for each element."""
     for node in graph_module.graph.nodes:
         module = module_of(graph_module, node)
-        if call_target(graph_module, node) in RELUS and _sole_reader(graph_module, node) is not None:
+        if call_target(graph_module, node) in RELUS and _sole_rounding(graph_module, node) is not None:
             spelled_in_place = str(getattr(node.target, "__name__", node.target)).endswith("_")
             in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace") or spelled_in_place
             node.op, node.target = "call_function", rectify
@@ -66,13 +66,14 @@ def _sole_readers(graph_module: fx.GraphModule) -> list[FakeQuantize]:
             overwritable = source.target is rectify or isinstance(
                 module_of(graph_module, source), FusedConvBn
             )
-            calls[fake_quantize].append(overwritable and len(source.users) == 1)
+            calls[fake_quantize].append(overwritable and sole_reader(source) is not None)
     return [fake_quantize for fake_quantize, overwritable in calls.items() if all(overwritable)]
 
 
-def _sole_reader(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
-    reader = module_of(graph_module, next(iter(node.users))) if len(node.users) == 1 else None
-    return reader if isinstance(reader, FakeQuantize) else None
+def _sole_rounding(graph_module: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+    reader = sole_reader(node)
+    called = None if reader is None else module_of(graph_module, reader)
+    return called if isinstance(called, FakeQuantize) else None
 
 
 def _feeds_only_its_fake_quantize(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import convolve, modules_of, own_registries
+from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
 
 
@@ -30,7 +31,15 @@ class TrainedLayer(IntegerArithmetic):
         """Makes the prepared form of a float layer; they share the parameters."""
         made: Any = _like(layer, cls)
         made.weight_fake_quant, made.relu = weight_fake_quant, relu
+        made.allocate()
         return made  # type: ignore[no-any-return]
+
+    def allocate(self) -> None:
+        """Sizes the per-channel qparams of the weight."""
+        weight: Any = self.weight_fake_quant
+        if isinstance(weight, FakeQuantize) and weight.axis == 0:
+            layer: Any = self
+            weight.allocate(layer.weight.shape[0])
 
     def to_float(self) -> Any:
         """Returns the float layer, without the ReLU; they share the parameters."""

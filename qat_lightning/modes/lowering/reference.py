@@ -20,6 +20,7 @@ from qat_lightning.base.torch_internals import convolve, forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data
 from qat_lightning.fake_quant.switches import is_fake_quantize
+from qat_lightning.modes.graph.constants import Constants
 from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
@@ -171,27 +172,23 @@ def _rounded_weights(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
     for node in graph_module.graph.nodes:
         if fake_quantize_of(graph_module, node) is not None:
             calls.setdefault(str(node.target), []).append(node.all_input_nodes[0])
-    found = {
-        name: _constant(graph_module, sources[0]) for name, sources in calls.items() if len(sources) == 1
+    constants = Constants(graph_module)
+    return {
+        name: constants.of(sources[0])
+        for name, sources in calls.items()
+        if len(sources) == 1 and _is_moved_parameter(graph_module, sources[0])
     }
-    return {name: weight for name, weight in found.items() if weight is not None}
 
 
-@torch.no_grad()
-def _constant(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """Returns the value of a node that is a parameter, or one that is only rounded and moved; else None."""
+def _is_moved_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a parameter, or one that is only rounded and moved."""
     if node.op == "get_attr":
-        return dict(graph_module.named_parameters(remove_duplicate=False)).get(str(node.target))
+        return str(node.target) in dict(graph_module.named_parameters(remove_duplicate=False))
     rule = COMMON.get(call_target(graph_module, node))
     moves = rule is not None and rule.kind in _SHARE_QPARAMS
     if len(node.all_input_nodes) != 1 or not (moves or fake_quantize_of(graph_module, node) is not None):
-        return None
-    value = _constant(graph_module, node.all_input_nodes[0])
-    if value is None:
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value)
-    moved: torch.Tensor = getattr(fx.Interpreter(graph_module), node.op)(node.target, args, kwargs)
-    return moved
+        return False
+    return _is_moved_parameter(graph_module, node.all_input_nodes[0])
 
 
 def _reference_layer(child: Any) -> nn.Module:

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
-from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
+from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.passes.fuse_norms import follows_float_layer
-from qat_lightning.modes.passes.qconfigs import QConfigs
+from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 from qat_lightning.modes.passes.tensors import Tensors
 from qat_lightning.modes.targets.rules import Kind, Rule, Target
 
@@ -151,7 +151,8 @@ class _Annotator:
             self._add(Rounding(source, self._qconfigs.of(node), [node], weight=True))
         if rule.float_result:
             return
-        result = self._after_relu(node) if rule.relu else node
+        relu = relu_after(self._graph_module, node, self._qconfigs) if rule.relu else None
+        result = relu or node
         self._rounded[node] = self._rounded[result] = self._add(
             Rounding(result, self._qconfigs.of(node), fixed=rule.fixed)
         )
@@ -163,14 +164,6 @@ class _Annotator:
             return self._floating(operands[:1]), self._floating(operands[1:2])
         is_function_of_two = rule.kind is Kind.COMBINES or len(node.all_input_nodes) == 2
         return self._floating(operands)[: 2 if is_function_of_two else 1], []
-
-    def _after_relu(self, node: fx.Node) -> fx.Node:
-        """Returns the ReLU that alone reads a node's result, or the node itself."""
-        if len(node.users) == 1:
-            (follower,) = node.users
-            if call_target(self._graph_module, follower) in RELUS and self._rules[follower] is not None:
-                return follower
-        return node
 
     def _concatenate(self, node: fx.Node) -> None:
         """Gives the parts and the result one rounding."""

@@ -35,7 +35,8 @@ def decompose_attention(graph_module: fx.GraphModule, qconfigs: QConfigs) -> Non
     """Replaces each call of attention in a graph by its parts, in place."""
     for node in list(graph_module.graph.nodes):
         function, given = _call(graph_module, node)
-        if function is None or given.get("enable_gqa") or given.get("weights") or qconfigs.of(node) is None:
+        whole = given.pop("enable_gqa", False) or given.get("weights")
+        if function is None or whole or qconfigs.of(node) is None:
             continue
         with graph_module.graph.inserting_before(node):
             if function is attend:
@@ -89,7 +90,6 @@ def _products(
     dropout: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
 ) -> fx.Node:
     """Adds two products and a softmax, as `scaled_dot_product_attention` computes them."""
     graph = graph_module.graph

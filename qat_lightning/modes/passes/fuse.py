@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from qat_lightning.fake_quant.fake_quantize import FakeQuantize
-from qat_lightning.modes.graph.nodes import RELUS, call_target, called_modules, module_of
+from qat_lightning.modes.graph.nodes import called_modules, module_of, sole_reader
 from qat_lightning.modes.layers import fused_conv_bn, trained_layer
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
-from qat_lightning.modes.passes.qconfigs import QConfigs
+from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 _LAYERS: dict[type[nn.Module], tuple[Any, Any, tuple[type[nn.Module], ...]]] = {
@@ -52,12 +51,10 @@ def _chain(
     graph_module: fx.GraphModule, node: fx.Node, calls: dict[str, list[fx.Node]], qconfigs: QConfigs
 ) -> _Chain:
     """Returns what may be fused with one call of a layer."""
-    norm, follower = None, _follower(node)
-    if follower is not None and _is_norm_of(graph_module, node, follower, calls, qconfigs):
-        norm, follower = follower, _follower(follower)
-    if follower is None or call_target(graph_module, follower) not in RELUS:
-        return _Chain(norm)
-    return _Chain(norm, follower if qconfigs.of(follower) is not None else None)
+    reader = sole_reader(node)
+    is_norm = reader is not None and _is_norm_of(graph_module, node, reader, calls, qconfigs)
+    norm = reader if is_norm else None
+    return _Chain(norm, relu_after(graph_module, norm or node, qconfigs))
 
 
 def _is_norm_of(
@@ -84,18 +81,11 @@ def _common(chains: list[_Chain]) -> list[_Chain]:
     return chains if has_relu else [chain._replace(relu=None) for chain in chains]
 
 
-def _follower(node: fx.Node) -> fx.Node | None:
-    """Returns the only reader of a node's result; None if there are others."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _replace(
     graph_module: fx.GraphModule, layer: Any, nodes: list[fx.Node], chains: list[_Chain], weight: Any
 ) -> None:
     plain, with_norm, _ = _LAYERS[type(layer)]
     norm, relu = chains[0].norm, chains[0].relu is not None
-    if isinstance(weight, FakeQuantize) and weight.axis == 0:
-        weight.allocate(layer.weight.shape[0])
     if norm is None:
         made = plain.of(layer, weight, relu=relu)
     else:

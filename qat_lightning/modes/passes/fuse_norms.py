@@ -6,18 +6,17 @@ A batch-norm after a layer that stays float stays float, too: rounding between t
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from torch import fx, nn
 
-from qat_lightning.fake_quant.fake_quantize import FakeQuantize
-from qat_lightning.modes.graph.nodes import RELUS, call_target, module_of
+from qat_lightning.modes.graph.nodes import module_of
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE
+from qat_lightning.modes.layers.fused_conv_bn import commutes
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.layers.norm_layer import NormLayer2d
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
-from qat_lightning.modes.passes.qconfigs import QConfigs
+from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 
 
 def fuse_norms(graph_module: fx.GraphModule, qconfigs: QConfigs, *, as_layers: bool) -> None:
@@ -35,10 +34,9 @@ def fuse_norms(graph_module: fx.GraphModule, qconfigs: QConfigs, *, as_layers: b
         is_norm = type(norm) in _NORMS and not lacks_int8(norm) and counts[name] == 1
         if not is_norm or qconfig is None or follows_float_layer(graph_module, node):
             continue
-        relu = _relu_after(graph_module, node, qconfigs)
+        relu = relu_after(graph_module, node, qconfigs)
         weight = qconfig.weight()
-        if as_layers and type(norm) is nn.BatchNorm2d and _commutes(weight):
-            weight.allocate(norm.num_features)
+        if as_layers and type(norm) is nn.BatchNorm2d and commutes(weight):
             graph_module.set_submodule(name, NormLayer2d.of_norm(norm, weight, relu=relu is not None))
         elif relu is not None:
             joined = NormReLU(norm, nn.ReLU())
@@ -58,15 +56,3 @@ def follows_float_layer(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node reads the result of a layer that stays float."""
     layer = module_of(graph_module, node.all_input_nodes[0])
     return isinstance(layer, QUANTIZABLE) and not isinstance(layer, TrainedLayer)
-
-
-def _commutes(weight: Any) -> bool:
-    return isinstance(weight, FakeQuantize) and weight.axis == 0 and weight.symmetric
-
-
-def _relu_after(graph_module: fx.GraphModule, node: fx.Node, qconfigs: QConfigs) -> fx.Node | None:
-    """Returns the ReLU that alone reads a node's result; None if there is none, or if it stays float."""
-    follower = next(iter(node.users)) if len(node.users) == 1 else None
-    if follower is None or call_target(graph_module, follower) not in RELUS:
-        return None
-    return follower if qconfigs.of(follower) is not None else None

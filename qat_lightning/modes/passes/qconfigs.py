@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from qat_lightning.modes.graph.functions import node_function
+from qat_lightning.modes.graph.nodes import RELUS, call_target, sole_reader
 from qat_lightning.modes.graph.relu6 import is_inside
 
 
@@ -63,3 +64,11 @@ class QConfigs:
         parts = path.split(".")
         names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
         return next((rules[name] for name in names if name in rules), qconfig)
+
+
+def relu_after(graph_module: fx.GraphModule, node: fx.Node, qconfigs: QConfigs) -> fx.Node | None:
+    """Returns the ReLU that alone reads a node's result; None if there is none, or if it stays float."""
+    reader = sole_reader(node)
+    if reader is None or call_target(graph_module, reader) not in RELUS:
+        return None
+    return reader if qconfigs.of(reader) is not None else None
