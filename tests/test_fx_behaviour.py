@@ -252,10 +252,26 @@ class Spelled(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
-@pytest.mark.parametrize(
-    "relu", [torch.relu, torch.relu_, F.relu, lambda x: x.relu(), lambda x: x.relu_()], ids=range(5)
-)
+SPELLINGS = [torch.relu, torch.relu_, F.relu, lambda x: x.relu(), lambda x: x.relu_()]
+
+
+@pytest.mark.parametrize("relu", SPELLINGS, ids=range(5))
 def test_a_relu_is_fused_however_it_is_spelled(relu: Callable[[Tensor], Tensor]) -> None:
     prepared = prepare(Spelled(relu)).train()
     prepared(torch.randn(2, 3, 8, 8))
     assert "ConvReLU2d" in str(convert(prepared))
+
+
+class SpelledAfterSum(Spelled):
+    """The same after a sum, before another convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return self.conv(self.relu(y + 1.5 * y)[:, :3])
+
+
+@pytest.mark.parametrize("relu", SPELLINGS, ids=range(5))
+def test_a_relu_after_a_sum_is_int8_however_it_is_spelled(relu: Callable[[Tensor], Tensor]) -> None:
+    prepared = prepare(SpelledAfterSum(relu)).train()
+    prepared(torch.randn(2, 3, 8, 8))
+    assert torch.ops.quantized.add_relu in {node.target for node in convert(prepared).graph.nodes}  # type: ignore[union-attr]
