@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,22 +152,28 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def time_files(networks: list[RuntimeNetwork], batch: int, rounds: int) -> dict[str, Any]:
     """Returns medians in milliseconds, and the ratios of the third file to the other two."""
     x = torch.randn(batch, 3, 224, 224)
-    for network in networks:
-        network(x)
-    times: list[list[float]] = []
-    for _ in range(rounds):
-        times.append([])
-        for network in networks:
-            network(x)  # caches hold its weights then, and not those of the file before it
-            start = time.perf_counter()
-            network(x)
-            times[-1].append(1e3 * (time.perf_counter() - start))
+    times = interleaved(networks, x, rounds)
     columns = list(zip(*times, strict=True))
     return {
         "ms": dict(zip(VARIANTS, map(statistics.median, columns), strict=True)),
         "to own quantizer": statistics.median(ours / own for _, own, ours in times),
         "faster than float": statistics.median(plain / ours for plain, _, ours in times),
     }
+
+
+def interleaved(networks: Sequence[Callable[..., Any]], x: torch.Tensor, rounds: int) -> list[list[float]]:
+    """Returns the milliseconds of each network in each round, one network after the other."""
+    for network in networks:
+        network(x)
+    times: list[list[float]] = []
+    for _ in range(rounds):
+        times.append([])
+        for network in networks:
+            network(x)  # caches hold its weights then, and not those of the network before it
+            start = time.perf_counter()
+            network(x)
+            times[-1].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def show(results: dict[str, Any]) -> None:
@@ -190,11 +197,32 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", default=MODELS)
+def parser_for(description: str | None, names: tuple[str, ...], rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser of the options that measurements of networks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", default=names)
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[str, argparse.Namespace], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures each network that the command line names, and shows and writes the figures."""
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results = {name: measure(name, args) for name in track(args.names, "networks")}
+    show(results)
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = parser_for(__doc__, MODELS, rounds=30)
     parser.add_argument(
         "--preset",
         choices=("performance", "mixed"),
@@ -202,13 +230,7 @@ def main() -> None:
         help="NNCF's activations: symmetric, or asymmetric (mixed)",
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=None, help="where to write the figures")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    results = {name: measure(name, args) for name in track(args.names, "networks")}
-    show(results)
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    run(parser, measure, show)
 
 
 if __name__ == "__main__":

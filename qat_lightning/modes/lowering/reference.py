@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from qat_lightning.base.quiet import quiet_torch_ao
-from qat_lightning.base.torch_internals import convolve, forward_hooks
+from qat_lightning.base.torch_internals import forward_hooks
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.ranges import has_range, has_seen_data
 from qat_lightning.fake_quant.switches import is_fake_quantize
@@ -25,6 +24,7 @@ from qat_lightning.modes.graph.graft import is_grafted, regraft, ungraft
 from qat_lightning.modes.graph.guards import remove_guards
 from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.lowering.int8.weights import computed
 from qat_lightning.modes.lowering.operations import OPERATIONS as OPS
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.targets.common import COMMON
@@ -106,12 +106,7 @@ class ReferenceLayer(nn.Module):
         del layer.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight()
-        if isinstance(self.layer, nn.Linear):
-            y = F.linear(x, weight, self.layer.bias)
-        else:
-            y = convolve(self.layer, x, weight, self.layer.bias)
-        return F.relu(y) if self.relu else y
+        return computed(self.layer, x, self.weight(), self.relu)
 
 
 def _bounds(fake_quantize: Any) -> tuple[int, int]:

@@ -1,0 +1,81 @@
+"""Lowers a reference graph: floats between a dequantize and a quantize become operations on bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from qat_lightning.fake_quant.numerics import rectify
+from qat_lightning.modes.functions.pads import pad_values
+from qat_lightning.modes.graph.nodes import module_of
+from qat_lightning.modes.lowering.graph import Writer
+from qat_lightning.modes.lowering.moves import moved_bytes, pad_values_of, reads_shape
+from qat_lightning.modes.lowering.reading import (
+    float_layer,
+    int8_layer,
+    qparams_of,
+    rounding_of,
+    stored_weight,
+)
+from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer, ReferenceWeight
+from qat_lightning.modes.lowering.roundings import rounded_bytes
+
+
+@torch.no_grad()
+def lower(reference_graph: fx.GraphModule) -> nn.Module:
+    """Makes an int8 network on plain tensors from a reference graph.
+
+    It computes what the reference graph computes. Integers flow between its operations as bytes with a scale
+    and a zero point; operations without an integer form compute with floats.
+
+    Args:
+        reference_graph: The result of :func:`qat_lightning.modes.lowering.reference.reference` for a network
+            of fx mode.
+
+    Returns:
+        An `fx.GraphModule` in eval mode, on the CPU.
+    """
+    writer = Writer(reference_graph)
+    for node in reference_graph.graph.nodes:
+        _write(writer, node)
+    return writer.finish(type(reference_graph).__name__)
+
+
+def _write(writer: Writer, node: fx.Node) -> None:
+    module = module_of(writer.reference, node)
+    qparams = qparams_of(module) if type(module) is QuantizeDequantize else None
+    if qparams is not None:
+        writer.bytes[node] = rounded_bytes(writer, node, qparams)
+    elif (moved := moved_bytes(writer, node)) is not None:
+        writer.bytes[node] = moved
+    else:
+        writer.set_value(node, _float_value(writer, node, module))
+
+
+def _float_value(writer: Writer, node: fx.Node, module: Any) -> fx.Node:
+    """Writes a node that no integers compute, or whose result is float."""
+    if isinstance(module, ReferenceLayer):
+        return _float_layer(writer, node, module)
+    if isinstance(module, ReferenceWeight):
+        return writer.call(str(node.target), stored_weight(module))
+    if isinstance(module, QuantizeDequantize):
+        return writer.call(str(node.target), rounding_of(module), writer.value(node.all_input_nodes[0]))
+    if node.target is pad_values:
+        return writer.call(node.name, pad_values_of(node), writer.value(node.all_input_nodes[0]))
+    copied = writer.copy(node, of_bytes=reads_shape(node))
+    if node.target is rectify:  # saves memory in training
+        copied.target, copied.kwargs = F.relu, {}
+    return copied
+
+
+def _float_layer(writer: Writer, node: fx.Node, reference: ReferenceLayer) -> fx.Node:
+    """Writes a layer with a float result: of bytes, if its input is bytes."""
+    (source,) = node.all_input_nodes
+    integers = writer.bytes.get(source)
+    layer = None if integers is None else int8_layer(reference, False, integers.qparams, None)
+    if layer is None or integers is None:
+        return writer.call(str(node.target), float_layer(reference), writer.value(source))
+    return writer.call(str(node.target), layer, integers.node)
