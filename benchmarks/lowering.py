@@ -1,12 +1,12 @@
-"""How fast int8 networks on plain tensors run on a CPU, beside those of `convert`.
+"""How fast int8 networks on plain tensors run on a CPU, beside those on quantized tensors.
 
     python -m benchmarks.lowering                                  # five networks, batch 1 and 16
     python -m benchmarks.lowering resnet18 --batches 1 --threads 1 2
 
-Each network is prepared for onednn and for x86, and calibrated by two forwards of random images. In each
-round all variants run one after the other, so that what else the machine does falls on all alike: `convert`
-with both backends, and the lowering of the network that was prepared for onednn. Ratios are medians of the
-ratios of a round. The first table says how close the outputs are to those of the fake-quant network.
+Each network is prepared for x86 and for fbgemm, which round alike, and calibrated by two forwards of random
+images. `convert` makes plain tensors of the first, and PyTorch's quantized tensors of the second. In each
+round both run one after the other, so that what else the machine does falls on both alike. Ratios are medians
+of the ratios of a round. The first table says how close the outputs are to those of the fake-quant network.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from torchvision import models
 from benchmarks.latency import interleaved, parser_for, run
 from qat_lightning import convert, prepare
 from qat_lightning.base.sqnr import sqnr
-from qat_lightning.modes.lowering.lower import lower
-from qat_lightning.modes.lowering.reference import reference
 
 MODELS = ("resnet18", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "deit_tiny_patch16_224")
-VARIANTS = ("x86", "onednn", "lowered")
+VARIANTS = {"quantized": "fbgemm", "plain": "x86"}
+"""The backends by the kind of tensors that the int8 network computes with."""
 
 
 def build(name: str) -> nn.Module:
@@ -59,51 +58,45 @@ def calibrated(name: str, backend: str) -> nn.Module:
 
 @torch.no_grad()
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    prepared = calibrated(name, "onednn")
-    graph: Any = reference(prepared)
-    networks = [convert(calibrated(name, "x86")), convert(prepared), lower(graph)]
+    prepared = {kind: calibrated(name, backend) for kind, backend in VARIANTS.items()}
+    networks = {kind: convert(network) for kind, network in prepared.items()}
     x = torch.randn(4, 3, 224, 224)
-    wanted, today, ours = (network(x) for network in (prepared, *networks[1:]))
-    result: dict[str, Any] = {
-        "fidelity": {
-            "equal": (ours == wanted).float().mean().item(),
-            "sqnr": sqnr(wanted, ours),
-            "equal_of_convert": (today == wanted).float().mean().item(),
-            "sqnr_of_convert": sqnr(wanted, today),
-        }
-    }
+    result: dict[str, Any] = {"fidelity": {}}
+    for kind, network in networks.items():
+        wanted, found = prepared[kind](x), network(x)
+        equal = (found == wanted).float().mean().item()
+        result["fidelity"][kind] = {"equal": equal, "sqnr": sqnr(wanted, found)}
     for threads in args.threads:
         torch.set_num_threads(threads)
         for batch in args.batches:
-            result[f"{threads} threads, batch {batch}"] = time_networks(networks, batch, args.rounds)
+            result[f"{threads} threads, batch {batch}"] = time_networks(
+                [*networks.values()], batch, args.rounds
+            )
     return result
 
 
 def time_networks(networks: list[nn.Module], batch: int, rounds: int) -> dict[str, Any]:
-    """Returns medians in milliseconds, and the ratios of the last network to the others."""
+    """Returns medians in milliseconds, and the ratio of the second network to the first."""
     times = interleaved(networks, torch.randn(batch, 3, 224, 224), rounds)
-    columns = list(zip(*times, strict=True))
-    ratios = [[each[-1] / each[i] for each in times] for i in range(len(networks) - 1)]
-    return {
-        "ms": dict(zip(VARIANTS, map(statistics.median, columns), strict=True)),
-        "ratios": dict(zip(VARIANTS[:-1], map(statistics.median, ratios), strict=True)),
-    }
+    milliseconds = map(statistics.median, zip(*times, strict=True))
+    ratio = statistics.median(second / first for first, second in times)
+    return {"ms": dict(zip(VARIANTS, milliseconds, strict=True)), "ratio": ratio}
 
 
 def show(results: dict[str, Any]) -> None:
     console = Console()
-    table = Table("network", "equal", "SQNR, dB", "equal, convert", "SQNR, dB")
+    table = Table("network", *(f"{kind}: {what}" for kind in VARIANTS for what in ("equal", "SQNR, dB")))
     for name, result in results.items():
-        found = result["fidelity"]
-        equal, other = f"{found['equal']:.2%}", f"{found['equal_of_convert']:.2%}"
-        table.add_row(name, equal, f"{found['sqnr']:.1f}", other, f"{found['sqnr_of_convert']:.1f}")
+        found = [result["fidelity"][kind] for kind in VARIANTS]
+        cells = [cell for each in found for cell in (f"{each['equal']:.2%}", f"{each['sqnr']:.1f}")]
+        table.add_row(name, *cells)
     console.print(table)
-    table = Table("network", "", *(f"{name}, ms" for name in VARIANTS), "to x86", "to onednn")
+    table = Table("network", "", *(f"{kind}, ms" for kind in VARIANTS), "ratio")
     for name, result in results.items():
         for key, row in result.items():
             if key != "fidelity":
-                milliseconds = [f"{row['ms'][variant]:.1f}" for variant in VARIANTS]
-                table.add_row(name, key, *milliseconds, *(f"{r:.2f}" for r in row["ratios"].values()))
+                milliseconds = [f"{row['ms'][kind]:.1f}" for kind in VARIANTS]
+                table.add_row(name, key, *milliseconds, f"{row['ratio']:.2f}")
     console.print(table)
 
 

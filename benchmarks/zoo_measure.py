@@ -25,10 +25,11 @@ from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.nested import tensors_in
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
 from qat_lightning.quantize.recipe import recipe_of
 
 Row = dict[str, Any]
-_INT8 = (quantized.Linear, quantized.Conv1d, quantized.Conv2d, quantized.Conv3d)
+_INT8 = (Int8Layer, quantized.Linear, quantized.Conv1d, quantized.Conv2d, quantized.Conv3d)
 
 
 def measure(name: str, way: str, gigabytes: float) -> Row:
@@ -97,7 +98,8 @@ def _count_int8(int8: nn.Module, work: Counter[str]) -> None:
 
     def note(name: str) -> Any:
         def count(layer: Any, args: Any, output: Tensor) -> None:
-            work[name] += output.numel() * layer.weight()[0].numel()
+            weight = layer.weight if isinstance(layer, Int8Layer) else layer.weight()
+            work[name] += output.numel() * weight[0].numel()
 
         return count
 

@@ -14,6 +14,10 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub, fuse_modules_qat
 from torch.nn import functional as F
 
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
+from qat_lightning.modes.lowering.int8.qparams import dequantized as bytes_as_floats
+from qat_lightning.modes.lowering.int8.qparams import quantized as floats_as_bytes
+
 SIZE = 12
 CLASSES = 4
 
@@ -317,27 +321,36 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
 def layers_that_differ(prepared: nn.Module, int8: nn.Module, *inputs: Tensor) -> list[str]:
     """The int8 layers whose output is not what the fake-quantized layer makes of the same input.
 
-    One element in a thousand may be: a sum that lies next to the middle between two points, and is rounded to
-    the other one. In a deep network that has hardly been trained a single such element moves many others, and
-    how many depends on the CPU, so that the network's output says little of its layers.
+    On PyTorch's quantized tensors one element in a thousand may be: a sum that lies next to the middle
+    between two points, and is rounded to the other one. In a deep network that has hardly been trained a
+    single such element moves many others, and how many depends on the CPU, so that the network's output says
+    little of its layers. On plain tensors none may be.
     """
     found: list[str] = []
     compared: list[str] = []
 
     def compare(name: str, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         # A layer that is called twice is two layers in int8.
-        layer = prepared.get_submodule(re.sub(r"_call_\d+$", "", name))
-        expected = layer(arguments[0].dequantize())
-        grid = output.q_scale(), output.q_zero_point(), output.dtype
-        other = torch.quantize_per_tensor(expected, *grid).int_repr()
+        layer = prepared.get_submodule(re.sub(r"(_call_\d+|_)$", "", name))
         compared.append(name)
-        if (other != output.int_repr()).sum() > 1 + output.numel() // 1000:
+        module: Any = int8.get_submodule(name)
+        if isinstance(module, Int8Layer):
+            expected = layer(bytes_as_floats(arguments[0], module.qparams("input")))
+            qparams = module.output_qparams()
+            other = expected if qparams is None else floats_as_bytes(expected, qparams)
+            differs = not torch.equal(other, output)
+        else:
+            expected = layer(arguments[0].dequantize())
+            grid = output.q_scale(), output.q_zero_point(), output.dtype
+            other = torch.quantize_per_tensor(expected, *grid).int_repr()
+            differs = bool((other != output.int_repr()).sum() > 1 + output.numel() // 1000)
+        if differs:
             found.append(name)
 
     handles = [
         module.register_forward_hook(lambda _, args, y, name=name: compare(name, args, y))
         for name, module in int8.named_modules()
-        if isinstance(module, quantized.modules.conv._ConvNd | quantized.Linear)
+        if isinstance(module, quantized.modules.conv._ConvNd | quantized.Linear | Int8Layer)
     ]
     with torch.no_grad():
         int8(*inputs)

@@ -170,7 +170,7 @@ def test_networks_that_are_quantized_already() -> None:
     with pytest.raises(ValueError, match="Sequential is quantized already: it holds fake-quantize modules"):
         prepare(outer)
     outer = nn.Sequential(convert(prepared), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"is quantized already: its '0.*' is the int8 module torch.ao"):
+    with pytest.raises(ValueError, match=r"is quantized already: its '0.*' is the int8 module qat_lightning"):
         prepare(outer)
 
 

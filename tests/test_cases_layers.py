@@ -36,8 +36,11 @@ from qat_lightning.export.load import load_graph
 from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
 from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.lines import is_user_file
+from qat_lightning.modes.lowering.int8.edges import Dequantize
+from qat_lightning.modes.lowering.int8.paddings import PadValues
 from qat_lightning.modes.trace.fixed_norms import FixedNorm, recognize_fixed_norms
 from qat_lightning.quantize.copies import copy_of
+from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import sqnr, train_steps
 
@@ -141,10 +144,9 @@ def test_a_convolution_that_pads_with_values_is_int8(mode: str, dims: int, tmp_p
     x = torch.randn(8, 3, *[6] * dims)
     prepared, int8 = check(lambda: padded(mode, dims), x, tmp_path)
     assert sum(hasattr(module, "weight_fake_quant") for module in prepared.modules()) == 3
-    pads = [node for node in int8.graph.nodes if node.target is pad_values]
-    assert len(pads) == (0 if mode == "reflect" and dims < 3 else 2)
-    dequantized = [node for node in int8.graph.nodes if node.target == "dequantize"]
-    assert len(dequantized) == 1  # the output alone: the paddings run on integers
+    kinds = [type(module) for module in int8.modules()]
+    assert kinds.count(PadValues) == 2
+    assert kinds.count(Dequantize) == 1  # the output alone: the paddings run on bytes
 
 
 @pytest.mark.parametrize(("padding", "kernel"), [((1, 2), 3), ("same", (3, 4)), ("valid", 3)])
@@ -620,7 +622,7 @@ class WeightsModule(pl.LightningModule):
 def test_a_lightning_module_with_loose_weights(tmp_path: Path) -> None:
     prepared, int8 = check(WeightsModule, torch.randn(8, 3, 7, 7), tmp_path)
     assert hasattr(prepared.weight_linear, "weight_fake_quant")
-    assert isinstance(int8.weight_linear, quantized.Linear)
+    assert is_int8(int8.weight_linear)
 
 
 def test_attention_with_the_weights_of_linear_children() -> None:
@@ -652,5 +654,5 @@ class LayersModule(pl.LightningModule):
 def test_a_lightning_module_with_such_layers(tmp_path: Path) -> None:
     prepared, int8 = check(LayersModule, torch.randn(8, 3, 7, 7), tmp_path, min_sqnr=20)
     assert type(prepared.conv).__name__ == type(prepared.head).__name__ == "ConvBn2d"
-    assert isinstance(int8.conv, quantized.Conv2d)
+    assert is_int8(int8.conv)
     assert type(int8.act) is nn.PReLU

@@ -15,6 +15,7 @@ from torchvision import models
 
 from qat_lightning import ConversionError, convert, prepare
 from qat_lightning.fake_quant.phases import freeze_bn_statistics, set_enabled
+from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import quantized_networks, recipe_of
 from tests.networks import (
     CASES,
@@ -41,12 +42,8 @@ TORCHVISION: dict[str, tuple[str, Callable[[], nn.Module], float]] = {
 
 
 def int8_kinds(module: nn.Module) -> set[str]:
-    """The int8 classes in a module."""
-    return {
-        type(m).__name__
-        for m in module.modules()
-        if type(m).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
-    }
+    """The classes of the int8 layers in a module."""
+    return {type(m).__name__ for m in module.modules() if is_int8(m)}
 
 
 def float_kinds(module: nn.Module) -> set[str]:
@@ -69,7 +66,7 @@ def test_int8_outputs_are_near_the_fake_quant_outputs(case: Case, backend: str) 
     before = copy.deepcopy(prepared.state_dict())
     int8 = convert(prepared)
     assert same_state(dict(prepared.state_dict()), dict(before)) == []
-    assert int8_kinds(int8) & {"Linear", "ConvReLU2d"}
+    assert int8_kinds(int8) & {"Linear", "ConvReLU2d", "Int8Layer"}
     with torch.no_grad():
         ours, theirs = leaves(prepared(*args, **kwargs)), leaves(int8(*args, **kwargs))
     assert len(ours) == len(theirs) > 0
@@ -112,7 +109,8 @@ def test_torchvision_models(name: str) -> None:
         optimizer.step()
     _settle(prepared, x)
     int8 = convert(prepared)
-    assert int8_kinds(int8) >= {"Conv2d", "ConvReLU2d", "Linear"}
+    eager = {"Conv2d", "ConvReLU2d", "Linear"}
+    assert int8_kinds(int8) >= (eager if mode == "eager" else {"Int8Layer"})
     assert float_kinds(int8) == set()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in int8.modules())
     with torch.no_grad():

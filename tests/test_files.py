@@ -158,7 +158,7 @@ def test_a_file_of_another_network(tmp_path: Path, x: Tensor) -> None:
     with pytest.raises(Int8FileError, match="does not fit ConvBnRelu"):
         load_int8(path, ConvBnRelu())
     with pytest.raises(
-        Int8FileError, match=r"'stem\.0\.weight' has the shape \(16, 3, 3, 3\) in the module, but \(8, 3"
+        Int8FileError, match=r"'fc\.weight' has the shape \(4, 16\) in the module, but \(4, 8"
     ):
         load_int8(path, Residual(width=16))
     with pytest.raises(Int8FileError, match="does not fit Stubbed"):

@@ -110,7 +110,7 @@ def test_a_bias_lies_on_the_grid_of_the_sums_in_every_form() -> None:
         step = input_fake_quantize(own).scale * own.weight_fake_quant.scale  # type: ignore[union-attr]
         for network in (reference(prepared), convert(prepared)):
             module: Any = network.get_submodule(str(layer))
-            bias = module.layer.bias if hasattr(module, "layer") else module.bias()
+            bias = module.layer.bias if hasattr(module, "layer") else module.bias
             assert torch.equal(bias, round_bias(bias, step))
             assert not torch.equal(bias, own.bias)  # the trained one, which stays as it was
 

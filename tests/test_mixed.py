@@ -76,8 +76,14 @@ def test_a_function_stays_float(functions: list[Any], backend: str, tmp_path: Pa
     assert all(name.endswith("()") for name in recipe.keep_float)
     int8: Any = convert(prepared)
     with torch.no_grad():
-        assert sqnr(prepared(x), int8(x)) > 25
-    assert dtypes_of(int8, recipe.keep_float, x) == {torch.float32}
+        fake, found = prepared(x), int8(x)
+    assert sqnr(fake, found) > 25
+    dtypes = dtypes_of(int8, recipe.keep_float, x)
+    if backend == "qnnpack":
+        assert dtypes == {torch.float32}
+    else:  # a table of bytes may stand for the function, if it returns the same
+        assert dtypes <= {torch.float32}
+        assert torch.equal(fake, found)
     loaded = load_int8(save_int8(convert(prepared), tmp_path / "int8.pt"), Functional())
     assert torch.equal(loaded(x), int8(x))
 
@@ -103,7 +109,7 @@ def test_all_calls_and_no_others() -> None:
     prepared: Any = settled(prepare(Functional(), keep_float=[operator.add]), x := images())
     int8 = convert(prepared)
     assert dtypes_of(int8, ("operator.add()",), x) == {torch.float32}
-    assert dtypes_of(int8, ("torch.cat()",), x) == {torch.quint8}
+    assert dtypes_of(int8, ("torch.cat()",), x) == {torch.uint8}
     everything = recipe_of(prepare(Functional()))
     some = recipe_of(prepared)
     assert everything is not None

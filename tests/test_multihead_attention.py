@@ -11,13 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.ao.nn import quantized
-from torch.ao.nn.intrinsic import quantized as nniq
 from torch.nn import functional as F
 
 from qat_lightning import convert, export_onnx, load_int8, load_qat_checkpoint, prepare, save_int8
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.modes.functions.attention import attend
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
 from qat_lightning.modes.trace.own_layers import RowLayer
 from qat_lightning.quantize.recipe import recipe_of
 from tests.networks import leaves, sqnr, train_steps
@@ -189,7 +188,7 @@ def test_its_projections_are_int8(name: str, tmp_path: Path) -> None:
     train_steps(prepared, (inputs, {}))
     int8: Any = convert(prepared)
     kinds = {type(int8.get_submodule(layer)) for layer in layers}
-    assert kinds == {quantized.Linear}
+    assert kinds == {Int8Layer}
     assert not any(key.endswith("_proj_weight") for key in int8.state_dict())
     torch.manual_seed(1)
     loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), Network(case))
@@ -288,7 +287,7 @@ def test_attention_or_a_projection_can_be_kept_float(keep: Any, floating: tuple[
     int8 = convert(prepared)
     with torch.no_grad():
         assert sqnr(prepared(*inputs), int8(*inputs)) > 30
-    assert {name for name, m in int8.named_modules() if isinstance(m, quantized.Linear)} == expected
+    assert {name for name, m in int8.named_modules() if isinstance(m, Int8Layer)} == expected
     assert not any(isinstance(module, RowLayer) for module in int8.modules())
 
 
@@ -369,8 +368,11 @@ def test_functions_with_rows_of_a_weight_are_layers(keep: list[str], tmp_path: P
     set_enabled(prepared, observer=True, fake_quant=True)
     train_steps(prepared, ((x,), {}))
     int8: Any = convert(prepared)
-    relu = int8.get_submodule("weight_linear")
-    assert type(relu) is (nn.Linear if keep == ["weight_linear"] else nniq.LinearReLU)
+    first = int8.get_submodule("weight_linear")
+    if keep == ["weight_linear"]:
+        assert type(first) is nn.Linear
+    else:
+        assert first.relu
     loaded = load_int8(save_int8(int8, tmp_path / "int8.pt"), Rows())
     with torch.no_grad():
         assert torch.equal(loaded(x), int8(x))

@@ -14,6 +14,12 @@ from qat_lightning.base.errors import nearest
 _RUNTIMES = ("onnxruntime", "openvino")
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn", *_RUNTIMES)
 """The engines of PyTorch, and the runtimes that a network can be trained for."""
+_WITH_QUANTIZED_DTYPES = ("fbgemm", "qnnpack")
+
+
+def runs_on_plain_tensors(backend: str) -> bool:
+    """Whether int8 networks of fx mode compute with plain tensors, not with quantized dtypes."""
+    return backend not in _WITH_QUANTIZED_DTYPES
 
 
 def engine_of(backend: str) -> str:
@@ -64,6 +70,20 @@ def run_on_engine(module: nn.Module, backend: str) -> None:
     module.register_forward_hook(switch.leave, always_call=True)
 
 
+def run_on_cpu(module: nn.Module) -> None:
+    """Makes every forward of an int8 `module` refuse tensors on other devices, with an error that says so."""
+    module.register_forward_pre_hook(_refuse_other_devices)
+
+
+def _refuse_other_devices(module: nn.Module, args: tuple[Any, ...]) -> None:
+    for value in args:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            raise RuntimeError(
+                f"Int8 networks run on the CPU, but {type(module).__name__} received a tensor on "
+                f"{value.device}. Pass x.cpu(), and test with Trainer(accelerator='cpu')."
+            )
+
+
 class _EngineSwitch:
     """The two hooks of :func:`run_on_engine`. They keep a stack, because int8 networks may be nested.
 
@@ -79,12 +99,7 @@ class _EngineSwitch:
         self._before.append((torch.backends.quantized.engine, torch.get_deterministic_debug_mode()))
         torch.backends.quantized.engine = self.backend
         torch.set_deterministic_debug_mode("default")
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                raise RuntimeError(
-                    f"Int8 networks run on the CPU, but {type(module).__name__} received a tensor on "
-                    f"{value.device}. Pass x.cpu(), and test with Trainer(accelerator='cpu')."
-                )
+        _refuse_other_devices(module, args)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         torch.backends.quantized.engine, deterministic = self._before.pop()

@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 from qat_lightning.fake_quant.forward_extremes import ForwardExtremes
-from qat_lightning.fake_quant.numerics import affine_qparams, fake_quantize, round_weight, symmetric_scale
+from qat_lightning.fake_quant.numerics import (
+    Kernel,
+    affine_qparams,
+    fake_quantize,
+    round_weight,
+    symmetric_scale,
+)
 from qat_lightning.fake_quant.observers import (
     EPS,
     MovingAverage,
@@ -70,6 +76,7 @@ class FakeQuantize(Switches):
     nonfinite: torch.Tensor
     averaging: torch.Tensor
     exact_value: float | None = None
+    like_onednn = False
 
     def __init__(
         self,
@@ -102,7 +109,8 @@ class FakeQuantize(Switches):
         self.initial_zero_point = quant_max - (quant_max - quant_min) // 2 if self.symmetric else 0
         self.zero_point.fill_(self.initial_zero_point)
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
+    def forward(self, X: torch.Tensor, averaged: bool = False) -> torch.Tensor:
+        """Returns the rounded tensor; `averaged` says that it averages values that are rounded already."""
         if not X.is_floating_point():  # lengths, ids and masks have no range, and convert drops the rounding
             return X
         observed = (self.training and self.observing) or (self.axis is not None and not self.seen)
@@ -120,6 +128,7 @@ class FakeQuantize(Switches):
             self.axis,
             extremes=extremes,
             in_place=self.in_place and self.training,
+            kernel=Kernel(averaged) if self.like_onednn and not self.training else None,
         )
 
     @torch.no_grad()

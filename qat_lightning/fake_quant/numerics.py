@@ -6,7 +6,8 @@ Everything is computed in float32, whatever the dtype of the input: neither bflo
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,6 +60,28 @@ def symmetric_scale(magnitude: torch.Tensor, quant_min: int, quant_max: int, eps
     return (magnitude / ((quant_max - quant_min) // 2)).clamp(min=eps)
 
 
+class Kernel(NamedTuple):
+    """How the int8 kernels of oneDNN round: they add the zero point first, which loses a float's last bits.
+
+    Attributes:
+        averaged: Whether the tensor averages values that are rounded with the same qparams. Many of those lie
+            in the middle between two, where a float may be a bit too large or too small.
+    """
+
+    averaged: bool = False
+
+    def round_(self, steps: torch.Tensor, zero_point: int) -> torch.Tensor:
+        """Rounds a tensor that counts steps of the scale, in place, for the zero point of unsigned bytes."""
+        if self.averaged:
+            settle_averages_(steps)
+        return steps.add_(zero_point).round_().sub_(zero_point) if zero_point else steps.round_()
+
+
+def settle_averages_(steps: torch.Tensor) -> torch.Tensor:
+    """Rounds averages of integers to parts of a step, in place: what is in the middle stays there."""
+    return steps.mul_(4096.0).round_().mul_(1 / 4096.0)
+
+
 def fake_quantize(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -69,6 +92,7 @@ def fake_quantize(
     *,
     extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
     in_place: bool = False,
+    kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """Rounds `x` to its quantized values; the gradient passes where nothing is clipped (straight-through).
 
@@ -85,6 +109,7 @@ def fake_quantize(
         extremes: The minimum and the maximum of `x`, if they are known.
         in_place: Whether a float32 `x` may be overwritten. The operation that produced it must not need it
             for its backward pass.
+        kernel: How the int8 kernels round, if not as usual; for per-tensor qparams on a CPU.
 
     Returns:
         A tensor like `x`.
@@ -98,12 +123,13 @@ def fake_quantize(
         step, zero = float(scale), int(zero_point)
         low, high = extremes if extremes is not None else torch.aminmax(x.detach())
         data_range = float(low), float(high)
-        return _Round.apply(x, step, quant_min - zero, quant_max - zero, data_range, in_place)
+        rounds = None if kernel is None else partial(kernel.round_, zero_point=zero - quant_min)
+        return _Round.apply(x, step, quant_min - zero, quant_max - zero, data_range, in_place, rounds)
     elif x.is_cuda and not torch.compiler.is_compiling():
         return fake_quantize_in_one_kernel(x, scale, zero_point, quant_min, quant_max)
     else:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point, None, in_place)
+    return _Round.apply(x, scale, quant_min - zero_point, quant_max - zero_point, None, in_place, None)
 
 
 def fake_quantize_in_one_kernel(
@@ -131,7 +157,14 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: Any, low: Any, high: Any, data_range: Any, in_place: bool
+        ctx: Any,
+        x: torch.Tensor,
+        scale: Any,
+        low: Any,
+        high: Any,
+        data_range: Any,
+        in_place: bool,
+        rounds: Any,
     ) -> torch.Tensor:
         wide = x if x.dtype == torch.float64 else x.float()  # in half precision a bound would be rounded
         inside = _inside(wide, (low - 0.5) * scale, (high + 0.5) * scale, data_range)
@@ -139,13 +172,14 @@ class _Round(torch.autograd.Function):
         if in_place and x.dtype == torch.float32 and not torch.compiler.is_compiling():
             ctx.mark_dirty(x)
             return x.mul_(1 / scale).round_().clamp_(low, high).mul_(scale)
-        rounded = (x.float() * (1 / scale)).round_()
+        steps = x.float() * (1 / scale)
+        rounded = steps.round_() if rounds is None else rounds(steps)
         return rounded.clamp_(low, high).mul_(scale).to(x.dtype, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return grad if inside is None else _masked(grad, inside), None, None, None, None, None
+        return grad if inside is None else _masked(grad, inside), None, None, None, None, None, None
 
 
 def _inside(

@@ -78,10 +78,11 @@ class Mode(Protocol):
     def prepare(self, network: nn.Module, options: Options) -> ModeResult:
         """Fuses `network` and inserts fake-quantizes. The result may share modules with `network`."""
 
-    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
+    def convert(self, prepared: nn.Module, unseen: Collection[str], lowering: str) -> nn.Module:
         """Converts a prepared network, which is in eval mode on the CPU, in place or into a new one.
 
         Args:
             prepared: The network.
             unseen: Names of the fake-quantizes that saw no floating-point data, and so round nothing.
+            lowering: `"plain"` for plain tensors of bytes, or `"native"` for PyTorch's quantized tensors.
         """

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from qat_lightning.base.backends import engine, run_on_engine
+from qat_lightning.base.backends import engine, run_on_cpu, run_on_engine, runs_on_plain_tensors
 from qat_lightning.base.errors import ConversionError
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.fake_quant.phases import set_eval
@@ -16,7 +16,7 @@ from qat_lightning.modes import get_mode
 from qat_lightning.quantize.batch_norms import make_local, restore_batch_norms
 from qat_lightning.quantize.copies import copy_of, replace_submodule
 from qat_lightning.quantize.nonfinite import first_nonfinite_weight
-from qat_lightning.quantize.recipe import attach, quantized_networks
+from qat_lightning.quantize.recipe import Recipe, attach, quantized_networks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -27,9 +27,11 @@ def convert(module: ModuleT) -> ModuleT:
     This is step 6 of PyTorch's workflow. The given module does not change: a copy is converted, on the CPU
     and in eval mode. Each int8 network in it runs on the engine of its recipe.
 
-    PyTorch has one quantized engine for the whole process. Packing weights needs the engine of the recipe, so
-    `convert` switches it and switches it back, and so does each forward of an int8 network. Other threads
-    should not run int8 networks of another engine meanwhile.
+    In fx mode an int8 network computes with plain tensors of bytes: it can be pickled, copied, and run by
+    several threads. With the backends fbgemm and qnnpack, and in eager mode, it runs on PyTorch's quantized
+    tensors. For those PyTorch has one engine for the whole process. Packing weights needs the engine of the
+    recipe, so `convert` switches it and switches it back, and so does each forward of such a network. Other
+    threads should not run networks of another engine meanwhile.
 
     Args:
         module: A network that :func:`prepare` returned, or a module that holds such networks, such as a
@@ -58,9 +60,6 @@ def convert(module: ModuleT) -> ModuleT:
 
 def convert_in_place(module: ModuleT) -> ModuleT:
     """Converts like :func:`convert`, but in place and without checks."""
-    from qat_lightning.modes.native.kernels import pack_weights
-    from qat_lightning.modes.native.stored_qparams import store_qparams
-
     module = module.cpu().eval()
     make_local(module)
     set_eval(module)
@@ -68,12 +67,33 @@ def convert_in_place(module: ModuleT) -> ModuleT:
         if recipe.int8:
             continue
         restore_batch_norms(network)
-        with quiet_torch_ao(), engine(recipe.backend):
-            unseen = recipe.unseen or unseen_in(network)  # a file's recipe names them
-            converted = get_mode(recipe.mode).convert(network, unseen)
-        pack_weights(converted, recipe.backend)
-        store_qparams(converted)
-        attach(converted, dataclasses.replace(recipe, int8=True, unseen=unseen))
-        run_on_engine(converted, recipe.backend)
+        unseen = recipe.unseen or unseen_in(network)  # a file's recipe names them
+        lowering = recipe.lowering or _lowering(recipe)
+        made = dataclasses.replace(recipe, int8=True, unseen=unseen, lowering=lowering)
+        converted = _on_engine(network, made) if lowering == "native" else _on_plain_tensors(network, made)
+        attach(converted, made)
         module = replace_submodule(module, name, converted.eval())
     return module
+
+
+def _lowering(recipe: Recipe) -> str:
+    return "plain" if recipe.mode == "fx" and runs_on_plain_tensors(recipe.backend) else "native"
+
+
+def _on_plain_tensors(network: nn.Module, recipe: Recipe) -> nn.Module:
+    converted = get_mode(recipe.mode).convert(network, recipe.unseen, "plain")
+    run_on_cpu(converted)
+    return converted
+
+
+def _on_engine(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """Converts a network for PyTorch's quantized tensors and the engine of its backend."""
+    from qat_lightning.modes.native.kernels import pack_weights
+    from qat_lightning.modes.native.stored_qparams import store_qparams
+
+    with quiet_torch_ao(), engine(recipe.backend):
+        converted = get_mode(recipe.mode).convert(network, recipe.unseen, "native")
+    pack_weights(converted, recipe.backend)
+    store_qparams(converted)
+    run_on_engine(converted, recipe.backend)
+    return converted

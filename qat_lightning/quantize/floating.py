@@ -7,6 +7,7 @@ from torch import nn
 from qat_lightning.base import torch_internals
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.graph.quantizable import holds_quantizable
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
 from qat_lightning.quantize.recipe import recipe_of
 
 
@@ -49,7 +50,9 @@ def check_not_quantized(network: nn.Module) -> None:
 
 
 def is_int8(module: nn.Module) -> bool:
-    """Returns whether `module` is an int8 layer of torch.ao."""
+    """Returns whether `module` is an int8 layer, of this package or of torch.ao."""
+    if isinstance(module, Int8Layer):
+        return True
     package = type(module).__module__
     return package.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and not type(
         module

@@ -111,10 +111,12 @@ def load_int8(
 
 def load_packed(int8: nn.Module, state_dict: dict[str, Any]) -> None:
     """Loads a state dict into an int8 module, and packs the weights of each network for its engine."""
-    from qat_lightning.modes.native.kernels import pack_weights
-
     int8.load_state_dict(state_dict)
     for name, network, recipe in quantized_networks(int8):
+        if recipe.lowering == "plain":
+            continue
+        from qat_lightning.modes.native.kernels import pack_weights
+
         with engine(recipe.backend):
             network.load_state_dict(_inside(state_dict, name))
         pack_weights(network, recipe.backend)
@@ -265,6 +267,7 @@ def _prepare_all(
         )
         own = recipe_of(prepared)
         assert own is not None
-        attach(prepared, replace(own, unseen=recipe.unseen))
+        lowering = (recipe.lowering or "native") if recipe.int8 else None  # version 0.1.0 knew no other
+        attach(prepared, replace(own, unseen=recipe.unseen, lowering=lowering))
         module = replace_submodule(module, name, prepared)
     return module

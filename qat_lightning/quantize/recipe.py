@@ -49,6 +49,9 @@ class Recipe:
             or if the example cannot be stored. Not compared.
         unseen: In an int8 network, the fake-quantizes that saw no floating-point data, such as those behind
             lengths: the network has no rounding there. Not compared.
+        numbering: Of the names of the fake-quantizes; 1 in files of version 0.1.0.
+        lowering: In an int8 network, `"plain"` or `"native"`: see
+            :meth:`qat_lightning.modes.base.Mode.convert`. Not compared.
     """
 
     backend: str
@@ -67,6 +70,7 @@ class Recipe:
     example: str | None = None
     unseen: tuple[str, ...] = ()
     numbering: int = 1
+    lowering: str | None = None
 
     @property
     def fills_bytes(self) -> bool:

@@ -14,6 +14,8 @@ from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.phases import set_enabled
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
+from qat_lightning.modes.lowering.int8.qparams import dequantized
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.report.content import Layer
 
@@ -36,6 +38,7 @@ class _OutputQParams(NamedTuple):
     zero_point: int
     least: int
     greatest: int
+    zero_point_first: bool = False
 
     @property
     def range(self) -> tuple[float, float]:
@@ -43,8 +46,9 @@ class _OutputQParams(NamedTuple):
         return low, high
 
     def round(self, y: Tensor) -> Tensor:
-        integers = torch.clamp(torch.round(y / self.scale) + self.zero_point, self.least, self.greatest)
-        return (integers - self.zero_point) * self.scale
+        first, after = (self.zero_point, 0) if self.zero_point_first else (0, self.zero_point)
+        integers = torch.round(y * (1 / self.scale) + first) + after
+        return (integers.clamp(self.least, self.greatest) - self.zero_point) * self.scale
 
 
 def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list[Layer]:
@@ -70,17 +74,22 @@ def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list
     set_enabled(prepared, observer=False, fake_quant=True)
     fake_quant = _run(prepared, names, inputs)
     in_int8 = _run(int8, names, inputs)
+    converted = dict(int8.named_modules())
     return [
-        _compare(name, parts(modules[name]), in_float[name], fake_quant[name], in_int8[name].y)
+        _compare(
+            name, parts(modules[name]), in_float[name], fake_quant[name], converted[name], in_int8[name].y
+        )
         for name in in_float
         if name in fake_quant and name in in_int8
     ]
 
 
-def _compare(name: str, kind: str, in_float: _Seen, fake_quant: _Seen, int8: Tensor) -> Layer:
-    qparams = _qparams_of(int8)
+def _compare(
+    name: str, kind: str, in_float: _Seen, fake_quant: _Seen, layer: nn.Module, int8: Tensor
+) -> Layer:
+    qparams = _qparams_of(layer, int8)
     expected = fake_quant.y if qparams is None else qparams.round(fake_quant.y)
-    value = int8.dequantize() if int8.is_quantized else int8
+    value = _floats(layer, int8)
     agreement = sqnr(in_float.y, expected)
     low, high = qparams.range if qparams is not None else (-torch.inf, torch.inf)
     flat = in_float.y.flatten().float()
@@ -98,8 +107,19 @@ def _compare(name: str, kind: str, in_float: _Seen, fake_quant: _Seen, int8: Ten
     )
 
 
-def _qparams_of(y: Tensor) -> _OutputQParams | None:
-    """Returns the qparams of a quantized tensor, or None for a float one."""
+def _floats(layer: nn.Module, y: Tensor) -> Tensor:
+    """Returns the floats that the output of an int8 layer stands for."""
+    if isinstance(layer, Int8Layer):
+        qparams = layer.output_qparams()
+        return y if qparams is None else dequantized(y, qparams)
+    return y.dequantize() if y.is_quantized else y
+
+
+def _qparams_of(layer: nn.Module, y: Tensor) -> _OutputQParams | None:
+    """Returns the qparams of the output of an int8 layer; None if it is float."""
+    if isinstance(layer, Int8Layer):
+        qparams = layer.output_qparams()
+        return None if qparams is None else _OutputQParams(*qparams, zero_point_first=True)
     if not y.is_quantized:
         return None
     bounds = torch.iinfo(y.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from qat_lightning.base.inputs import Inputs
 from qat_lightning.base.torch_internals import Convolution, ConvTranspose, attention_on_cpu
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
+from qat_lightning.modes.graph.nodes import module_of
 from qat_lightning.modes.graph.relu6 import is_inside
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.lowering.int8.edges import Dequantize
+from qat_lightning.modes.lowering.int8.state import Lowered
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.quantize.recipe import Recipe
 
@@ -128,10 +132,11 @@ def float_ops(int8: nn.Module) -> list[Finding]:
 
 def _float_ops_of(module: nn.Module, graph: fx.Graph) -> Iterator[Finding]:
     nodes = graph.nodes
-    after = _reach([n for n in nodes if n.target == "dequantize"], lambda n: n.users, _quantizes)
-    before = _reach([n for n in nodes if _quantizes(n)], lambda n: n.all_input_nodes, _dequantizes)
+    quantizes, dequantizes = partial(_quantizes, module), partial(_dequantizes, module)
+    after = _reach([n for n in nodes if _makes_floats(module, n)], lambda n: n.users, quantizes)
+    before = _reach([n for n in nodes if quantizes(n)], lambda n: n.all_input_nodes, dequantizes)
     for node in nodes:
-        computes = not (_quantizes(node) or _dequantizes(node) or node.target is operator.getitem)
+        computes = not (quantizes(node) or dequantizes(node) or node.target is operator.getitem)
         if node in after and node in before and computes:
             yield Finding(node.name, _kind(module, node), "has no int8 form", stack_line(node))
 
@@ -148,12 +153,17 @@ def _reach(start: list[fx.Node], following: Any, stops: Any) -> set[fx.Node]:
     return found
 
 
-def _quantizes(node: fx.Node) -> bool:
-    return node.target is torch.quantize_per_tensor
+def _quantizes(module: nn.Module, node: fx.Node) -> bool:
+    return node.target is torch.quantize_per_tensor or isinstance(module_of(module, node), Lowered)
 
 
-def _dequantizes(node: fx.Node) -> bool:
-    return node.target == "dequantize" or node.op in ("placeholder", "get_attr")
+def _dequantizes(module: nn.Module, node: fx.Node) -> bool:
+    return _makes_floats(module, node) or node.op in ("placeholder", "get_attr")
+
+
+def _makes_floats(module: nn.Module, node: fx.Node) -> bool:
+    called = module_of(module, node)
+    return node.target == "dequantize" or isinstance(called, Dequantize) or getattr(called, "is_float", False)
 
 
 def _kind(module: nn.Module, node: fx.Node) -> str:

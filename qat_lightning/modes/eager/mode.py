@@ -111,7 +111,7 @@ class EagerMode:
             module.training = training
         return ModeResult(network, relu6=relu6)
 
-    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
+    def convert(self, prepared: nn.Module, unseen: Collection[str], lowering: str) -> nn.Module:
         """Converts a prepared network in place."""
         use_torch_ao_classes(prepared)
         return ao.convert(prepared, _CONVERTED, inplace=True)

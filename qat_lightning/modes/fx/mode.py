@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from qat_lightning.base.backends import runs_on_plain_tensors
 from qat_lightning.base.errors import UntraceableError
 from qat_lightning.base.inputs import Inputs, device_of
 from qat_lightning.base.nested import map_tensors
+from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.modes.base import ModeResult, Options
 from qat_lightning.modes.capture.capture import capturing
 from qat_lightning.modes.fx.integers import drop_unseen
@@ -26,6 +28,8 @@ from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
+from qat_lightning.modes.lowering.lower import lower
+from qat_lightning.modes.lowering.reference import reference_with_guards
 from qat_lightning.modes.passes.annotate import annotate
 from qat_lightning.modes.passes.decompose_attention import decompose_attention
 from qat_lightning.modes.passes.decompose_silu import decompose_silu
@@ -93,6 +97,8 @@ class FxMode:
         if options.replace_relu6:
             relu6 = replace_relu6_in_graph(graph_module, scopes, options.keep_float)
         prepared = _prepare(graph_module, qconfigs, target_of(options.backend))
+        for _, fake_quantize in fake_quantizes(prepared):
+            fake_quantize.like_onednn = runs_on_plain_tensors(options.backend)
         if own:
             graft.graft(network, prepared, used)
         else:
@@ -100,14 +106,14 @@ class FxMode:
         kept_float = tuple(f"{name} ({line})" for name, line in untraceable.items())
         return ModeResult(network, kept_float, relu6, captured)
 
-    def convert(self, prepared: nn.Module, unseen: Collection[str]) -> nn.Module:
+    def convert(self, prepared: nn.Module, unseen: Collection[str], lowering: str) -> nn.Module:
         """Converts a prepared graph into an int8 one, which runs only what eval mode runs."""
         if graft.is_grafted(prepared):
-            graft.regraft(prepared, _int8(graft.ungraft(prepared), unseen))
+            graft.regraft(prepared, _int8(graft.ungraft(prepared), unseen, lowering))
             return prepared
         assert isinstance(prepared, fx.GraphModule)
         kept = behaviour.attached(prepared)
-        return _finish(_int8(prepared, unseen), kept, kept[_NAME])
+        return _finish(_int8(prepared, unseen, lowering), kept, kept[_NAME])
 
 
 def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Options) -> QConfigs:
@@ -188,14 +194,16 @@ def _check_own_forward(network: nn.Module) -> None:
         )
 
 
-def _int8(prepared: fx.GraphModule, unseen: Collection[str]) -> fx.GraphModule:
+def _int8(prepared: fx.GraphModule, unseen: Collection[str], lowering: str) -> fx.GraphModule:
     """Converts a prepared graph, and consumes it."""
-    from qat_lightning.modes.native.lower import lower
-
     evaluate_only(prepared)
     drop_unseen(prepared, unseen)
+    if lowering == "plain":
+        return lower(reference_with_guards(prepared))
+    from qat_lightning.modes.native.lower import lower as lower_natively
+
     restore_relus(prepared)
-    return lower(prepared)
+    return lower_natively(prepared)
 
 
 def _whole_modules(graph_module: fx.GraphModule) -> list[str]:

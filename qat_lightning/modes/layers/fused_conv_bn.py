@@ -65,6 +65,14 @@ class FusedConvBn(TrainedLayer):
             layer.bias = nn.Parameter(self.folded_bias())
         return layer
 
+    @torch.no_grad()
+    def to_int8(self) -> Any:
+        """Returns the float layer with the weight and the bias that eval mode computes with, both rounded."""
+        layer = super().to_int8()
+        if commutes(self.weight_fake_quant) and self.weight_fake_quant.seen:
+            layer.weight = nn.Parameter(self._folded(self._factor()))
+        return layer
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output, before its own rounding."""
         y = self._commuting(x) if commutes(self.weight_fake_quant) else self._dividing(x)

@@ -6,7 +6,6 @@ import copy
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -14,24 +13,14 @@ from qat_lightning.base import random_state
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.fake_quant.switches import is_fake_quantize
-from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
+from qat_lightning.modes.layers.moves import JOINS, MOVES, pads_with_zeros
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.symbolic import defaults
 
-# Operations that return values of their first argument, or 0: the same qparams represent them.
-_KEEPS_QPARAMS: frozenset[Any] = frozenset(
-    {
-        *(nn.Identity, nn.Flatten, nn.Unflatten, nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.PixelShuffle, nn.ChannelShuffle),
-        *(torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze),
-        *(torch.relu, F.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d, rectify),
-        pad_values,
-        *("flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "contiguous", "relu"),
-    }
-)
+_KEEPS_QPARAMS = MOVES | {rectify, "flatten"}
 _HARD_SWISHES: frozenset[Any] = frozenset({nn.Hardswish, F.hardswish})
 HARD_SWISH_LIMIT = 3.0
 """A hard-swish is linear beyond ±3. If the qparams represent 3, its curve is a product of integers."""
@@ -78,7 +67,11 @@ def _source(network: nn.Module, node: Any) -> nn.Module | None:
             hooked = getattr(owner, "activation_post_process", None)
             if is_fake_quantize(hooked):
                 return hooked
-        if call_target(network, node) not in _KEEPS_QPARAMS:
+        target = call_target(network, node)
+        if target in JOINS and isinstance(node.args[0], list | tuple):
+            sources = {_source(network, each) for each in node.args[0]}
+            return sources.pop() if len(sources) == 1 else None
+        if target not in _KEEPS_QPARAMS and not (target is F.pad and pads_with_zeros(node)):
             return None
         node = node.args[0]
     return None

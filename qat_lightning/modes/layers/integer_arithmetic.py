@@ -42,6 +42,8 @@ class IntegerArithmetic:
         if bias is None:
             return sums * _per_channel(sum_scale, ndim)
         rounded_bias = round_bias(bias, sum_scale)
+        if source.like_onednn:
+            return sums * _per_channel(sum_scale, ndim) + _per_channel(rounded_bias, ndim)
         return torch.addcmul(_per_channel(rounded_bias, ndim), sums, _per_channel(sum_scale, ndim))
 
     def _has_integers(self, source: FakeQuantize, x: torch.Tensor) -> bool:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from qat_lightning.modes.graph.constants import Constants
 from qat_lightning.modes.lowering.int8.edges import Dequantize
 from qat_lightning.modes.lowering.int8.qparams import QParams
+from qat_lightning.modes.lowering.unpickling import Retracer
 
 
 class Bytes(NamedTuple):
@@ -18,10 +20,13 @@ class Bytes(NamedTuple):
     Attributes:
         node: The node of the new graph that computes it.
         qparams: Its qparams.
+        rounding: The module of the reference graph that has these qparams. What becomes of the graph depends
+            on which modules are the same, and never on numbers: a file then loads into an untrained network.
     """
 
     node: fx.Node
     qparams: QParams
+    rounding: nn.Module
 
 
 class Writer:
@@ -31,14 +36,17 @@ class Writer:
         reference: The reference graph.
 
     Attributes:
+        constants: The values of its nodes that depend on no input.
         graph: The new graph.
         bytes: What the new graph has as bytes, by the node of the reference graph.
+        meta: What new nodes get to know: the user's line.
     """
 
     def __init__(self, reference: fx.GraphModule) -> None:
-        self.reference = reference
-        self.graph = fx.Graph()
+        self.reference, self.constants = reference, Constants(reference)
+        self.graph = fx.Graph(tracer_cls=Retracer)
         self.bytes: dict[fx.Node, Bytes] = {}
+        self.meta: dict[str, Any] = {}
         self._values: dict[fx.Node, fx.Node] = {}
         self._owned: dict[str, Any] = {}  # modules by provisional names, and tensors
         self._names: dict[str, str] = {}
@@ -57,9 +65,10 @@ class Writer:
 
     def call(self, name: str, module: nn.Module, *args: Any) -> fx.Node:
         """Writes a call of a new module, which gets this name unless another has it."""
-        return self.graph.create_node(
-            "call_module", self._own(name, module), args, name=name.replace(".", "_")
-        )
+        target = self._own(name, module)
+        made = self.graph.create_node("call_module", target, args, name=name.replace(".", "_"))
+        made.meta = dict(self.meta)
+        return made
 
     def copy(self, node: fx.Node, of_bytes: bool = False) -> fx.Node:
         """Writes a node of the reference graph as it is.
@@ -92,7 +101,17 @@ class Writer:
                     final[provisional] = _free(self._names[provisional], owned)
                     owned[final[provisional]] = self._owned[provisional]
                 node.target = final[provisional]
-        return fx.GraphModule(owned, graph, name).eval()
+        made = fx.GraphModule(owned, graph, name).eval()
+        for buffer in dict(made.named_buffers()).keys() & self._unsaved():
+            parent, _, leaf = buffer.rpartition(".")
+            value = made.get_buffer(buffer)
+            delattr(made.get_submodule(parent), leaf)
+            made.get_submodule(parent).register_buffer(leaf, value, persistent=False)
+        return made
+
+    def _unsaved(self) -> set[str]:
+        """Returns the names of buffers that no state dict of the reference graph has."""
+        return dict(self.reference.named_buffers()).keys() - self.reference.state_dict().keys()
 
     def _own(self, name: str, module: nn.Module) -> str:
         provisional = f"provisional_{len(self._names)}"
@@ -101,9 +120,12 @@ class Writer:
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
-    while name in taken:
-        name += "_"
-    return name
+    """Returns a name that is not taken: a module that is called again is another one in int8."""
+    calls, found = 1, name
+    while found in taken:
+        calls += 1
+        found = f"{name}_call_{calls}"
+    return found
 
 
 def _attribute(root: nn.Module, name: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional as F
 
 from qat_lightning.fake_quant.numerics import rectify
@@ -16,16 +16,15 @@ from qat_lightning.modes.lowering.moves import moved_bytes, pad_values_of, reads
 from qat_lightning.modes.lowering.reading import (
     float_layer,
     int8_layer,
-    qparams_of,
     rounding_of,
     stored_weight,
 )
 from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer, ReferenceWeight
-from qat_lightning.modes.lowering.roundings import rounded_bytes
+from qat_lightning.modes.lowering.roundings import name_of, rounded_bytes
 
 
 @torch.no_grad()
-def lower(reference_graph: fx.GraphModule) -> nn.Module:
+def lower(reference_graph: fx.GraphModule) -> fx.GraphModule:
     """Makes an int8 network on plain tensors from a reference graph.
 
     It computes what the reference graph computes. Integers flow between its operations as bytes with a scale
@@ -40,15 +39,15 @@ def lower(reference_graph: fx.GraphModule) -> nn.Module:
     """
     writer = Writer(reference_graph)
     for node in reference_graph.graph.nodes:
+        writer.meta = dict(node.meta)
         _write(writer, node)
     return writer.finish(type(reference_graph).__name__)
 
 
 def _write(writer: Writer, node: fx.Node) -> None:
     module = module_of(writer.reference, node)
-    qparams = qparams_of(module) if type(module) is QuantizeDequantize else None
-    if qparams is not None:
-        writer.bytes[node] = rounded_bytes(writer, node, qparams)
+    if type(module) is QuantizeDequantize and module.axis is None:
+        writer.bytes[node] = rounded_bytes(writer, node, module)
     elif (moved := moved_bytes(writer, node)) is not None:
         writer.bytes[node] = moved
     else:
@@ -57,8 +56,15 @@ def _write(writer: Writer, node: fx.Node) -> None:
 
 def _float_value(writer: Writer, node: fx.Node, module: Any) -> fx.Node:
     """Writes a node that no integers compute, or whose result is float."""
-    if isinstance(module, ReferenceLayer):
-        return _float_layer(writer, node, module)
+    source = node.all_input_nodes[0] if node.all_input_nodes else None
+    integers = writer.bytes.get(source) if source is not None else None
+    if (
+        integers is not None
+        and (layer := int8_layer(writer, node, False, integers.qparams, None)) is not None
+    ):
+        return writer.call(name_of(node), layer, integers.node)
+    if isinstance(module, ReferenceLayer) and source is not None:
+        return writer.call(str(node.target), float_layer(module), writer.value(source))
     if isinstance(module, ReferenceWeight):
         return writer.call(str(node.target), stored_weight(module))
     if isinstance(module, QuantizeDequantize):
@@ -69,13 +75,3 @@ def _float_value(writer: Writer, node: fx.Node, module: Any) -> fx.Node:
     if node.target is rectify:  # saves memory in training
         copied.target, copied.kwargs = F.relu, {}
     return copied
-
-
-def _float_layer(writer: Writer, node: fx.Node, reference: ReferenceLayer) -> fx.Node:
-    """Writes a layer with a float result: of bytes, if its input is bytes."""
-    (source,) = node.all_input_nodes
-    integers = writer.bytes.get(source)
-    layer = None if integers is None else int8_layer(reference, False, integers.qparams, None)
-    if layer is None or integers is None:
-        return writer.call(str(node.target), float_layer(reference), writer.value(source))
-    return writer.call(str(node.target), layer, integers.node)

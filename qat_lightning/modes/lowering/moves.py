@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch.nn import functional as F
 
 from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.nodes import call_target, module_of
+from qat_lightning.modes.layers.moves import pads_with_zeros
 from qat_lightning.modes.lowering.functions import RELUS
 from qat_lightning.modes.lowering.graph import Bytes, Writer, arguments
-from qat_lightning.modes.lowering.int8.paddings import PadValues
-from qat_lightning.modes.lowering.int8.qparams import QParams
+from qat_lightning.modes.lowering.int8.paddings import PadValues, Rectify, ZeroPad
 from qat_lightning.modes.lowering.pooling import max_pool_of
 
 _MOVES: frozenset[Any] = frozenset(
@@ -52,7 +53,7 @@ def moved_bytes(writer: Writer, node: fx.Node) -> Bytes | None:
     target, sources = call_target(writer.reference, node), _sources(node)
     found = [writer.bytes.get(source) for source in sources]
     first = found[0] if found else None
-    if first is None or any(each is None or each.qparams != first.qparams for each in found):
+    if first is None or any(each is None or each.rounding is not first.rounding for each in found):
         return None
     if target in _SAME:
         return first
@@ -62,23 +63,23 @@ def moved_bytes(writer: Writer, node: fx.Node) -> Bytes | None:
         written = writer.copy(node, of_bytes=True)
         written.target = "reshape" if target == "view" else written.target
     elif target in RELUS:
-        written = writer.graph.call_function(torch.clamp, (first.node,), {"min": first.qparams.zero_point})
+        written = writer.call(f"{node.name}_int8", Rectify(first.qparams), first.node)
     elif _is_nearest(module, node):
         written = writer.copy(node, of_bytes=True)
     elif len(node.all_input_nodes) == 1:  # the sizes are constant
         written = _window(writer, node, first)
-    return None if written is None else Bytes(written, first.qparams)
+    return None if written is None else first._replace(node=written)
 
 
 def _window(writer: Writer, node: fx.Node, source: Bytes) -> fx.Node | None:
     """Writes a padding, or a pooling that chooses values."""
     module = module_of(writer.reference, node)
     if (pool := max_pool_of(module or node.target, node)) is not None:
-        return writer.call(node.name, pool, source.node)
+        return writer.call(f"{node.name}_int8", pool, source.node)
     if node.target is pad_values:
-        return writer.call(node.name, pad_values_of(node), source.node)
-    if (padding := _constant_padding(module, node, source.qparams)) is not None:
-        return writer.graph.call_function(F.pad, (source.node, *padding))
+        return writer.call(f"{node.name}_int8", pad_values_of(node), source.node)
+    if (pads := _zero_padding(module, node)) is not None:
+        return writer.call(f"{node.name}_int8", ZeroPad(pads, source.qparams), source.node)
     return None
 
 
@@ -89,20 +90,14 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [each for each in listed if isinstance(each, fx.Node)]
 
 
-def _constant_padding(module: Any, node: fx.Node, qparams: QParams) -> tuple[Any, str, int] | None:
-    """Returns arguments of `F.pad` for bytes; None if no byte stands for the constant."""
-    if isinstance(module, (*_ZERO_PADS, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)):
-        pads, value = module.padding, module.value
-    elif node.target is F.pad:
-        _, pads, mode, value = arguments(node, "input", "pad", ("mode", "constant"), ("value", None))
-        if mode != "constant":
-            return None
-    else:
+def _zero_padding(module: Any, node: fx.Node) -> Sequence[int] | None:
+    """Returns how many zeros to add on each side; None if a node does something else."""
+    if isinstance(module, _ZERO_PADS):
+        return tuple(module.padding)
+    if node.target is not F.pad or not pads_with_zeros(node):
         return None
-    steps = round(float(value or 0) / qparams.scale)
-    byte = steps + qparams.zero_point
-    exact = steps * qparams.scale == float(value or 0) and qparams.low <= byte <= qparams.high
-    return (pads, "constant", byte) if exact else None
+    _, pads, mode, _ = arguments(node, "input", "pad", ("mode", "constant"), ("value", None))
+    return tuple(pads) if mode == "constant" else None
 
 
 def _is_nearest(module: Any, node: fx.Node) -> bool:

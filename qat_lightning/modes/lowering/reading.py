@@ -5,45 +5,57 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx, nn
+from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import Convolution
+from qat_lightning.modes.graph.nodes import module_of
+from qat_lightning.modes.lowering.graph import Writer, arguments
 from qat_lightning.modes.lowering.int8.layers import Geometry, Int8Layer, Weight
+from qat_lightning.modes.lowering.int8.paddings import PadValues, ZeroPad
 from qat_lightning.modes.lowering.int8.qparams import QParams
 from qat_lightning.modes.lowering.int8.weights import FloatLayer, Rounding, StoredWeight
 from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer, ReferenceWeight
 
+_FUNCTIONS: dict[Any, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+"""Layers that are functions, with the number of dimensions of a convolution."""
 
-def qparams_of(rounding: QuantizeDequantize) -> QParams | None:
-    """Returns the qparams of a rounding as those of unsigned bytes; None for per-channel ones."""
-    if rounding.axis is not None:
-        return None
+
+def qparams_of(rounding: QuantizeDequantize) -> QParams:
+    """Returns the qparams of a rounding, which are per-tensor, as those of unsigned bytes."""
     shift = 128 if rounding.dtype == torch.int8 else 0
     low, high = rounding.bounds
     return QParams(rounding.scale, int(rounding.zero_point) + shift, low + shift, high + shift)
 
 
 def int8_layer(
-    reference: ReferenceLayer, relu: bool, input: QParams, output: QParams | None
+    writer: Writer, node: fx.Node, relu: bool, input: QParams, output: QParams | None
 ) -> Int8Layer | None:
-    """Returns a layer on bytes; None if integers cannot compute it.
+    """Returns a layer on bytes; None if a node calls something else, or if integers cannot compute it.
 
     Args:
-        reference: The layer of the reference graph.
+        writer: The new graph.
+        node: A node of the reference graph.
         relu: Whether a ReLU follows it.
         input: Qparams of the input.
         output: Qparams of the result; None for a float result.
     """
-    weight, layer = _weight_of(reference), reference.layer
-    relu = relu or reference.relu
-    if weight is None:
+    module = module_of(writer.reference, node)
+    geometry, pad = None, None
+    if isinstance(module, ReferenceLayer):
+        layer, relu = module.layer, relu or module.relu
+        weight = _weight(module.weight, None, layer.bias)
+        if isinstance(layer, Convolution):
+            geometry, pad = _geometry_of(layer, input)
+        elif not isinstance(layer, nn.Linear):
+            return None
+    elif node.target in _FUNCTIONS:
+        weight, geometry = _weight_of_call(writer, node), _geometry_of_call(node)
+        if geometry is None and node.target is not F.linear:
+            return None
+    else:
         return None
-    if not isinstance(layer, Convolution):
-        return Int8Layer(weight, None, relu, input, output)
-    padding = _padding(layer)
-    if layer.padding_mode != "zeros" or padding is None:
-        return None
-    geometry = Geometry([*layer.stride], padding, [*layer.dilation], layer.groups)
-    return Int8Layer(weight, geometry, relu, input, output)
+    return None if weight is None else Int8Layer(weight, geometry, relu, input, output, pad)
 
 
 def float_layer(reference: ReferenceLayer) -> FloatLayer:
@@ -73,22 +85,69 @@ def _tensors(reference: QuantizeDequantize) -> tuple[torch.Tensor, torch.Tensor]
     return torch.as_tensor(reference.scale, dtype=torch.float32), torch.as_tensor(zero_point)
 
 
-def _weight_of(reference: ReferenceLayer) -> Weight | None:
-    """Returns the weight of a layer; None if it is not symmetric with a scale for each output channel."""
-    stored: Any = reference.weight
-    scale, zero_point = _tensors(stored)
-    if stored.dtype != torch.int8 or stored.axis not in (None, 0) or bool(zero_point.any()):
+def _weight(stored: Any, value: torch.Tensor | None, bias: torch.Tensor | None) -> Weight | None:
+    """Returns a weight as integers; None if it is not symmetric with a scale for each output channel.
+
+    Args:
+        stored: Its rounding.
+        value: The weight, if the rounding does not hold it.
+        bias: The bias of the layer.
+    """
+    if stored.dtype != torch.int8 or stored.axis not in (None, 0) or not stored.symmetric:
         return None
-    bias = reference.layer.bias
-    scales = scale.expand(len(stored.int8)).contiguous()
-    return Weight(stored.int8, scales, None if bias is None else bias.detach().float())
+    integers = stored.int8 if value is None else stored.quantize(value.float())
+    scales = _tensors(stored)[0].expand(len(integers)).contiguous()
+    return Weight(integers, scales, None if bias is None else bias.detach().float())
 
 
-def _padding(layer: Any) -> list[int] | None:
-    """Returns how much a convolution pads on each side; None if the sides differ."""
+def _weight_of_call(writer: Writer, node: fx.Node) -> Weight | None:
+    """Returns the weight of a layer that is a function; None if it depends on an input of the network."""
+    _, weight, bias = arguments(node, "input", "weight", "bias")[:3]
+    stored = module_of(writer.reference, weight) if isinstance(weight, fx.Node) else None
+    if not isinstance(stored, QuantizeDequantize):
+        return None
+    value = None
+    if not isinstance(stored, ReferenceWeight):
+        value = writer.constants.of(weight.all_input_nodes[0])
+    constant = writer.constants.of(bias) if isinstance(bias, fx.Node) else None
+    if (bias is not None and constant is None) or not (value is not None or hasattr(stored, "int8")):
+        return None
+    return _weight(stored, value, constant)
+
+
+def _geometry_of(layer: Any, input: QParams) -> tuple[Geometry, nn.Module | None]:
+    """Returns how a convolution moves, and what pads its input before, if integers cannot pad like it."""
+    sides = _sides(layer)
+    by_kernel = layer.padding_mode == "zeros" and all(left == right for left, right in sides)
+    padding = [left for left, _ in sides] if by_kernel else [0] * len(sides)
+    geometry = Geometry([*layer.stride], padding, [*layer.dilation], layer.groups)
+    if by_kernel:
+        return geometry, None
+    pads = [size for side in reversed(sides) for size in side]
+    zeros = layer.padding_mode == "zeros"
+    return geometry, ZeroPad(pads, input) if zeros else PadValues(pads, layer.padding_mode)
+
+
+def _sides(layer: Any) -> list[tuple[int, int]]:
+    """Returns how much a convolution pads before and after each dimension."""
     if not isinstance(layer.padding, str):
-        return [*layer.padding]
-    totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(size, size) for size in layer.padding]
     if layer.padding == "valid":
-        return [0] * len(totals)
-    return None if any(total % 2 for total in totals) else [total // 2 for total in totals]
+        return [(0, 0) for _ in layer.kernel_size]
+    totals = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def _geometry_of_call(node: fx.Node) -> Geometry | None:
+    """Does the same for a function."""
+    dims = _FUNCTIONS[node.target]
+    if dims is None:
+        return None
+    settings = arguments(
+        node, "input", "weight", "bias", ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)
+    )[3:]
+    if any(isinstance(each, fx.Node | str) for each in settings):
+        return None
+    *places, groups = settings
+    stride, padding, dilation = ([each] * dims if isinstance(each, int) else [*each] for each in places)
+    return Geometry(stride, padding, dilation, groups)

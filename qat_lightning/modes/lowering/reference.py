@@ -27,6 +27,7 @@ from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.int8.weights import computed
 from qat_lightning.modes.lowering.operations import OPERATIONS as OPS
 from qat_lightning.modes.lowering.spell_out import spell_out
+from qat_lightning.modes.lowering.unseen_weights import observe, observe_weights
 from qat_lightning.modes.targets.common import COMMON
 from qat_lightning.modes.targets.rules import Kind
 from qat_lightning.modes.trace.own_layers import with_own_parameters
@@ -46,6 +47,7 @@ class QuantizeDequantize(nn.Module):
         super().__init__()
         scale, zero_point = fake_quantize.calculate_qparams()
         self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
+        self.symmetric = fake_quantize.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
         self.bounds = _bounds(fake_quantize)
         self.dtype = torch.int8 if self.bounds[0] < 0 else torch.uint8
         if self.axis is None:
@@ -54,7 +56,8 @@ class QuantizeDequantize(nn.Module):
             self.register_buffer("scale", scale.detach().float())
             self.register_buffer("zero_point", zero_point.detach().to(torch.int32))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, averaged: bool = False) -> torch.Tensor:
+        """Returns the rounded tensor; `averaged` is a message to a lowering, see `FakeQuantize.forward`."""
         return self.dequantize(self.quantize(x))
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,6 +75,14 @@ class QuantizeDequantize(nn.Module):
         return self.scale, self.zero_point, *axis, *self.bounds, self.dtype
 
 
+class Unrounded(nn.Identity):
+    """Stands for a fake-quantize that rounds nothing."""
+
+    def forward(self, x: torch.Tensor, averaged: bool = False) -> torch.Tensor:
+        """Returns the tensor as it is."""
+        return x
+
+
 class ReferenceWeight(QuantizeDequantize):
     """A weight that is stored as int8 and dequantized where it is used.
 
@@ -84,8 +95,8 @@ class ReferenceWeight(QuantizeDequantize):
         super().__init__(fake_quantize)
         self.register_buffer("int8", self.quantize(weight.detach().float()))
 
-    def forward(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the rounded weight; ignores the float `weight` that a graph passes to be rounded."""
+    def forward(self, x: torch.Tensor | None = None, averaged: bool = False) -> torch.Tensor:
+        """Returns the rounded weight; ignores the float one that a graph passes to be rounded."""
         integers: Any = self.int8
         return self.dequantize(integers)
 
@@ -119,7 +130,16 @@ def _bounds(fake_quantize: Any) -> tuple[int, int]:
 
 def reference(prepared: nn.Module) -> nn.Module:
     """Makes the reference graph of a prepared network from a copy, in eval mode on the CPU."""
-    return _rebuilt(prepared, _reference_layer, _quantize_dequantize)
+    return _rebuilt(copy.deepcopy(prepared).cpu().eval(), _reference_layer, _quantize_dequantize)
+
+
+def reference_with_guards(prepared: fx.GraphModule) -> Any:
+    """Makes that of a network in eval mode on the CPU, which is consumed; its guards stay.
+
+    Each fake-quantize rounds, whether it has seen data or not.
+    """
+    observe_weights(prepared)
+    return _rebuilt(prepared, _reference_layer, _rounding, guards=True)
 
 
 def floating(prepared: nn.Module) -> nn.Module:
@@ -127,24 +147,24 @@ def floating(prepared: nn.Module) -> nn.Module:
 
     The result is a float network with the trained weights, batch-norm folded in.
     """
-    return _rebuilt(prepared, _float_layer, lambda child, weight: nn.Identity())
+    return _rebuilt(copy.deepcopy(prepared).cpu().eval(), _float_layer, lambda child, weight: Unrounded())
 
 
 def _rebuilt(
-    prepared: nn.Module,
+    module: nn.Module,
     layer: Callable[[Any], nn.Module],
     rounding: Callable[[Any, torch.Tensor | None], nn.Module],
+    guards: bool = False,
 ) -> nn.Module:
-    module = copy.deepcopy(prepared).cpu().eval()
     with_own_parameters(module)
     weights: dict[tuple[nn.Module, str], torch.Tensor] = {}
     for network in list(module.modules()):
         if isinstance(network, fx.GraphModule):
-            _keep_what_a_file_holds(network)
+            _keep_what_a_file_holds(network, guards)
             weights |= {(network, name): weight for name, weight in _rounded_weights(network).items()}
         elif is_grafted(network):
             graph_module = ungraft(network)
-            _keep_what_a_file_holds(graph_module)
+            _keep_what_a_file_holds(graph_module, guards)
             weights |= {(network, name): weight for name, weight in _rounded_weights(graph_module).items()}
             regraft(network, graph_module)
     with quiet_torch_ao():  # an eager network may hold fake-quantizes that never run
@@ -155,8 +175,9 @@ def _rebuilt(
     return module
 
 
-def _keep_what_a_file_holds(graph_module: fx.GraphModule) -> None:
-    remove_guards(graph_module)
+def _keep_what_a_file_holds(graph_module: fx.GraphModule, guards: bool) -> None:
+    if not guards:
+        remove_guards(graph_module)
     evaluate_only(graph_module)
     spell_out(graph_module)
 
@@ -188,7 +209,9 @@ def _is_moved_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _reference_layer(child: Any) -> nn.Module:
     if isinstance(child, TrainedLayer):
-        layer = ReferenceLayer(child.to_int8(), child.weight_fake_quant, relu=child.relu)
+        plain = child.to_int8()
+        observe(child.weight_fake_quant, lambda: plain.weight)
+        layer = ReferenceLayer(plain, child.weight_fake_quant, relu=child.relu)
     else:  # torch.ao's, in eager mode
         plain = child.to_float()
         fused = isinstance(plain, nn.Sequential)
@@ -208,7 +231,11 @@ def _float_layer(child: Any) -> nn.Module:
 
 def _quantize_dequantize(child: Any, weight: torch.Tensor | None) -> nn.Module:
     if not bool(child.fake_quant_enabled.any()) or (has_range(child) and not has_seen_data(child)):
-        return nn.Identity()
+        return Unrounded()
+    return _rounding(child, weight)
+
+
+def _rounding(child: Any, weight: torch.Tensor | None) -> nn.Module:
     return QuantizeDequantize(child) if weight is None else ReferenceWeight(child, weight)
 
 

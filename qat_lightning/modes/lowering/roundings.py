@@ -14,30 +14,33 @@ from qat_lightning.modes.lowering.int8.arithmetic import Product, Sum
 from qat_lightning.modes.lowering.int8.edges import Quantize
 from qat_lightning.modes.lowering.int8.pools import Average
 from qat_lightning.modes.lowering.int8.qparams import QParams
-from qat_lightning.modes.lowering.int8.tables import Table
+from qat_lightning.modes.lowering.norms import norm_of, table_of
 from qat_lightning.modes.lowering.pooling import average_of
-from qat_lightning.modes.lowering.reading import int8_layer
-from qat_lightning.modes.lowering.reference import ReferenceLayer
+from qat_lightning.modes.lowering.reading import int8_layer, qparams_of
+from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer
 
 
-def rounded_bytes(writer: Writer, node: fx.Node, output: QParams) -> Bytes:
+def rounded_bytes(writer: Writer, node: fx.Node, rounding: QuantizeDequantize) -> Bytes:
     """Writes the operation whose result a rounding rounds.
 
     Args:
         writer: The new graph.
-        node: The rounding.
-        output: Its qparams.
+        node: The call of the rounding.
+        rounding: The module that it calls.
     """
     (source,) = node.all_input_nodes
     same = writer.bytes.get(source)
-    if same is not None and same.qparams == output:
+    if same is not None and same.rounding is rounding:
         return same
+    output = qparams_of(rounding)
+    writer.meta = dict(source.meta)
     for rule in (_table, _layer, _pair, _average):
         written = rule(writer, source, output)
         if written is not None:
-            return Bytes(written, output)
-    quantize = Quantize(output, channels_last=_is_convolved(writer, node))
-    return Bytes(writer.call(str(node.target), quantize, writer.value(source)), output)
+            return Bytes(written, output, rounding)
+    averaged = bool(node.kwargs.get("averaged"))
+    quantize = Quantize(output, channels_last=_is_convolved(writer, node), averaged=averaged)
+    return Bytes(writer.call(str(node.target), quantize, writer.value(source)), output, rounding)
 
 
 def _table(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
@@ -45,7 +48,8 @@ def _table(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
     chain: list[fx.Node] = []
     start = node
     while start not in writer.bytes:
-        if not is_elementwise(call_target(writer.reference, start), start):
+        module = module_of(writer.reference, start)
+        if not (is_elementwise(call_target(writer.reference, start), start) or norm_of(module) is not None):
             return None
         chain.insert(0, start)
         (start,) = start.all_input_nodes
@@ -56,21 +60,19 @@ def _table(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
             x = _run(writer.reference, each, x)
         return x
 
-    return writer.call(_name(node), Table(function, source.qparams, output), source.node)
+    norms = [norm_of(module_of(writer.reference, each)) for each in chain]
+    made = table_of(function, [norm for norm in norms if norm is not None], source.qparams, output)
+    return None if made is None else writer.call(name_of(node), made, source.node)
 
 
 def _layer(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
     """Computes a layer with bytes, and a ReLU after it."""
     layer, relu = _before_relu(writer, node)
-    module = module_of(writer.reference, layer)
-    if not isinstance(module, ReferenceLayer) or not _is_read_once(node, layer) or not output.full:
+    integers = writer.bytes.get(layer.all_input_nodes[0]) if layer.all_input_nodes else None
+    if integers is None or not _is_read_once(node, layer) or not output.full:
         return None
-    (source,) = layer.all_input_nodes
-    integers = writer.bytes.get(source)
-    if integers is None:
-        return None
-    written = int8_layer(module, relu, integers.qparams, output)
-    return None if written is None else writer.call(str(layer.target), written, integers.node)
+    written = int8_layer(writer, layer, relu, integers.qparams, output)
+    return None if written is None else writer.call(name_of(layer), written, integers.node)
 
 
 def _pair(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
@@ -88,7 +90,7 @@ def _pair(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
         module = Product(first.qparams, second.qparams, output)
     else:
         return None
-    return writer.call(pair.name, module, first.node, second.node)
+    return writer.call(name_of(pair), module, first.node, second.node)
 
 
 def _average(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
@@ -98,7 +100,7 @@ def _average(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
     if found is None or integers is None:
         return None
     module = Average(found, integers.qparams, output)
-    return writer.call(_name(node), module, integers.node)
+    return writer.call(name_of(node), module, integers.node)
 
 
 def _before_relu(writer: Writer, node: fx.Node) -> tuple[fx.Node, bool]:
@@ -119,8 +121,9 @@ def _is_convolved(writer: Writer, node: fx.Node) -> bool:
     return any(weight.ndim > 3 for weight in weights)
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
+def name_of(node: fx.Node) -> str:
+    """Returns the name for a new module. That of a function may be that of a LightningModule's method."""
+    return str(node.target) if node.op == "call_module" else f"{node.name}_int8"
 
 
 def _run(reference: fx.GraphModule, node: fx.Node, x: torch.Tensor) -> torch.Tensor:

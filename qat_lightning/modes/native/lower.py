@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.modes.functions.pads import pad_values
-from qat_lightning.modes.graph.constants import Constants
 from qat_lightning.modes.graph.nodes import called_modules, fake_quantize_of
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.spell_out import spell_out
+from qat_lightning.modes.lowering.unseen_weights import observe, observe_weights
 from qat_lightning.modes.native.packed_weights import hold_packed_weights
 from qat_lightning.modes.native.reused_modules import copy_reused_modules
 from qat_lightning.modes.native.torch_ao_internals import lower_to_kernels
@@ -55,7 +55,7 @@ def lower(prepared: fx.GraphModule) -> fx.GraphModule:
     for node in prepared.graph.nodes:
         node.op, node.target = _KNOWN.get((node.op, node.target), (node.op, node.target))
     _use_plain_norms(prepared)
-    _observe_weights(prepared)
+    observe_weights(prepared)
     _quantize(prepared)
     scopes = {node.name: (str(node.target), None) for node in prepared.graph.nodes}
     return hold_packed_weights(_tidied(_pad_integers(lower_to_kernels(prepared, scopes))))
@@ -66,23 +66,13 @@ def _reference(layer: TrainedLayer) -> nn.Module:
     plain = layer.to_int8()
     reference, with_relu = _REFERENCES[layer.plain]
     fake_quantize: Any = layer.weight_fake_quant
-    if fake_quantize.is_per_channel and fake_quantize.scale.numel() == 1:  # nothing has run yet
-        fake_quantize(plain.weight.detach())
+    observe(fake_quantize, lambda: plain.weight)
     made: nn.Module = reference.from_float(plain, get_qparam_dict(fake_quantize))
     if not layer.relu:
         return made
     fused: Any = with_relu(plain, nn.ReLU())
     fused[0] = made
     return fused  # type: ignore[no-any-return]
-
-
-def _observe_weights(prepared: fx.GraphModule) -> None:
-    """Shows the fake-quantizes of computed weights their weights, if nothing has run yet."""
-    constants = Constants(prepared)
-    for node in prepared.graph.nodes:
-        fake_quantize: Any = fake_quantize_of(prepared, node)
-        if getattr(fake_quantize, "is_per_channel", False) and fake_quantize.scale.numel() == 1:
-            fake_quantize(constants.of(node.all_input_nodes[0]))
 
 
 def _use_plain_norms(prepared: fx.GraphModule) -> None:

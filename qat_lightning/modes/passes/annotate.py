@@ -22,6 +22,7 @@ from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
+from qat_lightning.modes.layers.moves import pads_with_zeros
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.passes.fuse_norms import follows_float_layer
@@ -43,6 +44,7 @@ class Rounding:
         readers: The nodes that read the rounded tensor; None for all.
         weight: Whether the tensor is a weight.
         fixed: Scale and zero point, if they are fixed.
+        averaged: Whether the tensor is an average of values that are rounded with the same qparams.
     """
 
     node: fx.Node
@@ -50,6 +52,7 @@ class Rounding:
     readers: list[fx.Node] | None = None
     weight: bool = False
     fixed: tuple[float, int] | None = None
+    averaged: bool = False
 
 
 @dataclass
@@ -115,7 +118,7 @@ class _Annotator:
         is_float_layer = rule.kind is Kind.LAYER and module is not None
         if is_float_layer or self._qconfigs.of(node) is None or lacks_int8(module):
             return None
-        if node.target is F.pad and not _pads_with_zeros(node):
+        if node.target is F.pad and not pads_with_zeros(node):
             return None
         return None if rule.kind is Kind.COMBINES and not self._combines_tensors(node) else rule
 
@@ -180,7 +183,7 @@ class _Annotator:
         if source is None:
             return
         if rule.kind is Kind.AVERAGES:
-            again = self._add(Rounding(node, source.qconfig, fixed=source.fixed))
+            again = self._add(Rounding(node, source.qconfig, fixed=source.fixed, averaged=True))
             self._plan.shared.append((source, again))
             source = again
         else:
@@ -208,10 +211,3 @@ class _Annotator:
     def _add(self, rounding: Rounding) -> Rounding:
         self._plan.roundings.append(rounding)
         return rounding
-
-
-def _pads_with_zeros(node: fx.Node) -> bool:
-    """Whether a call of `F.pad` adds zeros, or values of its input."""
-    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
-    given |= node.kwargs
-    return given.get("mode", "constant") != "constant" or not given.get("value")

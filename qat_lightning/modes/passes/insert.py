@@ -28,6 +28,8 @@ def insert(graph_module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         graph_module.add_submodule(name, made[id(rounding)])
         source = rounded.get(rounding.node, rounding.node)
         call = _call(graph_module.graph, name, source)
+        if rounding.averaged and isinstance(made[id(rounding)], FakeQuantize):
+            call.kwargs = {"averaged": True}
         readers = [user for user in source.users if user is not call]
         for reader in readers if rounding.readers is None else rounding.readers:
             reader.replace_input_with(source, call)

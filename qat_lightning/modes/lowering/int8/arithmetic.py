@@ -6,13 +6,9 @@ from functools import partial
 
 import torch
 
-from qat_lightning.modes.lowering.int8 import onednn
-from qat_lightning.modes.lowering.int8.memory import format_of, in_blocks
-from qat_lightning.modes.lowering.int8.qparams import QParams, centered, rounded
+from qat_lightning.modes.lowering.int8.memory import in_blocks
+from qat_lightning.modes.lowering.int8.qparams import QParams, dequantized, rounded
 from qat_lightning.modes.lowering.int8.state import Lowered, Run
-
-_LARGE = 1 << 16
-"""Above this many elements oneDNN adds faster than PyTorch's operators do."""
 
 
 class Sum(Lowered):
@@ -31,37 +27,25 @@ class Sum(Lowered):
 
     def prepared(self) -> Run:
         first, second, output = (self.qparams(name) for name in ("first", "second", "output"))
-        kernel = onednn.add_kernel(first, second, output, self.relu) if onednn.has_operators() else None
         block = _sum_of_blocks(first, second, output, self.relu)
 
         def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             if a.shape != b.shape:
                 a, b = torch.broadcast_tensors(a, b)
-            if kernel is not None and a.numel() > _LARGE and _are_images(a, b):
-                return kernel(a, b)
             return in_blocks(block, a, b)
 
         return run
 
 
 def _sum_of_blocks(first: QParams, second: QParams, output: QParams, relu: bool) -> Run:
-    """Returns a function that adds two tensors in few passes: `first * factor + second * factor + offset`."""
-    factors = [each.scale / output.scale for each in (first, second)]
-    shares = (each.zero_point * factor for each, factor in zip((first, second), factors, strict=True))
-    offset = torch.tensor(output.zero_point - sum(shares), dtype=torch.float32)
-    low = output.zero_point if relu else 0
-    bounds = QParams(1.0, 0, low)
+    """Returns a function that adds two tensors of one shape."""
 
     def block(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        y = torch.add(offset, a.to(torch.float32), alpha=factors[0])
-        return rounded(y.add_(b.to(torch.float32), alpha=factors[1]), bounds, out)
+        y = dequantized(a, first).add_(dequantized(b, second))
+        y = y.relu_() if relu else y
+        return rounded(y.mul_(1 / output.scale), output, out)
 
     return block
-
-
-def _are_images(*tensors: torch.Tensor) -> bool:
-    """Whether tensors are images with channels last."""
-    return all(format_of(each) is torch.channels_last for each in tensors)
 
 
 class Product(Lowered):
@@ -107,5 +91,5 @@ def _product(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiplies each element of `a`, and its zero point, by a factor from `b`."""
-    factor = centered(b, small).mul_(large.scale * small.scale / output.scale)
-    return rounded(centered(a, large).mul_(factor), output, out)
+    y = dequantized(a, large).mul_(dequantized(b, small))
+    return rounded(y.mul_(1 / output.scale), output, out)

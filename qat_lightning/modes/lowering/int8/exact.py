@@ -32,7 +32,8 @@ class ExactKernel:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         sums = self._sums(centered(x, self.input).to(self.dtype)).float()
-        y = sums.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, sums, self.scale)
+        y = sums.mul_(self.scale)
+        y = y if self.bias is None else y.add_(self.bias)
         y = y.relu_() if self.relu else y
         return y if self.output is None else quantized(y, self.output)
 

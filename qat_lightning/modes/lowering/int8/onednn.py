@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from qat_lightning.base import cpu
-from qat_lightning.modes.lowering.int8.qparams import QParams
 
 Kernel = Callable[..., torch.Tensor]
 
@@ -31,16 +30,18 @@ def is_exact() -> bool:
 def conv_kernel(layer: Any) -> Kernel:
     """Returns a function that computes a convolution.
 
-    An input without a zero point is faster. So where nothing is padded, the bias takes over what the zero
-    point contributes to each sum.
+    For an input with a zero point oneDNN packs the weight of a convolution again at each call, but not that
+    of a linear layer. So a convolution by 1 then runs as one.
     """
-    scale, zero_point = layer.qparams("input")[:2]
-    bias, ndim = layer.bias, layer.weight.ndim
-    if zero_point and not any(layer.geometry.padding):
-        bias, zero_point = _bias_for_zero_point(layer), 0
+    scales, zero_point = _sum_scales(layer), layer.qparams("input").zero_point
+    ndim = layer.weight.ndim
+    if zero_point and _mixes_channels_only(layer):
+        mix = linear_kernel(layer)
+        return lambda x: mix(x.movedim(1 - ndim, -1).contiguous()).movedim(-1, 1 - ndim)
     geometry = [[*each] for each in layer.geometry[:3]] + [layer.geometry.groups]
-    tail = (layer.weight_scale, _zeros(layer), bias, *geometry, *_result(layer))
+    tail = (scales, _zeros(layer), layer.bias, *geometry, *_result(layer))
     operator = torch.ops.onednn.qconv_pointwise.default
+    lowest = _zero_of_relu(layer)
     packed: torch.Tensor | None = None
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -48,61 +49,39 @@ def conv_kernel(layer: Any) -> Kernel:
         if x.dim() < ndim:
             return run(x.unsqueeze(0)).squeeze(0)
         if packed is None:
-            packed = _packed(layer.weight, layer.weight_scale, scale, zero_point, geometry, x)
-        return operator(x, scale, zero_point, packed, *tail)
+            packed = _packed(layer.weight, scales, zero_point, geometry, x)
+        y = operator(x, 1.0, zero_point, packed, *tail)
+        return y if lowest is None else y.clamp_(min=lowest)
 
     return run
 
 
 def linear_kernel(layer: Any) -> Kernel:
     """Returns a function that computes a linear layer."""
-    head = layer.qparams("input")[:2]
-    tail = (layer.weight_scale, _zeros(layer), layer.bias, *_result(layer))
+    zero_point = layer.qparams("input").zero_point
+    tail = (_sum_scales(layer), _zeros(layer), layer.bias, *_result(layer))
     operator = torch.ops.onednn.qlinear_pointwise.default
-    packed = torch.ops.onednn.qlinear_prepack(layer.weight, None)
+    packed = torch.ops.onednn.qlinear_prepack(layer.weight.flatten(1), None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2:
             return run(x.unsqueeze(0)).squeeze(0)
-        return operator(x, *head, packed, *tail)
+        return operator(x, 1.0, zero_point, packed, *tail)
 
     return run
 
 
-def add_kernel(first: QParams, second: QParams, output: QParams, relu: bool) -> Kernel:
-    """Returns a function that adds two images with channels last.
-
-    It is a depthwise convolution by 1 that adds its result to the other image. oneDNN's own additions, `qadd`
-    and `qadd_relu`, are wrong for bytes from 128 on.
-    """
-    swaps = second.zero_point == 0  # an input without a zero point is faster
-    x_qparams, other_qparams = (second, first) if swaps else (first, second)
-    to = (*output[:2], torch.uint8, *other_qparams[:2])
-    after: tuple[Any, ...] = ("sum", 1.0, "relu" if relu else None, [], None)
-    operator = torch.ops.onednn.qconv2d_pointwise.binary
-    weights: dict[int, tuple[Any, ...]] = {}
-
-    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        x, other = (b, a) if swaps else (a, b)
-        channels = x.shape[1]
-        if channels not in weights:
-            ones, geometry = torch.ones(channels), [[1, 1], [0, 0], [1, 1], channels]
-            weight = torch.ones(channels, 1, 1, 1, dtype=torch.int8)
-            packed = _packed(weight, ones, *x_qparams[:2], geometry, x)
-            weights[channels] = packed, ones, torch.zeros(channels, dtype=torch.int64), geometry
-        packed, ones, zeros, geometry = weights[channels]
-        return operator(x, *x_qparams[:2], packed, ones, zeros, other.clone(), None, *geometry, *to, *after)
-
-    return run
+def _mixes_channels_only(layer: Any) -> bool:
+    """Whether a convolution computes each place of its result from one place of its input."""
+    geometry = layer.geometry
+    by_one = all(size == 1 for size in (*layer.weight.shape[2:], *geometry.stride))
+    return by_one and not any(geometry.padding) and geometry.groups == 1
 
 
-def _bias_for_zero_point(layer: Any) -> torch.Tensor:
-    """Returns the bias for an input whose zero point is taken for 0."""
-    scale, zero_point = layer.qparams("input")[:2]
-    sums = layer.weight.flatten(1).sum(1, dtype=torch.float64) * layer.weight_scale.double()
-    bias = 0 if layer.bias is None else layer.bias.double()
-    shifted: torch.Tensor = bias - sums * (scale * zero_point)
-    return shifted.float()
+def _sum_scales(layer: Any) -> torch.Tensor:
+    """Returns the scale of each channel's sums. oneDNN would round after each of two factors."""
+    scale: torch.Tensor = layer.weight_scale * layer.get_buffer("input_scale")
+    return scale
 
 
 def _zeros(layer: Any) -> torch.Tensor:
@@ -113,11 +92,20 @@ def _result(layer: Any) -> tuple[Any, ...]:
     """Returns the arguments that say what the result is."""
     output = layer.output_qparams()
     to = (1.0, 0, torch.float32) if output is None else (*output[:2], torch.uint8)
-    return (*to, "relu" if layer.relu else "none", [], "")
+    fuses = layer.relu and layer.weight.ndim < 5
+    return (*to, "relu" if fuses else "none", [], "")
+
+
+def _zero_of_relu(layer: Any) -> int | None:
+    """Returns the smallest result of a ReLU that the operator does not do: one in three dimensions."""
+    if not layer.relu or layer.weight.ndim < 5:
+        return None
+    output = layer.output_qparams()
+    return 0 if output is None else output.zero_point
 
 
 def _packed(
-    weight: torch.Tensor, scales: torch.Tensor, scale: float, zero_point: int, geometry: Any, x: torch.Tensor
+    weight: torch.Tensor, scales: torch.Tensor, zero_point: int, geometry: Any, x: torch.Tensor
 ) -> torch.Tensor:
     """Packs the weight of a convolution for inputs like `x`; for others each call packs it anew."""
-    return torch.ops.onednn.qconv_prepack(weight, scales, scale, zero_point, *geometry, list(x.shape))
+    return torch.ops.onednn.qconv_prepack(weight, scales, 1.0, zero_point, *geometry, list(x.shape))

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qat_lightning.modes.lowering.int8.qparams import QParams, centered, rounded, rounded_product
+from qat_lightning.fake_quant.numerics import settle_averages_
+from qat_lightning.modes.lowering.int8.qparams import QParams, centered, rounded
 from qat_lightning.modes.lowering.int8.state import Lowered, Run
 
 
@@ -75,12 +76,12 @@ class Average(Lowered):
         factor = input.scale / output.scale
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            if not isinstance(pool, Mean):
-                return rounded(pool(centered(x, input)).mul_(factor), output)
-            sums, count = pool.sums(x)
-            if input == output and sums.dtype == torch.float32:
-                return rounded_product(sums, 1 / count)
-            return rounded(sums.sub_(count * input.zero_point).mul_(factor / count).float(), output)
+            if isinstance(pool, Mean):
+                sums, count = pool.sums(x)
+                steps = sums.sub_(count * input.zero_point).mul_(factor / count).float()
+            else:
+                steps = pool(centered(x, input)).mul_(factor)
+            return rounded(settle_averages_(steps) if input == output else steps, output)
 
         return run
 

@@ -9,8 +9,6 @@ import torch
 _SHIFT = 1.5 * 2**23
 """A float32 above this has steps of 1, so that adding it rounds; the lowest byte then holds the integer."""
 
-_SHIFT_TENSOR = torch.tensor(_SHIFT, dtype=torch.float32)
-
 
 class QParams(NamedTuple):
     """A scale and a zero point, and the bytes that a tensor with them may hold.
@@ -41,18 +39,12 @@ def quantized(x: torch.Tensor, qparams: QParams, out: torch.Tensor | None = None
 def rounded(steps: torch.Tensor, qparams: QParams, out: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the bytes of a float32 tensor without gaps that counts steps of the scale; overwrites it.
 
-    `clamp(round(steps) + zero_point)` and a conversion to bytes take three times as long: PyTorch converts
+    `clamp(round(steps + zero_point))` and a conversion to bytes take three times as long: PyTorch converts
     floats to bytes one by one.
     """
-    zero = qparams.zero_point
-    steps.add_(_SHIFT).clamp_(_SHIFT + (qparams.low - zero), _SHIFT + (qparams.high - zero))
-    out = lowest_bytes(steps, out)
-    return out.add_(zero) if zero else out  # modulo 256, so that negative steps become right, too
-
-
-def rounded_product(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """Returns the bytes of `x * factor`, for a float32 `x` without gaps whose product is within 0 and 255."""
-    return lowest_bytes(torch.add(_SHIFT_TENSOR, x, alpha=factor))
+    if qparams.zero_point:
+        steps.add_(qparams.zero_point)
+    return lowest_bytes(steps.add_(_SHIFT).clamp_(_SHIFT + qparams.low, _SHIFT + qparams.high), out)
 
 
 def lowest_bytes(shifted: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -55,7 +55,3 @@ class Lowered(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._run = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._run = None
-        return super()._apply(*args, **kwargs)

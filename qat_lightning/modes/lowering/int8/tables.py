@@ -1,4 +1,4 @@
-"""A function of one tensor of bytes: a table of 256 bytes."""
+"""A function of one tensor of bytes: a table of 256 bytes, or one for each channel."""
 
 from __future__ import annotations
 
@@ -42,6 +42,43 @@ class Table(Lowered):
                 pairs.append(_of_pairs(table))
             found = _look_up(pairs[0], flat(x).view(torch.uint16))
             return found.view(torch.uint8).as_strided(x.shape, x.stride())
+
+        return run
+
+
+class ChannelTable(Lowered):
+    """Looks each byte up in the table of its channel.
+
+    Args:
+        function: The function of floats, which treats the elements of a channel alike.
+        channels: The number of channels, which are the second dimension.
+        dims: The number of dimensions of the input.
+        input: Qparams of the input.
+        output: Qparams of the result.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[torch.Tensor], Any],
+        channels: int,
+        dims: int,
+        input: QParams,
+        output: QParams,
+    ) -> None:
+        super().__init__()
+        with torch.no_grad():
+            every = dequantized(torch.arange(256, dtype=torch.uint8), input)
+            rows = every.expand(1, channels, -1).reshape(1, channels, 256, *[1] * (dims - 3))
+            self.register_buffer("table", quantized(function(rows), output).view(channels, 256))
+
+    def prepared(self) -> Run:
+        table = self.get_buffer("table")
+        starts = torch.arange(len(table), dtype=torch.int32) * 256
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            (x,) = laid_out_alike(x)
+            places = x + starts.view(-1, *[1] * (x.ndim - 2))
+            return torch.index_select(table.view(-1), 0, flat(places)).as_strided(x.shape, x.stride())
 
         return run
 
