@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step                                  # four networks, batch 32x3x64x64, CPU
     python -m benchmarks.train_step --size 224 --rounds 0            # memory at full size, no times
+    python -m benchmarks.train_step --models deit_tiny_patch16_224 --size 224 --batch 4 --backend openvino
     python -m benchmarks.train_step --device cuda --dtype bfloat16 --compile --variants "ours, observing"
 
 A step is forward, backward and SGD. All variants of a network are timed in one process, a step of
@@ -15,7 +16,7 @@ hold, above the weights: on CUDA the allocator's peak, on the CPU the bytes save
 - NNCF and Brevitas, where they are installed (pip install ".[bench]"): calibrated, then trained.
   Brevitas folds batch norm into the convolutions first, so that its steps have none.
 
-A peer that cannot train a network is a dash in the table, and its error is in the JSON file.
+A network's name is torchvision's or timm's. A peer that cannot train a network is a dash in the table, and its error is in the JSON file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torchvision import models
 from torchvision.models import quantization as quantizable
 
 from qat_lightning import prepare
+from qat_lightning.base.backends import BACKENDS
 from qat_lightning.base.quiet import quiet_torch_ao
 from qat_lightning.base.schedule import Phase
 from qat_lightning.fake_quant.phases import enter
@@ -48,10 +50,10 @@ OURS = ("ours, observing", "ours, observers frozen", "ours, all frozen")
 PEERS = ("torch fx", "torch eager", "NNCF", "Brevitas")
 
 
-def ours(network: nn.Module, *, observe: bool, freeze_bn: bool) -> nn.Module:
-    prepared = prepare(network, backend="x86").train()
+def ours(network: nn.Module, x: Tensor, backend: str, *, observe: bool, freeze_bn: bool) -> nn.Module:
+    prepared = prepare(network, backend=backend, example_inputs=x[:2]).train()
     with torch.no_grad():
-        prepared(torch.randn(2, 3, 64, 64))
+        prepared(x[:2])
     enter(prepared, Phase(fake_quant=True, observe=observe, freeze_bn=freeze_bn))
     return prepared
 
@@ -103,15 +105,27 @@ def settled(network: nn.Module, x: Tensor) -> nn.Module:
     return network
 
 
-def variants(name: str, x: Tensor) -> dict[str, Callable[[], nn.Module]]:
-    def fresh() -> nn.Module:
+def float_network(name: str) -> nn.Module:
+    """Returns a network of torchvision or timm, with random weights, in training mode."""
+    if hasattr(models, name):
         return getattr(models, name)().train()
+    import timm
+
+    return timm.create_model(name).train()
+
+
+def variants(name: str, x: Tensor, backend: str) -> dict[str, Callable[[], nn.Module]]:
+    def fresh() -> nn.Module:
+        return float_network(name)
+
+    def mine(*, observe: bool = False, freeze_bn: bool = False) -> nn.Module:
+        return ours(fresh(), x, backend, observe=observe, freeze_bn=freeze_bn)
 
     made: dict[str, Callable[[], nn.Module]] = {
         "float": fresh,
-        "ours, observing": lambda: ours(fresh(), observe=True, freeze_bn=False),
-        "ours, observers frozen": lambda: ours(fresh(), observe=False, freeze_bn=False),
-        "ours, all frozen": lambda: ours(fresh(), observe=False, freeze_bn=True),
+        "ours, observing": lambda: mine(observe=True),
+        "ours, observers frozen": mine,
+        "ours, all frozen": lambda: mine(freeze_bn=True),
         "torch fx": lambda: torch_fx(fresh()),
     }
     if hasattr(quantizable, name):
@@ -173,7 +187,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     x = torch.randn(args.batch, 3, args.size, args.size)
     labels = torch.randint(1000, (args.batch,))
-    made = {key: make for key, make in variants(name, x).items() if key in {"float", *args.variants}}
+    made = {
+        key: make for key, make in variants(name, x, args.backend).items() if key in {"float", *args.variants}
+    }
     x, labels = x.to(args.device), labels.to(args.device)
     steppers: dict[str, Stepper] = {}
     memory: dict[str, int] = {}
@@ -212,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--backend", choices=BACKENDS, default="x86", help="of the variants called ours")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_lightning.fake_quant.cpu_ranges import is_eager_on_cpu, move_range, set_ranges
 from qat_lightning.fake_quant.forward_extremes import ForwardExtremes
 from qat_lightning.fake_quant.numerics import (
     Kernel,
@@ -34,6 +35,7 @@ from qat_lightning.fake_quant.observers import (
     resize_buffers,
 )
 from qat_lightning.fake_quant.switches import Switches, is_fake_quantize
+from qat_lightning.fake_quant.tensor_ranges import assign, updated_ranges, with_channels
 
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 _PER_CHANNEL = (
@@ -63,6 +65,7 @@ class FakeQuantize(Switches):
         nonfinite: One bool, true once a NaN or an infinity was observed.
         averaging: Weight of the next batch in a moving average, where it exceeds the observer's averaging
             constant: see :meth:`average_over`.
+        averages: Whether the observer averages the extremes over batches.
         in_place: Whether training may overwrite the input with the result.
         forward_extremes: Joins the extremes of the tensors that it rounds in one forward.
         initial_zero_point: Zero point before any data; symmetric qparams keep it.
@@ -100,7 +103,7 @@ class FakeQuantize(Switches):
         self.seen = self.in_place = False
         self.forward_extremes = ForwardExtremes()
         self.eps = float(getattr(made, "eps", EPS))
-        self._has_histogram, self._averages = keeps_histogram(made), averages_tensors(made)
+        self._has_histogram, self.averages = keeps_histogram(made), averages_tensors(made)
         self.bounds = (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         if not self.bounds[0] <= quant_min <= quant_max <= self.bounds[1]:
             raise ValueError(f"{self.dtype} has no integers [{quant_min}, {quant_max}].")
@@ -153,12 +156,14 @@ class FakeQuantize(Switches):
             self._observe_histogram(x)
             return None
         extremes = self._extremes(x)
-        self._update_range(*extremes)
+        self._update_ranges(*extremes)
         return extremes
 
     def observe_magnitude(self, magnitude: torch.Tensor) -> None:
         """Sets the range of a weight that never exists in memory, from each channel's largest magnitude."""
-        old = _with_channels(self.activation_post_process.max_val, magnitude, -torch.inf)
+        if self._is_quick() and set_ranges(self, -magnitude, magnitude):
+            return
+        old = with_channels(self.activation_post_process.max_val, magnitude, -torch.inf)
         magnitude = torch.where(self._check_finite(magnitude), magnitude, old)
         self._set_range(-magnitude, magnitude)
         self._set_symmetric_qparams(magnitude)
@@ -188,8 +193,8 @@ class FakeQuantize(Switches):
         else:
             arguments = (observer.min_val, observer.max_val, self.quant_min, self.quant_max, self.eps)
             scale, zero_point = affine_qparams(*arguments, exact_value=self.exact_value)
-        _assign(self.scale, scale)
-        _assign(self.zero_point, zero_point)
+        assign(self.scale, scale)
+        assign(self.zero_point, zero_point)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale and the zero point that `forward` rounds with; convert calls this."""
@@ -224,34 +229,19 @@ class FakeQuantize(Switches):
         rows = x.movedim(self.axis, 0).flatten(1)
         return rows.amin(1), rows.amax(1)
 
-    def _update_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Updates the range with the extremes of a tensor.
+    def _update_ranges(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Updates the range with the extremes of a tensor, or of each channel."""
+        quick = self._is_quick()
+        if quick and self.axis is None:
+            move_range(self, low.item(), high.item())
+        elif not (quick and self.symmetric and set_ranges(self, low, high)):
+            finite = self._check_finite(high - low)  # NaN or infinite if either is
+            self._set_range(*updated_ranges(self, low, high, finite))
+            self.refresh()
 
-        Per-channel extremes become the range. Per-tensor extremes update it by the observer's rule. The code
-        uses few operations, since on a GPU each takes longer to launch than to run.
-        """
-        observer = self.activation_post_process
-        finite = self._check_finite(high - low)  # NaN or infinite if either is
-        if self.axis is not None:
-            low = torch.where(finite, low, _with_channels(observer.min_val, low, torch.inf))
-            high = torch.where(finite, high, _with_channels(observer.max_val, high, -torch.inf))
-        else:
-            old = torch.cat((observer.min_val.reshape(1), observer.max_val.reshape(1)))
-            extremes = torch.cat((low, high))
-            if self.forward_extremes.calls > 1:
-                old, extremes, finite = self.forward_extremes.join(old, extremes, finite)
-            new = self._updated_range(old, extremes)
-            low, high = torch.where(finite, new, old).split(1)
-        self._set_range(low, high)
-        self.refresh()
-
-    def _updated_range(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Returns the range after the next batch: an average over batches, or the extremes of all of them."""
-        if self._averages:
-            seen = old[0] <= old[1]  # at first they are inf and -inf
-            share = self.averaging.clamp(min=self.activation_post_process.averaging_constant)
-            return torch.where(seen, old + share * (new - old), new)
-        return torch.cat((torch.minimum(old[:1], new[:1]), torch.maximum(old[1:], new[1:])))
+    def _is_quick(self) -> bool:
+        """Whether ranges move with few operations: on a CPU, and with buffers in float32."""
+        return is_eager_on_cpu(self.scale) and self.scale.dtype == torch.float32
 
     def train(self, mode: bool = True) -> FakeQuantize:
         """Switches the mode. A forward that was broken off does not go on in the next one."""
@@ -266,13 +256,13 @@ class FakeQuantize(Switches):
         return finite
 
     def _set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        _assign(self.activation_post_process.min_val, low)
-        _assign(self.activation_post_process.max_val, high)
+        assign(self.activation_post_process.min_val, low)
+        assign(self.activation_post_process.max_val, high)
         self.seen = True
 
     def _set_symmetric_qparams(self, magnitude: torch.Tensor) -> None:
         """Computes the scale from the largest magnitude; the zero point stays as it is."""
-        _assign(self.scale, symmetric_scale(magnitude, self.quant_min, self.quant_max, self.eps))
+        assign(self.scale, symmetric_scale(magnitude, self.quant_min, self.quant_max, self.eps))
         if self.zero_point.shape != self.scale.shape:
             self.zero_point.resize_(self.scale.shape).fill_(self.initial_zero_point)
 
@@ -290,18 +280,6 @@ class FakeQuantize(Switches):
         self.rounding = bool(self.fake_quant_enabled.any())
         low = state_dict.get(prefix + "activation_post_process.min_val")  # the observer loads only after this
         self.seen = low is not None and bool(low.numel() and torch.isfinite(low).all())
-
-
-def _with_channels(buffer: torch.Tensor, like: torch.Tensor, unseen: float) -> torch.Tensor:
-    """Returns a per-channel buffer; before the first tensor, which gives it channels, `unseen` for each."""
-    return buffer if buffer.shape == like.shape else torch.full_like(like, unseen)
-
-
-def _assign(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies `value` into a buffer in place, so that every holder of the buffer sees it."""
-    if buffer.numel() != value.numel():
-        buffer.resize_(value.shape)
-    buffer.copy_(value.reshape(buffer.shape))
 
 
 def fake_quantizes(module: nn.Module) -> Iterator[tuple[str, Any]]:

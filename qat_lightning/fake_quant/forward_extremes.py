@@ -6,7 +6,20 @@ would shrink the range, and clip the large ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+_Range = tuple[float, float]
+_UNSEEN = (torch.inf, -torch.inf)
+
+
+@dataclass
+class _Numbers:
+    """The range before a forward and the joined extremes, as numbers."""
+
+    before: _Range
+    joined: _Range = _UNSEEN
 
 
 class ForwardExtremes:
@@ -20,6 +33,7 @@ class ForwardExtremes:
         self.calls = 1
         self._done = 0
         self._before = self._joined = torch.empty(0)
+        self._numbers = _Numbers((0.0, 0.0))
 
     def begin(self) -> None:
         """Begins another forward, even if the last one was broken off."""
@@ -44,3 +58,13 @@ class ForwardExtremes:
         low, high = torch.minimum(self._joined, extremes)[:1], torch.maximum(self._joined, extremes)[1:]
         self._joined = torch.where(finite, torch.cat((low, high)), self._joined)
         return self._before, self._joined, self._joined[:1] <= self._joined[1:]
+
+    def join_numbers(self, old: _Range, extremes: _Range, finite: bool) -> tuple[_Range, _Range]:
+        """Does the same with numbers; the joined extremes are in order if any of them were finite."""
+        if self._done == 0:
+            self._numbers = _Numbers(old)
+        self._done = (self._done + 1) % self.calls
+        before, joined = self._numbers.before, self._numbers.joined
+        if finite:
+            joined = self._numbers.joined = min(joined[0], extremes[0]), max(joined[1], extremes[1])
+        return before, joined
