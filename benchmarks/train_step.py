@@ -16,7 +16,8 @@ hold, above the weights: on CUDA the allocator's peak, on the CPU the bytes save
 - NNCF and Brevitas, where they are installed (pip install ".[bench]"): calibrated, then trained.
   Brevitas folds batch norm into the convolutions first, so that its steps have none.
 
-A network's name is torchvision's or timm's. A peer that cannot train a network is a dash in the table, and its error is in the JSON file.
+A network's name is torchvision's or timm's. A peer that cannot train a network is a dash in the table,
+and its error is in the JSON file.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import quantization as quantizable
 
 from benchmarks.train_step import saved_bytes
 from qat_lightning import FakeQuantize, convert, prepare
-from qat_lightning.fake_quant.numerics import rectify
+from qat_lightning.fake_quant.numerics import fake_quantize, rectify
 from qat_lightning.modes.lowering.int8.tables import Table
 
 
@@ -63,6 +65,64 @@ def test_overwriting_changes_neither_outputs_nor_gradients(name: str) -> None:
         found.append([output, *(p.grad for p in prepared.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+class Producers(nn.Module):
+    """Rounds what each operation makes whose result may be overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), nn.Conv2d(8, 8, 1)
+        self.norm = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.silu, self.hardswish = nn.SiLU(inplace=True), nn.Hardswish(inplace=True)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(6))
+        self.relu, self.layer_norm = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.LayerNorm(8)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convs[0](self.silu(self.first(x)))
+        x = self.convs[1](self.hardswish(x))
+        x = self.convs[2](F.silu(self.plain(x), inplace=True))
+        x = self.convs[3](x + self.convs[4](F.gelu(x)))
+        x = self.convs[5](self.norm(torch.cat((x[:, :4], x[:, 4:] * x[:, :4]), 1)))
+        rows = x.flatten(2).transpose(1, 2)
+        return self.last(self.layer_norm(self.relu(rows)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["x86", "onnxruntime", "openvino"])
+def test_whatever_is_overwritten_outputs_and_gradients_stay(backend: str) -> None:
+    x = torch.randn(4, 3, 5, 5)
+    torch.manual_seed(0)
+    network = Producers().train()
+    found = []
+    for in_place in (True, False):
+        prepared = prepare(copy.deepcopy(network), backend=backend).train()
+        grids = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
+        assert sum(grid.in_place for grid in grids) == {"x86": 17, "onnxruntime": 15, "openvino": 9}[backend]
+        for grid in grids:
+            grid.in_place = grid.in_place and in_place
+        for _ in range(3):
+            output = prepared(x)
+            output.square().sum().backward()
+        found.append([output, *(p.grad for p in prepared.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_smooth_activation_keeps_its_input_and_is_not_copied() -> None:
+    prepared: Any = prepare(Producers()).train()
+    assert not prepared.silu.inplace
+    assert not prepared.hardswish.inplace
+    assert all(not node.kwargs for node in prepared.graph.nodes if node.target is F.silu)
+
+
+def test_a_view_is_not_overwritten() -> None:
+    base = torch.randn(2, 6, requires_grad=True) * 1
+    before = base.detach().clone()
+    rectify(base.view(3, 4), in_place=True)
+    step, zero = torch.tensor([0.1]), torch.tensor([3])
+    fake_quantize(base.view(3, 4), step, zero, 0, 255, in_place=True)
+    assert torch.equal(base, before)
 
 
 def test_evaluation_overwrites_nothing() -> None:

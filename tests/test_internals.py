@@ -96,6 +96,13 @@ def test_what_a_module_holds() -> None:
         assert "named" not in registries
 
 
+def test_views() -> None:
+    tensor = torch.zeros(2, 3)
+    with internal("torch: Tensor._is_view"):
+        assert torch_internals.is_view(tensor.view(6))
+        assert not torch_internals.is_view(tensor)
+
+
 def test_hooks() -> None:
     module = nn.Linear(2, 2)
 

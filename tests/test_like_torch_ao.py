@@ -112,6 +112,11 @@ def test_fixed_qparams_round_like_torch_aos() -> None:
     for change in (lambda m: m, lambda m: m.disable_fake_quant()):
         change(ours), change(theirs)
         assert torch.equal(ours(x), theirs(x))
+        gradients = []
+        for fake_quantize in (ours, theirs):
+            fake_quantize(leaf := x.clone().requires_grad_()).square().sum().backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
     assert describe(ours) == describe(theirs)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.load_state_dict(theirs.state_dict())

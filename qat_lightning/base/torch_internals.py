@@ -98,6 +98,11 @@ def is_persistent(module: nn.Module, name: str) -> bool:
     return name not in module._non_persistent_buffers_set
 
 
+def is_view(tensor: torch.Tensor) -> bool:
+    """Returns whether autograd knows `tensor` as a view, of a tensor that a write would change, too."""
+    return tensor._is_view()
+
+
 # Hooks.
 
 

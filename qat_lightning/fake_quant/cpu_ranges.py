@@ -40,8 +40,14 @@ def move_range(fake_quantize: Any, low: float, high: float) -> None:
     _set_qparams(fake_quantize, *range_)
 
 
-def set_ranges(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor) -> bool:
+def set_ranges(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor, magnitude: torch.Tensor) -> bool:
     """Sets the ranges and the scales of symmetric per-channel qparams.
+
+    Args:
+        fake_quantize: Gets them.
+        low: Minimum of each channel.
+        high: Maximum of each channel.
+        magnitude: Largest magnitude of each channel.
 
     Returns:
         False, and nothing is set, if a bound is NaN or infinite, or if the buffers have other sizes.
@@ -49,12 +55,11 @@ def set_ranges(fake_quantize: Any, low: torch.Tensor, high: torch.Tensor) -> boo
     observer, scale = fake_quantize.activation_post_process, fake_quantize.scale
     buffers = (observer.min_val, observer.max_val, scale, fake_quantize.zero_point)
     fits = low.numel() > 0 and all(buffer.shape == low.shape for buffer in buffers)
-    if not fits or not float((high - low).max()) < torch.inf:
+    if not fits or not magnitude.max().item() < torch.inf:
         return False
     observer.min_val.copy_(low)
     observer.max_val.copy_(high)
-    torch.maximum(-low, high, out=scale)
-    scale.div_(_half_width(fake_quantize)).clamp_(min=fake_quantize.eps)
+    torch.div(magnitude, _half_width(fake_quantize), out=scale).clamp_(min=fake_quantize.eps)
     fake_quantize.seen = True
     return True
 
@@ -89,7 +94,7 @@ def _set_qparams(fake_quantize: Any, low: np.float32, high: np.float32) -> None:
 
 
 def _with_exact_value(scale: np.float32, value: np.float32) -> np.float32:
-    """Returns a scale of which `value` is a multiple. A tensor divides a number by multiplying its inverse."""
+    """Returns a scale of which `value` is a multiple; like a tensor, it divides by multiplying an inverse."""
     one = np.float32(1)
     return value * (one / np.floor(value * (one / scale)))
 

@@ -161,7 +161,7 @@ class FakeQuantize(Switches):
 
     def observe_magnitude(self, magnitude: torch.Tensor) -> None:
         """Sets the range of a weight that never exists in memory, from each channel's largest magnitude."""
-        if self._is_quick() and set_ranges(self, -magnitude, magnitude):
+        if self._is_quick() and set_ranges(self, -magnitude, magnitude, magnitude):
             return
         old = with_channels(self.activation_post_process.max_val, magnitude, -torch.inf)
         magnitude = torch.where(self._check_finite(magnitude), magnitude, old)
@@ -234,7 +234,7 @@ class FakeQuantize(Switches):
         quick = self._is_quick()
         if quick and self.axis is None:
             move_range(self, low.item(), high.item())
-        elif not (quick and self.symmetric and set_ranges(self, low, high)):
+        elif not (quick and self.symmetric and set_ranges(self, low, high, torch.maximum(-low, high))):
             finite = self._check_finite(high - low)  # NaN or infinite if either is
             self._set_range(*updated_ranges(self, low, high, finite))
             self.refresh()

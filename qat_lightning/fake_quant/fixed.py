@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qat_lightning.fake_quant.numerics import fake_quantize
 from qat_lightning.fake_quant.observers import FixedQParams
 from qat_lightning.fake_quant.switches import Switches
 
@@ -34,9 +35,7 @@ class FixedFakeQuantize(Switches):
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         if not bool(self.fake_quant_enabled):
             return X
-        return torch.fake_quantize_per_tensor_affine(
-            X, self.scale, self.zero_point, self.quant_min, self.quant_max
-        )
+        return fake_quantize(X, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the scale and the zero point."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qat_lightning.base.torch_internals import is_view
+
 
 def affine_qparams(
     low: torch.Tensor,
@@ -169,12 +171,13 @@ class _Round(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()  # in half precision a bound would be rounded
         inside = _inside(wide, (low - 0.5) * scale, (high + 0.5) * scale, data_range)
         ctx.save_for_backward(inside)
-        if in_place and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if in_place and x.dtype == torch.float32 and not compiling and not is_view(x):
             ctx.mark_dirty(x)
             return x.mul_(1 / scale).round_().clamp_(low, high).mul_(scale)
         steps = x.float() * (1 / scale)
         rounded = steps.round_() if rounds is None else rounds(steps)
-        return rounded.clamp_(low, high).mul_(scale).to(x.dtype, copy=torch.compiler.is_compiling())
+        return rounded.clamp_(low, high).mul_(scale).to(x.dtype, copy=compiling)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -226,7 +229,7 @@ def rectify(x: torch.Tensor, in_place: bool = False) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return torch.relu(x)
-    return _Rectify.apply(x, in_place)
+    return _Rectify.apply(x, in_place and not is_view(x))
 
 
 class _Rectify(torch.autograd.Function):
@@ -290,7 +293,7 @@ class _RoundWeight(torch.autograd.Function):
         bounds: tuple[int, int],
         inside: bool,
     ) -> torch.Tensor:
-        multiplier = 1 / scale if factor is None else factor / scale
+        multiplier = scale.reciprocal() if factor is None else factor / scale
         ctx.save_for_backward(weight, factor, multiplier)
         ctx.bounds = None if inside else bounds
         rounded = (weight.float() * multiplier).round_()

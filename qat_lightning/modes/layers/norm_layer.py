@@ -31,6 +31,10 @@ class NormLayer2d(FusedConvBn, nn.Conv2d):
         layer.training = norm.training
         return cls.of(layer, weight_fake_quant, relu=relu, bn=norm)
 
+    def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Returns the weight as it is: training does not multiply by it."""
+        return self.weight  # type: ignore[no-any-return]
+
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns the convolution; without a bias, in training, it is `x`, before the batch-norm follows."""
         return x if self.training and bias is None else super().compute(x, weight, bias)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import convolve, modules_of, own_registries
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize
+from qat_lightning.fake_quant.numerics import rectify
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, input_fake_quantize, round_bias
 
 
@@ -69,7 +70,7 @@ class TrainedLayer(IntegerArithmetic):
         """Returns the layer's output, before its own rounding."""
         layer: Any = self
         y = self.compute(x, layer.weight_fake_quant(layer.weight), layer.bias)
-        return F.relu(y) if self.relu else y
+        return rectify(y, in_place=True) if self.relu else y
 
 
 class Conv1d(TrainedLayer, nn.Conv1d):
