@@ -115,6 +115,7 @@ def test_fixed_qparams_round_like_torch_aos() -> None:
         gradients = []
         for fake_quantize in (ours, theirs):
             fake_quantize(leaf := x.clone().requires_grad_()).square().sum().backward()
+            assert leaf.grad is not None
             gradients.append(leaf.grad)
         assert torch.equal(*gradients)
     assert describe(ours) == describe(theirs)
