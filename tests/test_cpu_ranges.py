@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat_lightning import FakeQuantize
 from qat_lightning.fake_quant import fake_quantize as module
-from qat_lightning.fake_quant.numerics import _inside, _masked
+from qat_lightning.fake_quant.masks import inside_of, masked
 from qat_lightning.fake_quant.observers import OBSERVERS
 
 BAD = (None, math.nan, math.inf, -math.inf)
@@ -113,11 +113,11 @@ def test_ranges_of_channels_are_set_alike(
 def test_masks_are_those_of_two_comparisons(low: float, high: float, dtype: torch.dtype) -> None:
     x = torch.tensor([[-1.0, -0.5, -0.25], [0.0, 0.5, 1.0]], dtype=dtype).t()
     expected = (low < x) & (x < high)
-    mask = _inside(x, low, high, (-1.0, 1.0))
+    mask = inside_of(x, low, high, (-1.0, 1.0))
     if mask is None:
         assert expected.all()
         return
     assert mask.dtype == torch.bool
     assert torch.equal(mask, expected)
     grad = torch.arange(6, dtype=dtype).view(2, 3).t()
-    assert torch.equal(_masked(grad, mask), torch.where(expected, grad, 0))
+    assert torch.equal(masked(grad, mask), torch.where(expected, grad, 0))
