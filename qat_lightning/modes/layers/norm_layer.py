@@ -31,6 +31,8 @@ class NormLayer2d(FusedConvBn, nn.Conv2d):
         layer.training = norm.training
         return cls.of(layer, weight_fake_quant, relu=relu, bn=norm)
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def compute(
+        self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, *size: Any
+    ) -> torch.Tensor:
         """Returns the convolution; without a bias, in training, it is `x`, before the batch-norm follows."""
-        return x if self.training and bias is None else super().compute(x, weight, bias)
+        return x if self.training and bias is None else super().compute(x, rows, bias, *size)

@@ -22,7 +22,7 @@ from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
 ONNX_RUNTIME = Target(
     {
         **COMMON,
-        **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
         **rules(Rule(Kind.LAYER, float_result=True), nn.Linear),
         **rules(Rule(Kind.LAYER, relu=True), F.conv1d, F.conv2d, F.conv3d),
         **rules(Rule(Kind.LAYER, relu=True, float_result=True), F.linear),

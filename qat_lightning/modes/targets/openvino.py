@@ -22,6 +22,10 @@ OPENVINO = Target(
     {
         **COMMON,
         **rules(Rule(Kind.LAYER, float_result=True), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+        **rules(
+            Rule(Kind.LAYER, float_result=True),
+            *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        ),
         **rules(Rule(Kind.LAYER, float_result=True), F.conv1d, F.conv2d, F.conv3d, F.linear),
         **rules(Rule(Kind.COMPUTES), nn.BatchNorm2d, nn.BatchNorm3d, NormReLU),
         **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
