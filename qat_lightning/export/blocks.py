@@ -24,7 +24,7 @@ class _AsBlocks(pattern.RewriteRuleClassBase):
         y = op.ConvTranspose(x, weight, _allow_other_inputs=True, _outputs=["y"])
         return op.QuantizeLinear(y, scale, zero_point)
 
-    def check(self, context: Any, weight: Any, y: Any, **_: Any) -> Any:
+    def check(self, context: Any, x: Any, weight: Any, scale: Any, zero_point: Any, y: Any) -> Any:
         result = pattern.MatchResult()
         return result if _blocks_of(weight, y) else result.fail("there is no plain convolution of blocks")
 
@@ -60,7 +60,7 @@ class _AsBlocksWithRelu(_AsBlocks):
 
 
 def _blocks_of(weight: Any, y: Any) -> SubPixels | None:
-    """Returns the plain convolution for the transposed one that makes `y`, if its weight is stored as int8."""
+    """Returns the plain convolution for the transposed one that makes `y`, if its weight is int8."""
     integers, scales, _ = _stored(weight)
     if integers is None or scales is None or integers.ndim != 4:
         return None
