@@ -57,6 +57,17 @@ class Sized(nn.Module):
         return self.last(F.relu(self.up(self.down(x), output_size=x.shape[-2:])))
 
 
+class Shifted(nn.Module):
+    """Its transposed convolution reads bytes with a zero point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.last = nn.Conv2d(3, 8, 1), Up(8, 4, 4, 2, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.leaky_relu(self.up(F.leaky_relu(self.first(x), 0.1)), 0.1))
+
+
 class Functional(nn.Module):
     """Calls the function with parameters of its own."""
 
@@ -88,6 +99,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain": (lambda: between(Up(8, 4, 2, 2)), 4),
     "norm and relu": (lambda: between(Up(8, 4, 4, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), 4),
     "leaky": (lambda: between(Up(8, 4, 3, 2, 1, 1), nn.LeakyReLU(0.1)), 4),
+    "shifted": (lambda: Shifted(), 4),
     "groups": (lambda: between(Up(8, 4, 4, 2, 1, groups=2), nn.BatchNorm2d(4), nn.ReLU()), 2),
     "depthwise": (lambda: between(Up(8, 8, 4, 2, 1, groups=8), nn.BatchNorm2d(8)), 8),
     "multiplied": (lambda: between(Up(8, 16, 3, 2, 1, 1, groups=8)), 8),
@@ -99,11 +111,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "own": (lambda: between(Own(8, 4, 2, 2)), 4),
 }
 """Networks, and how many scales the weight of the transposed convolution has."""
-KEEPS_CONV_TRANSPOSE = ("dilation", "uneven")
-"""Cases without a plain convolution of blocks."""
+KEEPS_CONV_TRANSPOSE = ("dilation", "uneven", "groups", "depthwise", "multiplied", "functional")
+"""Cases without a plain convolution of blocks, or with a slower one."""
 FAST = {
-    *(("onnxruntime", case) for case in ("norm and relu", "depthwise", "dilation", "sized")),
-    *(("openvino", case) for case in ("norm and relu", "groups")),
+    *(("onnxruntime", case) for case in ("norm and relu", "depthwise", "sized")),
+    *(("openvino", case) for case in ("norm and relu", "shifted")),
 }
 
 
@@ -165,6 +177,7 @@ def test_a_runtime_computes_what_was_trained(backend: str, case: str, tmp_path: 
         assert floating["ConvTranspose"] == (case in KEEPS_CONV_TRANSPOSE)
     else:
         path = export_openvino(prepared, tmp_path / "int8.xml", (x,), min_sqnr=30)
+        assert ("ConvolutionBackpropData" in path.read_text()) == (case not in ("shifted", "sized"))
     with torch.no_grad():
         y = image()[:3]
         assert sqnr(prepared(y), load_runtime(path)(y)) > 30
@@ -295,11 +308,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_blocks_of_pixels_are_the_transposed_convolution(even: bool) -> None:
     torch.manual_seed(0)
     x, count = torch.randn(2, 4, 3, 4).double(), 0
-    for kernel, stride, padding, added, groups in itertools.product(
-        [(1, 1), (2, 2), (3, 3), (5, 4)], [1, 2, 3], [0, 1, 2], [0, 1], [1, 2]
+    for kernel, stride, padding, added in itertools.product(
+        [(1, 1), (2, 2), (3, 3), (5, 4)], [1, 2, 3], [0, 1, 2], [0, 1]
     ):
         weight = torch.randn(4, 3, *kernel).double()
-        places = [stride] * 2, [padding] * 2, [added] * 2, groups
+        places = [stride] * 2, [padding] * 2, [added] * 2, 1
         try:
             expected = F.conv_transpose2d(x, weight, None, *places)
         except RuntimeError:  # nothing would be left, or too much be added
@@ -309,8 +322,8 @@ def test_blocks_of_pixels_are_the_transposed_convolution(even: bool) -> None:
             assert padding // stride >= -(-min(kernel) // stride)
             continue
         (top, left), (bottom, right) = blocks.before, blocks.after
-        found = cut(F.conv2d(F.pad(x, (left, right, top, bottom)), blocks.weight, groups=groups), blocks)
+        found = cut(F.conv2d(F.pad(x, (left, right, top, bottom)), blocks.weight), blocks)
         torch.testing.assert_close(found, expected)
         assert not even or blocks.before == blocks.after
         count += 1
-    assert count > 50
+    assert count > 30

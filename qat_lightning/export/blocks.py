@@ -1,7 +1,8 @@
 """Rewrites int8 transposed convolutions of images for runtimes without an int8 kernel for them.
 
-A plain convolution makes the pixels as channels, and a DepthToSpace puts them side by side. ONNX Runtime
-computes both with bytes.
+A plain convolution makes the pixels as channels, and a DepthToSpace puts them side by side. Both runtimes
+compute these with bytes. ONNX Runtime has no int8 kernel for a transposed convolution. OpenVINO has one, but
+not for an input with a zero point, such as the result of a LeakyReLU.
 """
 
 from __future__ import annotations
@@ -18,20 +19,36 @@ from qat_lightning.modes.lowering.sub_pixels import SubPixels, Transposed, sub_p
 
 
 class _AsBlocks(pattern.RewriteRuleClassBase):
-    """Rewrites a transposed convolution whose result is rounded."""
+    """Rewrites a transposed convolution whose result, or an activation of it, is rounded.
+
+    Args:
+        activation: What lies between the two; None for nothing.
+        only_shifted: Whether to rewrite only those whose input has a zero point.
+    """
+
+    def __init__(self, activation: str | None, only_shifted: bool) -> None:
+        super().__init__()
+        self._activation, self._only_shifted = activation, only_shifted
 
     def pattern(self, op: Any, x: Any, weight: Any, scale: Any, zero_point: Any) -> Any:
         y = op.ConvTranspose(x, weight, _allow_other_inputs=True, _outputs=["y"])
-        return op.QuantizeLinear(y, scale, zero_point)
+        activated = y if self._activation is None else getattr(op, self._activation)(y)
+        return op.QuantizeLinear(activated, scale, zero_point)
 
     def check(self, context: Any, x: Any, weight: Any, scale: Any, zero_point: Any, y: Any) -> Any:
         result = pattern.MatchResult()
+        if self._only_shifted and not _is_shifted(x):
+            return result.fail("there is an int8 kernel for it")
         return result if _blocks_of(weight, y) else result.fail("there is no plain convolution of blocks")
 
     def rewrite(self, op: Any, x: Any, weight: Any, scale: Any, zero_point: Any, y: Any) -> Any:
         blocks = _blocks_of(weight, y)
         assert blocks is not None
-        pixels = self.activated(op, _convolution(op, x, weight, y, blocks))
+        pixels = _convolution(op, x, weight, y, blocks)
+        if self._activation is not None:
+            ((reader, _),) = y.uses()
+            options = {name: each.value for name, each in reader.attributes.items()}
+            pixels = getattr(op, self._activation)(pixels, **options)
 
         def rounded(value: Any) -> Any:
             return op.DequantizeLinear(op.QuantizeLinear(value, scale, zero_point), scale, zero_point)
@@ -42,21 +59,14 @@ class _AsBlocks(pattern.RewriteRuleClassBase):
             pixels = _cut(op, rounded(pixels), blocks)
         return op.QuantizeLinear(pixels, scale, zero_point)
 
-    def activated(self, op: Any, pixels: Any) -> Any:
-        """Returns what follows the convolution, before the rounding."""
-        return pixels
 
-
-class _AsBlocksWithRelu(_AsBlocks):
-    """Does the same with a ReLU between the two."""
-
-    def pattern(self, op: Any, x: Any, weight: Any, scale: Any, zero_point: Any) -> Any:
-        y = op.ConvTranspose(x, weight, _allow_other_inputs=True, _outputs=["y"])
-        return op.QuantizeLinear(op.Relu(y), scale, zero_point)
-
-    def activated(self, op: Any, pixels: Any) -> Any:
-        """Returns what follows the convolution, before the rounding."""
-        return op.Relu(pixels)
+def _is_shifted(x: Any) -> bool:
+    """Whether the zero point of the input is not 0; OpenVINO then has no int8 transposed convolution."""
+    node = x.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return False
+    zero_point = ir.convenience.get_const_tensor(node.inputs[-1])
+    return zero_point is not None and bool(zero_point.numpy().any())
 
 
 def _blocks_of(weight: Any, y: Any) -> SubPixels | None:
@@ -84,29 +94,20 @@ def _stored(weight: Any) -> Sequence[Any]:
 
 def _convolution(op: Any, x: Any, weight: Any, y: Any, blocks: SubPixels) -> Any:
     """Adds the plain convolution."""
-    transposed, (_, scales, zero_points) = y.producer(), _stored(weight)
-    groups, channels = transposed.attributes.get_int("group", 1), len(blocks.weight)
+    transposed, (_, scales, zero_points), count = y.producer(), _stored(weight), blocks.block**2
 
     def constant(name: str, value: Any) -> Any:
         return op.initializer(ir.tensor(value), name=f"{weight.name}.blocks.{name}")
 
-    def of_channels(values: Any) -> Any:
-        """One for each channel of the result, or for all, from those of the output channels or the groups."""
-        return values if values.size == 1 else np.repeat(values, channels // values.size)
-
-    if scales.size > 1 and groups > 1:  # each group has its own, once for each of its input channels
-        scales, zero_points = (each.reshape(groups, -1)[:, 0] for each in (scales, zero_points))
-    inputs = [
-        constant("weight", blocks.weight.contiguous().numpy()),
-        constant("scale", of_channels(scales)),
-        constant("zero_point", of_channels(zero_points)),
-    ]
-    axis = {"axis": 0} if scales.size > 1 else {}
+    inputs = [constant("weight", blocks.weight.contiguous().numpy())]
+    for name, values in (("scale", scales), ("zero_point", zero_points)):
+        inputs.append(constant(name, values if values.ndim == 0 else np.repeat(values, count)))
+    axis = {} if scales.ndim == 0 else {"axis": 0}
     bias = transposed.inputs[2] if len(transposed.inputs) > 2 else None
     values = ir.convenience.get_const_tensor(bias) if bias is not None else None
-    biases = [] if values is None else [constant("bias", np.repeat(values.numpy(), blocks.block**2))]
+    biases = [] if values is None else [constant("bias", np.repeat(values.numpy(), count))]
     pads = [*blocks.before, *blocks.after]
-    return op.Conv(x, op.DequantizeLinear(*inputs, **axis), *biases, pads=pads, group=groups)
+    return op.Conv(x, op.DequantizeLinear(*inputs, **axis), *biases, pads=pads)
 
 
 def _cut(op: Any, pixels: Any, blocks: SubPixels) -> Any:
@@ -116,6 +117,12 @@ def _cut(op: Any, pixels: Any, blocks: SubPixels) -> Any:
     return op.Slice(pixels, *(op.Constant(value_ints=each) for each in (starts, ends, [2, 3])))
 
 
-def as_blocks(model: ir.Model) -> ir.Model:
-    """Rewrites each transposed convolution whose weight is int8 and whose result is rounded."""
-    return rewrite(model, pattern_rewrite_rules=[_AsBlocks.rule(), _AsBlocksWithRelu.rule()])
+def as_blocks(model: ir.Model, *, only_shifted: bool = False) -> ir.Model:
+    """Rewrites transposed convolutions whose weight is int8 and whose result is rounded.
+
+    Args:
+        model: The graph.
+        only_shifted: Whether to rewrite only those whose input has a zero point.
+    """
+    rules = [_AsBlocks.rule(activation, only_shifted) for activation in (None, "Relu", "LeakyRelu")]
+    return rewrite(model, pattern_rewrite_rules=rules)

@@ -48,7 +48,9 @@ class Transposed(NamedTuple):
 
 
 def sub_pixels(weight: torch.Tensor, how: Transposed, *, even: bool = False) -> SubPixels | None:
-    """Returns the plain convolution for a transposed one; None if there is none of blocks.
+    """Returns the plain convolution for a transposed one; None if there is none, or if it would be slower.
+
+    With groups, and above all depthwise, plain int8 convolutions take longer than transposed float ones.
 
     Args:
         weight: The weight of the transposed convolution of images, of any dtype.
@@ -56,7 +58,7 @@ def sub_pixels(weight: torch.Tensor, how: Transposed, *, even: bool = False) -> 
         even: Whether the plain one must pad alike on both sides.
     """
     s, kernel = how.stride[0], weight.shape[2:]
-    if weight.ndim != 4 or set(how.stride) != {s} or set(how.dilation) != {1}:
+    if weight.ndim != 4 or set(how.stride) != {s} or set(how.dilation) != {1} or how.groups > 1:
         return None
     taps = [-(-k // s) for k in kernel]
     before = [t - 1 - p // s for t, p in zip(taps, how.padding, strict=True)]
@@ -76,16 +78,15 @@ def sub_pixels(weight: torch.Tensor, how: Transposed, *, even: bool = False) -> 
         (b + a - t + 2) * s - first - span
         for b, a, t, first, span in zip(before, after, taps, lead, spans, strict=True)
     ]
-    turned = _weight(weight, s, taps, how.groups)
-    return SubPixels(turned, s, *(tuple(each) for each in (before, after, lead, tail)))
+    return SubPixels(_weight(weight, s, taps), s, *(tuple(each) for each in (before, after, lead, tail)))
 
 
-def _weight(weight: torch.Tensor, s: int, taps: Sequence[int], groups: int) -> torch.Tensor:
-    (height, width), (down, right) = weight.shape[2:], taps
+def _weight(weight: torch.Tensor, s: int, taps: Sequence[int]) -> torch.Tensor:
+    (channels, _, height, width), (down, right) = weight.shape, taps
     padded = F.pad(weight, (0, right * s - width, 0, down * s - height))
-    parts = padded.view(groups, len(weight) // groups, weight.shape[1], down, s, right, s).flip(3, 5)
-    parts = parts.permute(0, 2, 4, 6, 1, 3, 5)  # group, output, both places in a block, input, both taps
-    return parts.reshape(-1, len(weight) // groups, down, right)
+    parts = padded.unflatten(3, (right, s)).unflatten(2, (down, s)).flip(2, 4)
+    parts = parts.permute(1, 3, 5, 0, 2, 4)  # output, both places in a block, input, both taps
+    return parts.reshape(-1, channels, down, right)
 
 
 def cut(x: torch.Tensor, how: SubPixels) -> torch.Tensor:

@@ -3,6 +3,9 @@
 - It fuses any activation into the convolution or product before it. A rounding between the two would prevent
   that, so layers return floats.
 - A batch-norm without a layer before it is rounded on both sides, so that a concatenation before it is int8.
+- A transposed convolution is int8 if its input has no zero point, as after a ReLU. With a zero point, one of
+  images becomes a plain convolution in the file (`export/blocks.py`). With groups it computes in float, from an
+  int8 weight. That costs no time.
 - Other norms and softmax compute in float, and read the full precision of what is before them.
 """
 

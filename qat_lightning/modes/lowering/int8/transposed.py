@@ -52,14 +52,12 @@ class Int8Transposed(Int8Layer):
         """Returns a plain convolution that makes blocks of pixels; None if there is none."""
         layer: Any = self.get_submodule("layer")
         how = Transposed(layer.stride, layer.padding, added, layer.groups, layer.dilation)
-        # Of a depthwise one, oneDNN's plain convolution takes twice as long as PyTorch's own with floats.
-        possible = onednn.is_exact() and layer.groups == 1
-        blocks = sub_pixels(self.weight, how, even=True) if possible else None
+        blocks = sub_pixels(self.weight, how, even=True) if onednn.is_exact() else None
         if blocks is None:
             return None
         scale = self.weight_scale.repeat_interleave(blocks.block**2)
         bias = None if self.bias is None else self.bias.repeat_interleave(blocks.block**2)
-        geometry = Geometry([1, 1], [*blocks.before], [1, 1], layer.groups)
+        geometry = Geometry([1, 1], [*blocks.before], [1, 1], 1)
         weight, output = Weight(blocks.weight, scale, bias), self.output_qparams()
         plain = Int8Layer(weight, geometry, self.relu, self.qparams("input"), output)
         kernel = onednn.conv_kernel(plain)
