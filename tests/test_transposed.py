@@ -243,6 +243,15 @@ def test_the_file_has_int8_weights_with_scales_along_their_axis(tmp_path: Path) 
     assert arrays[read.input[1]].shape == (4,)
 
 
+def test_one_that_is_called_twice(tmp_path: Path) -> None:
+    up = Up(8, 8, 2, 2)
+    x = image()
+    prepared = trained(lambda: between(up, nn.ReLU(), up), x, backend="onnxruntime")
+    file = load_runtime(export_onnx(prepared, tmp_path / "int8.onnx", (x,), min_sqnr=40))
+    with torch.no_grad():
+        assert sqnr(prepared(x), file(x)) > 40
+
+
 def test_files_from_before_they_were_int8(tmp_path: Path) -> None:
     x, (build, _) = image(), CASES["plain"]
     prepared = trained(build, x, backend="onednn", keep_float=["2"])

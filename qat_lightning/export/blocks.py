@@ -97,7 +97,7 @@ def _convolution(op: Any, x: Any, weight: Any, y: Any, blocks: SubPixels) -> Any
     transposed, (_, scales, zero_points), count = y.producer(), _stored(weight), blocks.block**2
 
     def constant(name: str, value: Any) -> Any:
-        return op.initializer(ir.tensor(value), name=f"{weight.name}.blocks.{name}")
+        return op.initializer(ir.tensor(value), name=f"{y.name}.blocks.{name}")  # a weight may be used twice
 
     inputs = [constant("weight", blocks.weight.contiguous().numpy())]
     for name, values in (("scale", scales), ("zero_point", zero_points)):

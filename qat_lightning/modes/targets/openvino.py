@@ -4,8 +4,8 @@
   that, so layers return floats.
 - A batch-norm without a layer before it is rounded on both sides, so that a concatenation before it is int8.
 - A transposed convolution is int8 if its input has no zero point, as after a ReLU. With a zero point, one of
-  images becomes a plain convolution in the file (`export/blocks.py`). With groups it computes in float, from an
-  int8 weight. That costs no time.
+  images becomes a plain convolution in the file (`export/blocks.py`). With groups it computes in float, from
+  an int8 weight. That costs no time.
 - Other norms and softmax compute in float, and read the full precision of what is before them.
 """
 
