@@ -20,6 +20,8 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "conv_bn_relu": lambda c: nn.Sequential(
         nn.Conv2d(c, CHANNELS, 1, bias=False), _norm(CHANNELS), nn.ReLU(inplace=True)
     ),
+    "conv_transposed": lambda c: nn.ConvTranspose2d(c, CHANNELS, 3, padding=1),
+    "depthwise_transposed": lambda c: nn.ConvTranspose2d(c, c, 3, padding=1, groups=c),
     "batch_norm": lambda c: _norm(c),
     "relu": lambda c: nn.ReLU(),
     "relu_inplace": lambda c: nn.ReLU(inplace=True),

@@ -227,6 +227,12 @@ def test_a_convolution_with_another_weight() -> None:
         assert torch.equal(torch_internals.convolve(layer, x, layer.weight, layer.bias), layer(x))
         other = torch_internals.convolve(layer, x, torch.zeros_like(layer.weight), None)
         assert torch.equal(other, torch.zeros(1, 4, 5, 5))
+    up: Any = nn.ConvTranspose2d(3, 4, 3, stride=2)
+    with internal("torch: nn.ConvTranspose2d._output_padding"):
+        size = (12, 11)
+        assert [*torch_internals.output_padding(up, x, size)] == [1, 0]
+        found = torch_internals.convolve(up, x, up.weight, up.bias, size)
+        assert torch.equal(found, up(x, output_size=size))
 
 
 def test_a_tensor_of_integers() -> None:

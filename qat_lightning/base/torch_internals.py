@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
@@ -22,6 +23,8 @@ from torch.utils import _python_dispatch, _pytree, checkpoint
 # The common base classes of torch.nn's layers of one kind.
 BatchNorm = _BatchNorm
 Convolution, ConvTranspose = _ConvNd, _ConvTransposeNd
+TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+"""The transposed convolutions, by their number of dimensions."""
 Dropout = _DropoutNd
 AvgPool, AdaptiveAvgPool = _AvgPoolNd, _AdaptiveAvgPoolNd
 
@@ -238,9 +241,35 @@ def quantized_tensor(integers: torch.Tensor, scale: float, zero_point: int) -> t
     return torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
 
 
-def convolve(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Computes a convolution layer of torch.nn with another weight and bias."""
-    return layer._conv_forward(x, weight, bias)
+def convolve(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: Any = None
+) -> torch.Tensor:
+    """Computes a convolution layer of torch.nn, transposed or not, with another weight and bias.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        weight: The weight.
+        bias: The bias, or None.
+        output_size: What a transposed convolution may be called with, besides the input.
+    """
+    if not isinstance(layer, ConvTranspose):
+        return layer._conv_forward(x, weight, bias)
+    settings = (
+        layer.stride,
+        layer.padding,
+        output_padding(layer, x, output_size),
+        layer.groups,
+        layer.dilation,
+    )
+    return TRANSPOSED[len(layer.kernel_size)](x, weight, bias, *settings)
+
+
+def output_padding(layer: Any, x: torch.Tensor, output_size: Any) -> Sequence[int]:
+    """Returns how much a transposed convolution adds to its result, so that it has a size, or its own."""
+    kernel = layer.kernel_size
+    arguments: Any = (x, output_size, layer.stride, layer.padding, kernel, len(kernel), layer.dilation)
+    return layer._output_padding(*arguments)
 
 
 def self_attention(

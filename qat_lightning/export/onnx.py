@@ -83,11 +83,13 @@ def write_graph(
         path: Where to write the file.
         metadata: Further metadata for the file.
         form: Turns the prepared network into the module to trace; by default, into its reference graph.
-        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors. ONNX Runtime has no
-            int8 kernel for a hard-swish; OpenVINO does.
+        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, and all transposed
+            convolutions as plain ones. ONNX Runtime has no int8 kernels for them; OpenVINO does, except for
+            a transposed convolution of an input with a zero point.
     """
     import onnx_ir
 
+    from qat_lightning.export.blocks import as_blocks
     from qat_lightning.export.graph import simplify
     from qat_lightning.export.hard_swish import as_products
     from qat_lightning.export.operations import TRANSLATIONS
@@ -104,7 +106,7 @@ def write_graph(
         )
         assert program is not None
         model = as_products(program.model) if for_onnx_runtime else program.model
-        model = simplify(model)
+        model = simplify(as_blocks(model, only_shifted=not for_onnx_runtime))
     model.metadata_props.update({**example.metadata, **metadata})
     onnx_ir.save(model, path)
 

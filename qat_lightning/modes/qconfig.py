@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from qat_lightning.base.backends import BACKENDS
 from qat_lightning.base.errors import RecipeMismatchError
@@ -64,16 +63,7 @@ Overrides = Mapping[str, Override | None]
 _SEVEN_BITS = ("x86", "fbgemm")
 
 # Int8 would round the weights of these, which training leaves as they are.
-_FLOAT = (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    nn.Embedding,
-    nn.EmbeddingBag,
-)
+_FLOAT = (nn.Embedding, nn.EmbeddingBag)
 
 
 def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:

@@ -1,4 +1,7 @@
-"""Loads state dicts in which the same fake-quantizes, or the same scales of an int8 graph, have other names.
+"""Loads state dicts of earlier versions.
+
+The same fake-quantizes, or the same scales of an int8 graph, have other names in them, and transposed
+convolutions are float.
 
 Version 0.1.0 numbered the fake-quantizes of a graph in the same order, but left out some numbers, and wrote a
 shared one under each of its places. It named the scales of an int8 graph after what reads them.
@@ -7,10 +10,12 @@ shared one under each of its places. It named the scales of an int8 graph after 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
+
+from qat_lightning.base.torch_internals import ConvTranspose
 
 _NUMBERED = re.compile(r"activation_post_process_(\d+)")
 _QPARAMS = re.compile(r"\w*_(scale|zero_point)_\d+")
@@ -38,6 +43,15 @@ def rename(
     _rename_fake_quantizes(module, state_dict, prefix, names)
     _rename_qparams(module, state_dict, prefix)
     return {names.get(name, name): described for name, described in stored.items()}
+
+
+def transposed_in_float(network: nn.Module, layers: Collection[str]) -> list[str]:
+    """Returns the names of the transposed convolutions of a float network that are not among `layers`."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if name and isinstance(module, ConvTranspose):
+            names.setdefault(module, []).append(name)
+    return [each[0] for each in names.values() if not {*each} & {*layers}]
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from qat_lightning.base.torch_internals import module_versions, set_module_versi
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides, stored_qconfig
 from qat_lightning.quantize.convert import convert_in_place
 from qat_lightning.quantize.copies import replace_submodule
+from qat_lightning.quantize.earlier_names import transposed_in_float
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import STATE_KEY, Recipe, attach, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import resolve_overrides, split_overrides
@@ -254,11 +255,13 @@ def _prepare_all(
     module: ModuleT, recipes: dict[str, Recipe], user_defined: dict[str, dict[str, Any]]
 ) -> ModuleT:
     for name, recipe in sorted(recipes.items()):  # a module comes before the networks inside it
+        network = module.get_submodule(name)
+        floating = transposed_in_float(network, recipe.layers) if recipe.mode == "fx" else []
         prepared = prepare(
-            module.get_submodule(name),
+            network,
             backend=recipe.backend,
             mode=recipe.mode,
-            keep_float=recipe.keep_float,
+            keep_float=[*recipe.keep_float, *floating],
             fuse=recipe.fuse,
             replace_relu6=recipe.replace_relu6,
             untraceable="float" if recipe.untraceable else "error",

@@ -105,10 +105,10 @@ def _why_float(name: str, module: nn.Module, recipe: Recipe) -> str:
             return f"{path} cannot be traced {line}"
     if is_inside(name, recipe.keep_float):
         return "keep_float"
+    if hasattr(module, "weight_fake_quant"):
+        return "its input or its output is not int8, or PyTorch has no int8 kernel for it"
     if isinstance(module, _NO_INT8_TRAINING):
         return f"PyTorch has no int8 training for {type(module).__name__}"
-    if hasattr(module, "weight_fake_quant"):
-        return "its input or its output is not int8"
     return "its qconfig leaves it float, or a module around it runs as one float block"
 
 

@@ -128,7 +128,7 @@ def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Opt
 def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -> fx.GraphModule:
     """Runs the passes over a graph."""
     rows = RowLayers(graph_module)
-    fuse(graph_module, qconfigs)
+    fuse(graph_module, qconfigs, target)
     fuse_norms(graph_module, qconfigs, as_layers=target.norms_are_layers)
     if target.decomposes_attention:
         decompose_attention(graph_module, qconfigs)

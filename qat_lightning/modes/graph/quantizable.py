@@ -1,10 +1,13 @@
-"""The layers that become int8: convolutions and linear layers."""
+"""The layers that may become int8: convolutions, transposed ones too, and linear layers."""
 
 from __future__ import annotations
 
 from torch import nn
 
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+QUANTIZABLE = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 def holds_quantizable(module: nn.Module) -> bool:

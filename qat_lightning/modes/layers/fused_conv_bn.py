@@ -23,7 +23,7 @@ from torch import nn
 
 from qat_lightning.fake_quant.fake_quantize import EPS, FakeQuantize
 from qat_lightning.fake_quant.numerics import rectify, round_weight
-from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.layers.trained_layer import TrainedLayer, weight_rows
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 
@@ -61,7 +61,7 @@ class FusedConvBn(TrainedLayer):
         """Returns the float layer that int8 runs, with batch-norm folded in, and without the ReLU."""
         layer = super().to_float()
         with torch.no_grad():
-            layer.weight = nn.Parameter(self._times(self.weight, self._factor()))
+            layer.weight = nn.Parameter(self.weight_of(self._times_factor(self._factor())))
             layer.bias = nn.Parameter(self.folded_bias())
         return layer
 
@@ -69,13 +69,13 @@ class FusedConvBn(TrainedLayer):
     def to_int8(self) -> Any:
         """Returns the float layer with the weight and the bias that eval mode computes with, both rounded."""
         layer = super().to_int8()
-        if commutes(self.weight_fake_quant) and self.weight_fake_quant.seen:
-            layer.weight = nn.Parameter(self._folded(self._factor()))
+        if self._commutes() and self.weight_fake_quant.seen:
+            layer.weight = nn.Parameter(self.weight_of(self._folded(self._factor())))
         return layer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
         """Returns the layer's output, before its own rounding."""
-        y = self._commuting(x) if commutes(self.weight_fake_quant) else self._dividing(x)
+        y = self._commuting(x, *size) if self._commutes() else self._dividing(x, *size)
         return rectify(y, in_place=True) if self.relu else y
 
     def train(self, mode: bool = True) -> Self:
@@ -100,24 +100,34 @@ class FusedConvBn(TrainedLayer):
         mean = self.bn.running_mean if self.bias is None else self.bn.running_mean - self.bias
         return -mean * factor if self.bn.bias is None else self.bn.bias - mean * factor
 
-    def _commuting(self, x: torch.Tensor) -> torch.Tensor:
+    def observe_weight(self) -> None:
+        """Sets the range of the folded weight, unless it is frozen."""
+        if self.row_is_channel:
+            self._observe(self.weight_fake_quant.magnitude(weight_rows(self)))
+        else:
+            self.weight_fake_quant.observe(self._times_factor(self._factor()))
+
+    def _commutes(self) -> bool:
+        return self.row_is_channel and commutes(self.weight_fake_quant)
+
+    def _commuting(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
         if not self._folds(x):
-            magnitude = self.weight_fake_quant.magnitude(self.weight)
-            y = self.bn(self.compute(x, self._rounded(magnitude), self.bias))
+            magnitude = self.weight_fake_quant.magnitude(weight_rows(self))
+            y = self.bn(self.compute(x, self._rounded(magnitude), self.bias, *size))
             self._observe(magnitude)  # with the statistics that batch-norm has just updated
             return y  # type: ignore[no-any-return]
         if (self.training and self.weight_fake_quant.observing) or not self.weight_fake_quant.seen:
-            self._observe(self.weight_fake_quant.magnitude(self.weight))
-        return self.compute(x, self._folded(self._factor()), self.folded_bias())
+            self.observe_weight()
+        return self.compute(x, self._folded(self._factor()), self.folded_bias(), *size)
 
-    def _dividing(self, x: torch.Tensor) -> torch.Tensor:
+    def _dividing(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
         factor = self._factor()
         if not self.training:
-            weight = self.weight_fake_quant(self._times(self.weight, factor))
-            return self.compute(x, weight, self.folded_bias())
+            weight = self.weight_fake_quant(self._times_factor(factor))
+            return self.compute(x, weight, self.folded_bias(), *size)
         # A residual branch may start with a factor of zero, by which nothing can be divided.
         factor = torch.where(factor.abs() < EPS, torch.ones_like(factor), factor)
-        y = self.compute(x, self.weight_fake_quant(self._times(self.weight, factor)), None)
+        y = self.compute(x, self.weight_fake_quant(self._times_factor(factor)), None, *size)
         y = self._times(y, 1 / factor, dim=y.ndim - 1 if isinstance(self, nn.Linear) else 1)
         bias = None if self.bias is None else self._times(torch.ones_like(y[:1]), self.bias, dim=1)
         return self.bn(y if bias is None else y + bias)  # type: ignore[no-any-return]
@@ -137,8 +147,12 @@ class FusedConvBn(TrainedLayer):
         rsqrt = torch.rsqrt(self.bn.running_var + self.bn.eps)
         return rsqrt if self.bn.weight is None else self.bn.weight * rsqrt
 
+    def _times_factor(self, factor: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of the weight times the factor of each output channel."""
+        return weight_rows(self) * self.over_rows(factor)
+
     @staticmethod
-    def _times(tensor: torch.Tensor, factor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    def _times(tensor: torch.Tensor, factor: torch.Tensor, dim: int) -> torch.Tensor:
         """Returns `tensor` times a factor for each index of a dimension."""
         shape = [1] * tensor.ndim
         shape[dim] = -1
@@ -155,8 +169,8 @@ class FusedConvBn(TrainedLayer):
         """Returns the folded weight, fake-quantized."""
         fake_quant = self.weight_fake_quant
         if not fake_quant.rounding:
-            return self._times(self.weight, factor)
-        return round_weight(self.weight, fake_quant.scale, fake_quant.bounds, factor)
+            return self._times_factor(factor)
+        return round_weight(weight_rows(self), fake_quant.scale, fake_quant.bounds, factor)
 
     def _rounded(self, magnitude: torch.Tensor) -> torch.Tensor:
         """Returns the plain weight, fake-quantized with the folded weight's scale divided by the factor.
@@ -166,14 +180,14 @@ class FusedConvBn(TrainedLayer):
         """
         fake_quant = self.weight_fake_quant
         if not fake_quant.rounding:
-            return self.weight
+            return weight_rows(self)
         with torch.no_grad():
             scale = magnitude / fake_quant.quant_max
             if not fake_quant.observing:
                 switched_off = fake_quant.scale <= EPS
                 scale = torch.where(switched_off, scale, fake_quant.scale / self._factor().abs())
             scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        return round_weight(self.weight, scale, fake_quant.bounds, inside=fake_quant.observing)
+        return round_weight(weight_rows(self), scale, fake_quant.bounds, inside=fake_quant.observing)
 
 
 class ConvBn1d(FusedConvBn, nn.Conv1d):

@@ -30,12 +30,19 @@ class IntegerArithmetic:
     training: bool
 
     def integer_forward(self, layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
-        """Returns `layer(x, weight, bias)`; eval mode computes it with the integers of all three."""
+        """Returns `layer(x, weight, bias)`; eval mode computes it with the integers of all three.
+
+        Args:
+            layer: Computes the layer.
+            x: Its input.
+            weight: The rounded weight, as rows with a scale each.
+            bias: The bias, or None.
+        """
         source = input_fake_quantize(self)
         if self.training or source is None or not self._has_integers(source, x):
             return layer(x, weight, bias)
         weight_scale = self.weight_fake_quant.scale
-        sum_scale = source.scale * weight_scale
+        sum_scale = source.scale * self.channel_scale()
         integer_weight = _integers(weight, _per_channel(weight_scale, weight.ndim))
         sums = layer(_integers(x, source.scale), integer_weight, None)
         ndim = weight.ndim - 1  # a result without its batch dimension
@@ -45,6 +52,10 @@ class IntegerArithmetic:
         if source.like_onednn:
             return sums * _per_channel(sum_scale, ndim) + _per_channel(rounded_bias, ndim)
         return torch.addcmul(_per_channel(rounded_bias, ndim), sums, _per_channel(sum_scale, ndim))
+
+    def channel_scale(self) -> torch.Tensor:
+        """Returns the scale of each output channel's weights, or of all."""
+        return self.weight_fake_quant.scale  # type: ignore[no-any-return]
 
     def _has_integers(self, source: FakeQuantize, x: torch.Tensor) -> bool:
         """Whether input and weight are rounded, and the arithmetic is exact for their integers."""

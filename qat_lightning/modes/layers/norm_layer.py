@@ -35,6 +35,8 @@ class NormLayer2d(FusedConvBn, nn.Conv2d):
         """Returns the weight as it is: training does not multiply by it."""
         return self.weight  # type: ignore[no-any-return]
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def compute(
+        self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, *size: Any
+    ) -> torch.Tensor:
         """Returns the convolution; without a bias, in training, it is `x`, before the batch-norm follows."""
-        return x if self.training and bias is None else super().compute(x, weight, bias)
+        return x if self.training and bias is None else super().compute(x, rows, bias, *size)

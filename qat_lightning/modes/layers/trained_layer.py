@@ -39,8 +39,7 @@ class TrainedLayer(IntegerArithmetic):
         """Sizes the per-channel qparams of the weight."""
         weight: Any = self.weight_fake_quant
         if isinstance(weight, FakeQuantize) and weight.axis == 0:
-            layer: Any = self
-            weight.allocate(layer.weight.shape[0])
+            weight.allocate(len(weight_rows(self)))
 
     def to_float(self) -> Any:
         """Returns the float layer, without the ReLU; they share the parameters."""
@@ -56,20 +55,57 @@ class TrainedLayer(IntegerArithmetic):
         """Returns the float layer whose weight int8 rounds, with the bias that eval mode computes with."""
         layer, source = self.to_float(), input_fake_quantize(self)
         if source is not None and layer.bias is not None and source.rounding:
-            weight: Any = self.weight_fake_quant
-            layer.bias = nn.Parameter(round_bias(layer.bias, source.scale * weight.scale))
+            layer.bias = nn.Parameter(round_bias(layer.bias, source.scale * self.channel_scale()))
         return layer
 
-    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns the convolution or the product of `x` and `weight`; eval mode computes with integers."""
-        layer: Any = self
-        run = F.linear if isinstance(self, nn.Linear) else lambda *args: convolve(layer, *args)
-        return self.integer_forward(run, x, weight, bias)
+    @property
+    def row_is_channel(self) -> bool:
+        """Whether a row of the weight makes one output channel."""
+        return True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def rows_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns a weight as rows: each index of the first dimension has a scale."""
+        return weight
+
+    def weight_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the weight with these rows."""
+        return rows
+
+    def over_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns values of the output channels in a shape that broadcasts over the rows."""
+        layer: Any = self
+        return values.view([-1] + [1] * (layer.weight.ndim - 1))
+
+    def stored_scales(self) -> tuple[int, int] | None:
+        """Returns the axis along which a file has the scales of the weight, and how often it has each.
+
+        None for the axis of the fake-quantize, and once.
+        """
+        return None
+
+    def run(self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns the convolution or the product of `x` and a weight."""
+        layer: Any = self
+        return F.linear(x, rows, bias) if isinstance(self, nn.Linear) else convolve(layer, x, rows, bias)
+
+    def compute(
+        self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, *size: Any
+    ) -> torch.Tensor:
+        """Returns the convolution or the product of `x` and a weight; eval mode computes with integers.
+
+        Args:
+            x: The input.
+            rows: The weight, as rows.
+            bias: The bias, or None.
+            *size: The size that a transposed convolution is called with, if any.
+        """
+        run: Any = self.run
+        return self.integer_forward(lambda *args: run(*args, *size), x, rows, bias)
+
+    def forward(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
         """Returns the layer's output, before its own rounding."""
         layer: Any = self
-        y = self.compute(x, layer.weight_fake_quant(layer.weight), layer.bias)
+        y = self.compute(x, layer.weight_fake_quant(weight_rows(layer)), layer.bias, *size)
         return rectify(y, in_place=True) if self.relu else y
 
 
@@ -95,6 +131,12 @@ class Linear(TrainedLayer, nn.Linear):
     """`nn.Linear`."""
 
     plain = nn.Linear
+
+
+def weight_rows(layer: Any) -> torch.Tensor:
+    """Returns the weight of a prepared layer as rows: each index of the first dimension has a scale."""
+    weight: torch.Tensor = layer.weight
+    return layer.rows_of(weight) if isinstance(layer, TrainedLayer) else weight
 
 
 def _like(layer: Any, kind: Any) -> Any:

@@ -17,6 +17,7 @@ from qat_lightning.modes.lowering.reading import (
     float_layer,
     int8_layer,
     rounding_of,
+    sizes,
     stored_weight,
 )
 from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer, ReferenceWeight
@@ -62,9 +63,9 @@ def _float_value(writer: Writer, node: fx.Node, module: Any) -> fx.Node:
         integers is not None
         and (layer := int8_layer(writer, node, False, integers.qparams, None)) is not None
     ):
-        return writer.call(name_of(node), layer, integers.node)
+        return writer.call(name_of(node), layer, integers.node, *sizes(writer, node))
     if isinstance(module, ReferenceLayer) and source is not None:
-        return writer.call(str(node.target), float_layer(module), writer.value(source))
+        return writer.call(str(node.target), float_layer(module), writer.value(source), *sizes(writer, node))
     if isinstance(module, ReferenceWeight):
         return writer.call(str(node.target), stored_weight(module))
     if isinstance(module, QuantizeDequantize):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_lightning.base.torch_internals import Convolution
+from qat_lightning.base.torch_internals import Convolution, ConvTranspose
 from qat_lightning.modes.graph.nodes import module_of
 from qat_lightning.modes.lowering.graph import Writer, arguments
 from qat_lightning.modes.lowering.int8.layers import Geometry, Int8Layer, Weight
 from qat_lightning.modes.lowering.int8.paddings import PadValues, ZeroPad
 from qat_lightning.modes.lowering.int8.qparams import QParams
+from qat_lightning.modes.lowering.int8.transposed import Int8Transposed
 from qat_lightning.modes.lowering.int8.weights import FloatLayer, Rounding, StoredWeight
 from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer, ReferenceWeight
 
@@ -44,7 +46,10 @@ def int8_layer(
     geometry, pad = None, None
     if isinstance(module, ReferenceLayer):
         layer, relu = module.layer, relu or module.relu
-        weight = _weight(module.weight, None, layer.bias)
+        transposed = layer if isinstance(layer, ConvTranspose) else None
+        weight = _weight(module.weight, None, layer.bias, transposed)
+        if transposed is not None and weight is not None:
+            return Int8Transposed(weight, _without_bias(layer), relu, input, output)
         if isinstance(layer, Convolution):
             geometry, pad = _geometry_of(layer, input)
         elif not isinstance(layer, nn.Linear):
@@ -56,6 +61,11 @@ def int8_layer(
     else:
         return None
     return None if weight is None else Int8Layer(weight, geometry, relu, input, output, pad)
+
+
+def sizes(writer: Writer, node: fx.Node) -> tuple[Any, ...]:
+    """Returns what a layer is called with beside its input: the size of a transposed convolution."""
+    return fx.map_arg(node.args[1:], writer.value) if node.op == "call_module" else ()
 
 
 def float_layer(reference: ReferenceLayer) -> FloatLayer:
@@ -85,19 +95,45 @@ def _tensors(reference: QuantizeDequantize) -> tuple[torch.Tensor, torch.Tensor]
     return torch.as_tensor(reference.scale, dtype=torch.float32), torch.as_tensor(zero_point)
 
 
-def _weight(stored: Any, value: torch.Tensor | None, bias: torch.Tensor | None) -> Weight | None:
+def _weight(
+    stored: Any, value: torch.Tensor | None, bias: torch.Tensor | None, layer: Any = None
+) -> Weight | None:
     """Returns a weight as integers; None if it is not symmetric with a scale for each output channel.
 
     Args:
         stored: Its rounding.
         value: The weight, if the rounding does not hold it.
         bias: The bias of the layer.
+        layer: The layer, if it is a transposed convolution.
     """
-    if stored.dtype != torch.int8 or stored.axis not in (None, 0) or not stored.symmetric:
+    if stored.dtype != torch.int8 or not stored.symmetric:
         return None
     integers = stored.int8 if value is None else stored.quantize(value.float())
-    scales = _tensors(stored)[0].expand(len(integers)).contiguous()
-    return Weight(integers, scales, None if bias is None else bias.detach().float())
+    scale = _tensors(stored)[0]
+    if layer is not None:
+        scales = _scale_of_channels(layer, scale, stored.axis)
+    else:
+        scales = scale.expand(len(integers)).contiguous() if stored.axis in (None, 0) else None
+    return (
+        None if scales is None else Weight(integers, scales, None if bias is None else bias.detach().float())
+    )
+
+
+def _scale_of_channels(layer: Any, scale: torch.Tensor, axis: int | None) -> torch.Tensor | None:
+    """Returns a scale for each output channel of a transposed convolution; None if they have none each."""
+    if axis is None:
+        return scale.expand(layer.out_channels).contiguous()
+    if layer.groups == 1:
+        return scale if axis == 1 else None
+    groups = scale.view(layer.groups, -1)[:, :1]  # a group has its scale once for each of its input channels
+    return groups.expand(-1, layer.out_channels // layer.groups).flatten() if axis == 0 else None
+
+
+def _without_bias(layer: Any) -> nn.Module:
+    """Returns a copy of a layer that has no weight already."""
+    made = copy.deepcopy(layer)
+    made.bias = None
+    return made  # type: ignore[no-any-return]
 
 
 def _weight_of_call(writer: Writer, node: fx.Node) -> Weight | None:

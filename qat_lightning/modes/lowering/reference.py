@@ -41,12 +41,17 @@ class QuantizeDequantize(nn.Module):
 
     Args:
         fake_quantize: Provides the qparams, per-tensor or per-channel.
+        scales: The axis of per-channel qparams, and how often each index of it repeats; by default the axis
+            of the fake-quantize.
     """
 
-    def __init__(self, fake_quantize: Any) -> None:
+    def __init__(self, fake_quantize: Any, scales: tuple[int, int] | None = None) -> None:
         super().__init__()
         scale, zero_point = fake_quantize.calculate_qparams()
-        self.axis = int(fake_quantize.ch_axis) if scale.numel() > 1 else None
+        self.axis: int | None = None
+        if scale.numel() > 1:
+            self.axis, repeats = scales or (int(fake_quantize.ch_axis), 1)
+            scale, zero_point = (each.repeat_interleave(repeats) for each in (scale, zero_point))
         self.symmetric = fake_quantize.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
         self.bounds = _bounds(fake_quantize)
         self.dtype = torch.int8 if self.bounds[0] < 0 else torch.uint8
@@ -89,10 +94,13 @@ class ReferenceWeight(QuantizeDequantize):
     Args:
         fake_quantize: Provides the qparams of the weight.
         weight: The weight in float32.
+        scales: As in :class:`QuantizeDequantize`.
     """
 
-    def __init__(self, fake_quantize: Any, weight: torch.Tensor) -> None:
-        super().__init__(fake_quantize)
+    def __init__(
+        self, fake_quantize: Any, weight: torch.Tensor, scales: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(fake_quantize, scales)
         self.register_buffer("int8", self.quantize(weight.detach().float()))
 
     def forward(self, x: torch.Tensor | None = None, averaged: bool = False) -> torch.Tensor:
@@ -108,16 +116,19 @@ class ReferenceLayer(nn.Module):
         layer: The float layer, with batch-norm folded in.
         fake_quantize: Provides the qparams of its weight.
         relu: Whether a ReLU is fused into it.
+        scales: As in :class:`QuantizeDequantize`, for the weight.
     """
 
-    def __init__(self, layer: Any, fake_quantize: Any, relu: bool) -> None:
+    def __init__(
+        self, layer: Any, fake_quantize: Any, relu: bool, scales: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.layer, self.relu = layer, relu
-        self.weight = ReferenceWeight(fake_quantize, layer.weight)
+        self.weight = ReferenceWeight(fake_quantize, layer.weight, scales)
         del layer.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return computed(self.layer, x, self.weight(), self.relu)
+    def forward(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
+        return computed(self.layer, x, self.weight(), self.relu, *size)
 
 
 def _bounds(fake_quantize: Any) -> tuple[int, int]:
@@ -209,9 +220,9 @@ def _is_moved_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _reference_layer(child: Any) -> nn.Module:
     if isinstance(child, TrainedLayer):
-        plain = child.to_int8()
-        observe(child.weight_fake_quant, lambda: plain.weight)
-        layer = ReferenceLayer(plain, child.weight_fake_quant, relu=child.relu)
+        plain, scales = child.to_int8(), child.stored_scales()
+        observe(child.weight_fake_quant, lambda: child.rows_of(plain.weight))
+        layer = ReferenceLayer(plain, child.weight_fake_quant, relu=child.relu, scales=scales)
     else:  # torch.ao's, in eager mode
         plain = child.to_float()
         fused = isinstance(plain, nn.Sequential)

@@ -16,7 +16,7 @@ from qat_lightning.modes.lowering.int8.pools import Average
 from qat_lightning.modes.lowering.int8.qparams import QParams
 from qat_lightning.modes.lowering.norms import norm_of, table_of
 from qat_lightning.modes.lowering.pooling import average_of
-from qat_lightning.modes.lowering.reading import int8_layer, qparams_of
+from qat_lightning.modes.lowering.reading import int8_layer, qparams_of, sizes
 from qat_lightning.modes.lowering.reference import QuantizeDequantize, ReferenceLayer
 
 
@@ -72,7 +72,9 @@ def _layer(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
     if integers is None or not _is_read_once(node, layer) or not output.full:
         return None
     written = int8_layer(writer, layer, relu, integers.qparams, output)
-    return None if written is None else writer.call(name_of(layer), written, integers.node)
+    if written is None:
+        return None
+    return writer.call(name_of(layer), written, integers.node, *sizes(writer, layer))
 
 
 def _pair(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:

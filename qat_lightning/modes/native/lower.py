@@ -16,6 +16,9 @@ from qat_lightning.modes.functions.pads import pad_values
 from qat_lightning.modes.graph.nodes import called_modules, fake_quantize_of
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.layers.transposed import TransposedLayer
+from qat_lightning.modes.lowering.reading import float_layer
+from qat_lightning.modes.lowering.reference import ReferenceLayer
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.lowering.unseen_weights import observe, observe_weights
 from qat_lightning.modes.native.packed_weights import hold_packed_weights
@@ -62,11 +65,16 @@ def lower(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _reference(layer: TrainedLayer) -> nn.Module:
-    """Returns torch.ao's reference layer, a float layer that knows the qparams of its weight."""
-    plain = layer.to_int8()
+    """Returns torch.ao's reference layer, a float layer that knows the qparams of its weight.
+
+    torch.ao transposes convolutions only with one scale for the whole weight. Here they compute with floats,
+    from an int8 weight.
+    """
+    plain, fake_quantize = layer.to_int8(), layer.weight_fake_quant
+    observe(fake_quantize, lambda: layer.rows_of(plain.weight))
+    if isinstance(layer, TransposedLayer):
+        return float_layer(ReferenceLayer(plain, fake_quantize, layer.relu, layer.stored_scales()))
     reference, with_relu = _REFERENCES[layer.plain]
-    fake_quantize: Any = layer.weight_fake_quant
-    observe(fake_quantize, lambda: plain.weight)
     made: nn.Module = reference.from_float(plain, get_qparam_dict(fake_quantize))
     if not layer.relu:
         return made

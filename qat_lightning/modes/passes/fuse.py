@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from qat_lightning.modes.graph.nodes import called_modules, module_of, sole_reader
-from qat_lightning.modes.layers import fused_conv_bn, trained_layer
+from qat_lightning.modes.layers import fused_conv_bn, trained_layer, transposed
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
+from qat_lightning.modes.targets.rules import Target
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
 
 _LAYERS: dict[type[nn.Module], tuple[Any, Any, tuple[type[nn.Module], ...]]] = {
@@ -21,6 +22,13 @@ _LAYERS: dict[type[nn.Module], tuple[Any, Any, tuple[type[nn.Module], ...]]] = {
     nn.Conv2d: (trained_layer.Conv2d, fused_conv_bn.ConvBn2d, (nn.BatchNorm2d, FixedNorm)),
     nn.Conv3d: (trained_layer.Conv3d, fused_conv_bn.ConvBn3d, (nn.BatchNorm3d,)),
     nn.Linear: (trained_layer.Linear, fused_conv_bn.LinearBn1d, (nn.BatchNorm1d,)),
+    nn.ConvTranspose1d: (transposed.ConvTranspose1d, transposed.ConvTransposeBn1d, (nn.BatchNorm1d,)),
+    nn.ConvTranspose2d: (
+        transposed.ConvTranspose2d,
+        transposed.ConvTransposeBn2d,
+        (nn.BatchNorm2d, FixedNorm),
+    ),
+    nn.ConvTranspose3d: (transposed.ConvTranspose3d, transposed.ConvTransposeBn3d, (nn.BatchNorm3d,)),
 }
 """By float class: the prepared layer, the one with a batch-norm, and the batch-norms that fit."""
 
@@ -32,15 +40,21 @@ class _Chain(NamedTuple):
     relu: fx.Node | None = None
 
 
-def fuse(graph_module: fx.GraphModule, qconfigs: QConfigs) -> None:
-    """Replaces each layer of a graph by its prepared form, in place. Layers that stay float do not change."""
+def fuse(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -> None:
+    """Replaces each layer of a graph by its prepared form, in place. Layers that stay float do not change.
+
+    Args:
+        graph_module: A traced network.
+        qconfigs: The QConfig of each node.
+        target: Layers that are not in its table stay float.
+    """
     calls: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
     for name, layer in called_modules(graph_module).items():
         nodes, qconfig = calls[name], qconfigs.of(calls[name][0])
-        if type(layer) in _LAYERS and qconfig is not None:
+        if type(layer) in _LAYERS and type(layer) in target.rules and qconfig is not None:
             chains = _common([_chain(graph_module, node, calls, qconfigs) for node in nodes])
             _replace(graph_module, layer, nodes, chains, qconfig.weight())
     graph_module.delete_all_unused_submodules()
@@ -72,6 +86,11 @@ def _is_norm_of(
     return {str(call.all_input_nodes[0].target) for call in calls[str(node.target)]} == {str(layer.target)}
 
 
+def _by_position(call: fx.Node) -> tuple[Any, ...]:
+    """Returns the arguments of a layer's call; those of a transposed convolution may have a size."""
+    return (*call.args, *[call.kwargs[name] for name in ("input", "output_size") if name in call.kwargs])
+
+
 def _common(chains: list[_Chain]) -> list[_Chain]:
     """Returns the part of the chains that all calls of a layer have in common."""
     norms = {None if chain.norm is None else str(chain.norm.target) for chain in chains}
@@ -91,6 +110,8 @@ def _replace(
     else:
         made = with_norm.of(layer, weight, relu=relu, bn=module_of(graph_module, norm))
     graph_module.set_submodule(str(nodes[0].target), made)
+    for node in nodes:
+        node.args, node.kwargs = _by_position(node), {}
     for chain, node in zip(chains, nodes, strict=True):
         for fused in filter(None, chain):
             fused.replace_all_uses_with(node)

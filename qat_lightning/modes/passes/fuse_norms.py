@@ -9,6 +9,7 @@ from collections import Counter
 
 from torch import fx, nn
 
+from qat_lightning.base.torch_internals import ConvTranspose
 from qat_lightning.modes.graph.nodes import module_of
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE
 from qat_lightning.modes.layers.fused_conv_bn import commutes
@@ -53,6 +54,10 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def follows_float_layer(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node reads the result of a layer that stays float."""
+    """Whether a node reads the result of a layer that stays float.
+
+    A transposed convolution does not count: files of version 0.1.0 have qparams between the two.
+    """
     layer = module_of(graph_module, node.all_input_nodes[0])
-    return isinstance(layer, QUANTIZABLE) and not isinstance(layer, TrainedLayer)
+    floating = isinstance(layer, QUANTIZABLE) and not isinstance(layer, TrainedLayer)
+    return floating and not isinstance(layer, ConvTranspose)

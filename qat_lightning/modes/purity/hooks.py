@@ -11,13 +11,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from qat_lightning.base.torch_internals import all_forward_hooks
+from qat_lightning.modes.graph.quantizable import QUANTIZABLE
 
 # transformers registers hooks at the first call of a model. They do nothing unless that call asks for hidden
 # states or attentions; then a capture records what they do.
 _DORMANT = ("transformers.utils.output_capturing",)
 _OLD_NORMS: dict[type, str] = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
 _COMPUTED = "which each forward computes anew, so that it cannot be stored as int8. Make it plain first: "
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def check_hooks(network: nn.Module) -> None:
@@ -53,7 +53,7 @@ def check_weight(name: str, module: nn.Module) -> None:
                 f"{name!r} has a {hook.name} of torch.nn.utils.{norm}, {_COMPUTED}"
                 f"torch.nn.utils.remove_{norm}(module{argument})."
             )
-    if isinstance(module, _LAYERS) and isinstance(vars(module).get("weight"), torch.Tensor):
+    if isinstance(module, QUANTIZABLE) and isinstance(vars(module).get("weight"), torch.Tensor):
         raise ValueError(
             f"{name!r} has a weight that is a plain tensor and no parameter, as a removed hook of "
             "torch.nn.utils.weight_norm leaves it. Call torch.nn.utils.remove_weight_norm(module) while the "

@@ -19,6 +19,7 @@ NATIVE = Target(
     {
         **COMMON,
         **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+        **rules(Rule(Kind.LAYER), nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         **rules(Rule(Kind.LAYER, relu=True), F.conv1d, F.conv2d, F.conv3d, F.linear),
         **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
         **rules(Rule(Kind.COMBINES, relu=True), operator.mul, operator.imul, torch.mul),

@@ -5,6 +5,10 @@
 - A convolution returns int8. Sigmoid and LeakyReLU are int8, too. So are a SiLU, as a product with a sigmoid,
   and a batch-norm, as a convolution.
 - Sums are int8 between convolutions. In a transformer they lead to a norm, and stay float.
+- There is no kernel for a transposed convolution. One of images becomes a plain convolution in the file
+  (`export/blocks.py`). A U-Net with LeakyReLU and kernels of 4 takes 8.5 ms with it and 13.6 ms without.
+  Where it cannot, as with groups, it computes in float from an int8 weight. That costs no more time than a
+  float weight, and the activation after it is int8. Those of one and three dimensions stay float.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
 ONNX_RUNTIME = Target(
     {
         **COMMON,
-        **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
         **rules(Rule(Kind.LAYER, float_result=True), nn.Linear),
         **rules(Rule(Kind.LAYER, relu=True), F.conv1d, F.conv2d, F.conv3d),
         **rules(Rule(Kind.LAYER, relu=True, float_result=True), F.linear),

@@ -9,25 +9,42 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-_DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_TENSORS = ("input", "weight", "bias")
-_DEFAULTS = {**dict.fromkeys(_TENSORS), "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+from qat_lightning.base.torch_internals import TRANSPOSED
+
+DIMENSIONS: dict[Any, int] = {
+    F.linear: 0,
+    F.conv1d: 1,
+    F.conv2d: 2,
+    F.conv3d: 3,
+    **{function: dims for dims, function in TRANSPOSED.items()},
+}
+"""The functions with a weight, and their number of dimensions."""
+_TENSORS: dict[str, Any] = dict.fromkeys(("input", "weight", "bias"))
+_CONVOLUTION = {**_TENSORS, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_TRANSPOSED = {**_TENSORS, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+_PER_DIMENSION = ("stride", "padding", "output_padding", "dilation")
 
 
 def write_out_arguments(graph: fx.Graph) -> None:
     """Gives each functional convolution and linear layer all of its arguments, by position, in place."""
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (F.linear, *_DIMENSIONS):
+        if node.op != "call_function" or node.target not in DIMENSIONS:
             continue
-        names = list(_TENSORS) if node.target is F.linear else list(_DEFAULTS)
-        given = {**_DEFAULTS, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if node.target is not F.linear:
-            for name in ("stride", "padding", "dilation"):
-                given[name] = _each(given[name], _DIMENSIONS[node.target])
-        node.args, node.kwargs = tuple(given[name] for name in names), {}
+        defaults = _defaults(node.target)
+        given = {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+        for name in set(_PER_DIMENSION) & given.keys():
+            given[name] = _each(given[name], DIMENSIONS[node.target])
+        node.args, node.kwargs = tuple(given.values()), {}
         computed = isinstance(given["bias"], fx.Node) and not _is_read(given["bias"])
         if computed and not reads_rows(node):
             stay_float(node)
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    """Returns the arguments of a function with a weight, in order, with their defaults."""
+    if function is F.linear:
+        return _TENSORS
+    return _TRANSPOSED if function in TRANSPOSED.values() else _CONVOLUTION
 
 
 def _is_read(value: Any) -> bool:
@@ -61,8 +78,12 @@ def rows_of(value: Any) -> tuple[fx.Node, Rows] | None:
 
 
 def stay_float(node: fx.Node) -> None:
-    """Makes the call of a functional convolution or linear layer one that int8 does not know, in place."""
-    node.target = linear if node.target is F.linear else convolution
+    """Makes the call of a functional convolution or linear layer one that int8 does not know, in place.
+
+    It knows no transposed ones.
+    """
+    if node.target not in TRANSPOSED.values():
+        node.target = linear if node.target is F.linear else convolution
 
 
 def linear(*args: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_lightning.base.torch_internals import modules_of, parameters_of
+from qat_lightning.base.torch_internals import ConvTranspose, modules_of, parameters_of
 from qat_lightning.modes.trace.functional import Rows
 
 LAYER_OF: dict[Any, type[nn.Module]] = {
@@ -24,6 +24,9 @@ LAYER_OF: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
     F.conv3d: nn.Conv3d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
 }
 
 
@@ -85,11 +88,16 @@ def layer_with(kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, *sett
         kind: The layer's class.
         weight: Its weight.
         bias: Its bias, or None.
-        *settings: Of a convolution: stride, padding, dilation and groups.
+        *settings: Of a convolution: stride, padding, dilation and groups; of a transposed one: stride,
+            padding, output padding, groups and dilation.
     """
     out_channels, channels, *kernel = weight.shape
     if kind is nn.Linear:
         layer: nn.Module = nn.Linear(channels, out_channels, device="meta")
+    elif issubclass(kind, ConvTranspose):
+        *places, groups, dilation = settings
+        ends = out_channels, channels * groups  # the weight has the input channels first
+        layer = kind(*ends, tuple(kernel), *places, groups, dilation=dilation, device="meta")
     else:
         *places, groups = settings
         layer = kind(channels * groups, out_channels, tuple(kernel), *places, groups, device="meta")

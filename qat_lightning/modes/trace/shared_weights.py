@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.functions import FUNCTION
 from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE
-from qat_lightning.modes.trace.functional import ALL_ROWS, attribute, reads_rows, rows_of, stay_float
+from qat_lightning.modes.trace.functional import (
+    ALL_ROWS,
+    DIMENSIONS,
+    attribute,
+    reads_rows,
+    rows_of,
+    stay_float,
+)
 from qat_lightning.modes.trace.own_layers import LAYER_OF, layer_with, linear_with_rows
-
-_DIMENSIONS: dict[Any, int] = {F.linear: 0, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
 def call_layers_of_weights(graph_module: fx.GraphModule, scopes: dict[str, Any]) -> None:
@@ -101,7 +105,7 @@ def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         return None
     function: Any = node.target
     weight, bias = [*(attribute(graph_module, str(read.target)) for read, _ in sources), None][:2]
-    if not weight.is_floating_point() or weight.ndim != 2 + _DIMENSIONS[function]:
+    if not weight.is_floating_point() or weight.ndim != 2 + DIMENSIONS[function]:
         return None
     parameters = _parameter(weight), None if bias is None else _parameter(bias)
     rows = [rows for _, rows in sources]

@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from qat_lightning.base.torch_internals import ignore_in_ddp
 from qat_lightning.fake_quant.fake_quantize import fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, is_moving_average, set_range
+from qat_lightning.modes.layers.trained_layer import weight_rows
 from qat_lightning.run.distributed.processes import several_processes
 from qat_lightning.run.distributed.qparams_check import check_same_qparams
 
@@ -69,7 +70,7 @@ def _observed_by(module: nn.Module, name: str, child: Any) -> Tensor:
         return torch.cat([low, high])
     # A per-channel observer gets its size from its first tensor. Other ranks' observers may have one already.
     layer: Any = module.get_submodule(name.removesuffix(".weight_fake_quant"))
-    channels = layer.weight.shape[0]
+    channels = len(weight_rows(layer))
     return torch.cat([low.new_full((channels,), torch.inf), high.new_full((channels,), -torch.inf)])
 
 

@@ -24,6 +24,7 @@ from qat_lightning.base.schedule import Phase
 from qat_lightning.fake_quant.fake_quantize import FakeQuantize, fake_quantizes
 from qat_lightning.fake_quant.ranges import has_histogram, has_range, set_range
 from qat_lightning.modes.layers.fused_conv_bn import FusedConvBn
+from qat_lightning.modes.layers.trained_layer import weight_rows
 from qat_lightning.run import trainer_facts
 from qat_lightning.run.distributed.merge_ranges import merge_ranges
 from qat_lightning.run.part import Part
@@ -135,9 +136,9 @@ def _compute_weight_qparams(module: nn.Module) -> None:
             continue
         if isinstance(layer, FusedConvBn):
             fake_quant.seen = False
-            layer._observe(fake_quant.magnitude(layer.weight))
+            layer.observe_weight()
         elif not hasattr(layer, "bn"):
-            fake_quant.observe(layer.weight)
+            fake_quant.observe(weight_rows(layer))
 
 
 def _averaging_floats(many: Average | None, one: Average | None) -> Average:

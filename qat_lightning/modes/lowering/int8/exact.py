@@ -17,12 +17,14 @@ class ExactKernel:
 
     Args:
         layer: An :class:`~qat_lightning.modes.lowering.int8.layers.Int8Layer`.
+        rows: The weights of each output channel, if the weight itself does not have them as rows.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, rows: torch.Tensor | None = None) -> None:
         self.input, self.output = layer.qparams("input"), layer.output_qparams()
         self.geometry, self.relu = layer.geometry, layer.relu
-        self.dtype = torch.float32 if _fits(layer.weight, self.input.zero_point) else torch.float64
+        rows = layer.weight if rows is None else rows
+        self.dtype = torch.float32 if _fits(rows, self.input.zero_point) else torch.float64
         self.weight = layer.weight.to(self.dtype)
         ndim = layer.weight.ndim - 1  # a result without its batch dimension
         scale = layer.weight_scale * torch.tensor(self.input.scale, dtype=torch.float32)
@@ -30,14 +32,14 @@ class ExactKernel:
         if layer.bias is not None:
             self.bias = _per_channel(layer.bias, ndim)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        sums = self._sums(centered(x, self.input).to(self.dtype)).float()
+    def __call__(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
+        sums = self._sums(centered(x, self.input).to(self.dtype), *size).float()
         y = sums.mul_(self.scale)
         y = y if self.bias is None else y.add_(self.bias)
         y = y.relu_() if self.relu else y
         return y if self.output is None else quantized(y, self.output)
 
-    def _sums(self, x: torch.Tensor) -> torch.Tensor:
+    def _sums(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
         if self.geometry is None:
             return F.linear(x, self.weight)
         convolve = CONVOLUTIONS[self.weight.ndim - 2]

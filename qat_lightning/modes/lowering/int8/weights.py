@@ -44,16 +44,24 @@ class FloatLayer(nn.Module):
         super().__init__()
         self.layer, self.weight, self.relu = layer, weight, relu
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return computed(self.layer, x, self.weight(), self.relu)
+    def forward(self, x: torch.Tensor, *size: Any) -> torch.Tensor:
+        return computed(self.layer, x, self.weight(), self.relu, *size)
 
 
-def computed(layer: Any, x: torch.Tensor, weight: torch.Tensor, relu: bool) -> torch.Tensor:
-    """Computes a layer of torch.nn with another weight, and a ReLU after it or none."""
+def computed(layer: Any, x: torch.Tensor, weight: torch.Tensor, relu: bool, *size: Any) -> torch.Tensor:
+    """Computes a layer of torch.nn with another weight, and a ReLU after it or none.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        weight: The weight.
+        relu: Whether a ReLU follows.
+        *size: The size that a transposed convolution is called with, if any.
+    """
     if isinstance(layer, nn.Linear):
         y = F.linear(x, weight, layer.bias)
     else:
-        y = convolve(layer, x, weight, layer.bias)
+        y = convolve(layer, x, weight, layer.bias, *size)
     return F.relu(y) if relu else y
 
 
