@@ -25,6 +25,7 @@ from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.layers.moves import pads_with_zeros
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.fuse_norms import follows_float_layer
 from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 from qat_lightning.modes.passes.tensors import Tensors
@@ -103,7 +104,10 @@ class _Annotator:
         return self._plan
 
     def _rule(self, node: fx.Node) -> Rule | None:
-        """Returns what the table says of a node; None for a float operation."""
+        """Returns what a user or the table says of a node; None for a float operation."""
+        declared = declared_rule(node)
+        if declared is not None:
+            return declared if self._qconfigs.of(node) is not None else None
         module = module_of(self._graph_module, node)
         if isinstance(module, TrainedLayer):
             return self._target.rules[module.plain]
