@@ -83,13 +83,14 @@ def write_graph(
         path: Where to write the file.
         metadata: Further metadata for the file.
         form: Turns the prepared network into the module to trace; by default, into its reference graph.
-        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors. ONNX Runtime has no
-            int8 kernel for a hard-swish; OpenVINO does.
+        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, and PReLUs as LeakyReLUs.
+            ONNX Runtime has no int8 kernels for these; OpenVINO does.
     """
     import onnx_ir
 
     from qat_lightning.export.graph import simplify
     from qat_lightning.export.hard_swish import as_products
+    from qat_lightning.export.leaky_relu import as_leaky_relus
     from qat_lightning.export.operations import TRANSLATIONS
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
@@ -105,6 +106,7 @@ def write_graph(
         assert program is not None
         model = as_products(program.model) if for_onnx_runtime else program.model
         model = simplify(model)
+        model = as_leaky_relus(model) if for_onnx_runtime else model
     model.metadata_props.update({**example.metadata, **metadata})
     onnx_ir.save(model, path)
 

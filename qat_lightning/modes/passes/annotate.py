@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
-from qat_lightning.modes.layers.moves import pads_with_zeros
+from qat_lightning.modes.layers.moves import may_move_values
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.passes.declare import declared_rule
@@ -112,6 +111,8 @@ class _Annotator:
         if isinstance(module, TrainedLayer):
             return self._target.rules[module.plain]
         called = module.function if isinstance(module, ByMode) else call_target(self._graph_module, node)
+        if called is getattr:
+            called = f".{node.args[1]}"
         rule = self._target.rules.get(called)
         if rule is None and is_dropout(self._graph_module, node):
             rule = Rule(Kind.MOVES)
@@ -122,7 +123,7 @@ class _Annotator:
         is_float_layer = rule.kind is Kind.LAYER and module is not None
         if is_float_layer or self._qconfigs.of(node) is None or lacks_int8(module):
             return None
-        if node.target is F.pad and not pads_with_zeros(node):
+        if rule.kind is Kind.MOVES and not may_move_values(module, node):
             return None
         return None if rule.kind is Kind.COMBINES and not self._combines_tensors(node) else rule
 
