@@ -90,6 +90,51 @@ def test_declared_operations(backend: str, example: Any, tmp_path: Path) -> None
     assert sqnr(prepared(x), export(x)) > 40
 
 
+class Text(nn.Module):
+    """An embedding, whose weight the last layer shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(500, 16, padding_idx=0), nn.LayerNorm(16)
+        self.layer, self.last = nn.Linear(16, 16), nn.Linear(16, 500)
+        self.last.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.last(self.layer(self.norm(self.words(words))).relu())
+
+
+@pytest.mark.parametrize(("backend", "captured"), [("onednn", False), ("onnxruntime", True)])
+def test_rows_of_an_embedding(backend: str, captured: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = torch.randint(0, 500, (4, 6))
+    plain, example = Text(), (words,) if captured else None
+    before = plain.words.weight.detach().clone()
+    prepared: Any = prepare(plain, backend=backend, operations={nn.Embedding: "rows"}, example_inputs=example)
+    assert dict(prepared.named_parameters())["words.weight"] is prepared.get_submodule("last").weight
+    train_steps(prepared, ((words,), {}))
+    prepared.eval()
+    assert not torch.equal(prepared.get_parameter("words.weight"), before)
+    int8 = convert(prepared)
+    path = save_int8(int8, tmp_path / "int8.pt")
+    with torch.no_grad():
+        assert sqnr(prepared(words), int8(words)) > 40
+        assert torch.equal(load_int8(path, Text())(words), int8(words))
+    table = prepared.get_parameter("words.weight").numel()
+    assert sum(t.numel() for t in int8.state_dict().values() if t is not None and _is_float(t)) < table / 2
+    file = export_onnx(prepared, tmp_path / "int8.onnx", (words,))
+    assert sqnr(prepared(words), load_runtime(file)(words)) > 40
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_quantized and value.is_floating_point()
+
+
+def test_only_embeddings_have_rows() -> None:
+    for layer in (Swish(), nn.Embedding(5, 8, max_norm=1.0), nn.Embedding(5, 8, sparse=True)):
+        with pytest.raises(ValueError, match=r"operations says of '0' that it returns 'rows'.* but it is"):
+            prepare(nn.Sequential(layer, nn.Linear(8, 4)), operations={"0": "rows"})
+
+
 def test_what_is_not_declared_is_traced_and_float() -> None:
     prepared: Any = prepare(Network(), backend="onednn", example_inputs=(images(),))
     called = {str(node.target) for node in prepared.graph.nodes}

@@ -83,8 +83,8 @@ def write_graph(
         path: Where to write the file.
         metadata: Further metadata for the file.
         form: Turns the prepared network into the module to trace; by default, into its reference graph.
-        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, and PReLUs as LeakyReLUs.
-            ONNX Runtime has no int8 kernels for these; OpenVINO does.
+        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, and PReLUs as
+            LeakyReLUs. ONNX Runtime has no int8 kernels for these; OpenVINO does.
     """
     import onnx_ir
 

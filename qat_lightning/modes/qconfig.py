@@ -71,7 +71,6 @@ _FLOAT = (
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
-    nn.Embedding,
     nn.EmbeddingBag,
 )
 

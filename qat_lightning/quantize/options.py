@@ -44,8 +44,9 @@ class PrepareOptions(TypedDict, total=False):
             ones, or those for which the backend's rules are not what you want. `"moves"`: returns values of
             its input, whose qparams represent the result, too. `"averages"`: its result is rounded with the
             qparams of its input. `"computes"`: reads rounded tensors, and its result is rounded with qparams
-            of its own. `"float"`: reads its input in full precision. Each is one call in the graph, which no
-            trace looks into. Only in fx mode.
+            of its own. `"float"`: reads its input in full precision. `"rows"`: an `nn.Embedding` whose weight
+            trains rounded, with a scale for each row, and is stored as int8; its result is float. Each is one
+            call in the graph, which no trace looks into. Only in fx mode.
         untraceable: What happens in fx mode to a submodule whose forward cannot be traced. `"error"`
             (default) raises an error with its file and line. `"float"` keeps the smallest such submodules
             float and logs their names.

@@ -25,7 +25,7 @@ from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.functions import called_functions
 from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
-from qat_lightning.modes.graph.relu6 import replace_relu6_in_graph
+from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.lowering.lower import lower
@@ -34,6 +34,7 @@ from qat_lightning.modes.passes.annotate import annotate
 from qat_lightning.modes.passes.declare import declare
 from qat_lightning.modes.passes.decompose_attention import decompose_attention
 from qat_lightning.modes.passes.decompose_silu import decompose_silu
+from qat_lightning.modes.passes.embeddings import expose_weights
 from qat_lightning.modes.passes.fuse import fuse
 from qat_lightning.modes.passes.fuse_norms import fuse_norms
 from qat_lightning.modes.passes.insert import insert
@@ -93,7 +94,8 @@ class FxMode:
         graph_module, scopes, untraceable, captured = _trace(
             network, options.untraceable, options.example_inputs, whole
         )
-        declare(graph_module, options.operations)
+        declare(graph_module, {n: v for n, v in options.operations.items() if not _is_kept(n, options)})
+        expose_weights(graph_module, scopes)
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
@@ -157,6 +159,10 @@ class _Traced(NamedTuple):
     scopes: dict[str, Any]
     untraceable: dict[str, str]
     captured: Inputs | None = None
+
+
+def _is_kept(name: str, options: Options) -> bool:
+    return is_inside(name, options.keep_float)
 
 
 def _whole(network: nn.Module, keep_float: Collection[str], declared: Collection[str]) -> Opaque:

@@ -98,6 +98,8 @@ class _Annotator:
                 self._concatenate(node)
             elif rule.kind in (Kind.MOVES, Kind.AVERAGES):
                 self._pass(node, rule)
+            elif rule.kind is Kind.LOOKS_UP:
+                self._add(Rounding(node.args[1], self._qconfigs.of(node), [node], weight=True))
         order = {node: i for i, node in enumerate(self._graph_module.graph.nodes)}
         self._plan.roundings.sort(key=lambda rounding: order[rounding.node])
         return self._plan

@@ -11,6 +11,7 @@ DECLARED: Mapping[str, Rule] = {
     "moves": Rule(Kind.MOVES),
     "averages": Rule(Kind.AVERAGES),
     "computes": Rule(Kind.COMPUTES),
+    "rows": Rule(Kind.LOOKS_UP),
     "float": Rule(Kind.ENDS),
 }
 
