@@ -23,6 +23,7 @@ from torchvision import models
 
 from qat_lightning import PreflightError, QuantizationAwareTraining, convert, preflight, prepare
 from qat_lightning.analysis.preflight.dry_run import dry_run
+from qat_lightning.analysis.preflight.inventory import count_work
 from qat_lightning.base.inputs import Inputs
 from tests.networks import CASES, Case, ConvBnRelu, Residual
 from tests.runs import TinyModule, trainer
@@ -370,3 +371,10 @@ def test_networks_of_a_lightning_module_are_tried_with_what_its_forward_gives_th
     module.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="calls none of its networks"):
         preflight(module, X)
+
+
+def test_work_is_counted_with_the_tensors_of_a_validation() -> None:
+    with torch.inference_mode():
+        words = torch.tensor([[1, 2, 3]])
+    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    assert count_work(network, Inputs((words,), {})).total == 3 * 4 * 2

@@ -83,15 +83,16 @@ def write_graph(
         path: Where to write the file.
         metadata: Further metadata for the file.
         form: Turns the prepared network into the module to trace; by default, into its reference graph.
-        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, and all transposed
-            convolutions as plain ones. ONNX Runtime has no int8 kernels for them; OpenVINO does, except for
-            a transposed convolution of an input with a zero point.
+        for_onnx_runtime: Whether to rewrite hard-swishes as products of int8 tensors, PReLUs as LeakyReLUs,
+            and all transposed convolutions as plain ones. ONNX Runtime has no int8 kernels for them; OpenVINO
+            does, except for a transposed convolution of an input with a zero point.
     """
     import onnx_ir
 
     from qat_lightning.export.blocks import as_blocks
     from qat_lightning.export.graph import simplify
     from qat_lightning.export.hard_swish import as_products
+    from qat_lightning.export.leaky_relu import as_leaky_relus
     from qat_lightning.export.operations import TRANSLATIONS
 
     with quiet_torch_ao(), quiet_exporters(), torch.no_grad():
@@ -107,6 +108,7 @@ def write_graph(
         assert program is not None
         model = as_products(program.model) if for_onnx_runtime else program.model
         model = simplify(as_blocks(model, only_shifted=not for_onnx_runtime))
+        model = as_leaky_relus(model) if for_onnx_runtime else model
     model.metadata_props.update({**example.metadata, **metadata})
     onnx_ir.save(model, path)
 

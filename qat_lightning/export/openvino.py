@@ -13,6 +13,7 @@ from qat_lightning.base import manifest
 from qat_lightning.base.atomic import replacing
 from qat_lightning.export.example import example_of
 from qat_lightning.export.extras import require
+from qat_lightning.export.maxima import round_before_maxima
 from qat_lightning.export.onnx import write_graph
 from qat_lightning.export.runtime import OpenVino
 
@@ -72,6 +73,7 @@ def convert_graph(graph: Path, metadata: Mapping[str, str]) -> tuple[bytes, byte
     import openvino
 
     model = openvino.convert_model(graph)
+    round_before_maxima(model)
     for key, value in metadata.items():
         model.set_rt_info(value, key.split(".", 1))
     openvino.save_model(model, graph.with_suffix(".xml"), compress_to_fp16=False)

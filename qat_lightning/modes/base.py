@@ -22,7 +22,8 @@ class Options:
             backend's default here.
         keep_float: Names of the submodules, and of the functions (`"operator.add()"`), that stay float.
         fuse: `"auto"`, or groups of module names (eager mode only).
-        overrides: QConfigs of single layers, by name.
+        overrides: QConfigs of single layers, other modules and functions, by name.
+        operations: What modules and functions are declared to do, by name (fx mode only).
         replace_relu6: Whether ReLU6 becomes ReLU.
         untraceable: `"error"` or `"float"`: how to treat parts that cannot be traced (fx mode only).
         example_inputs: An example of a call of `forward`, or None.
@@ -34,6 +35,7 @@ class Options:
     fuse: str | Sequence[Sequence[str]] = "auto"
     replace_relu6: bool = True
     overrides: Mapping[str, Override] = field(default_factory=dict)
+    operations: Mapping[str, str] = field(default_factory=dict)
     untraceable: str = "error"
     example_inputs: Inputs | None = None
 
@@ -68,9 +70,16 @@ class Mode(Protocol):
         """
 
     def functions(
-        self, network: nn.Module, untraceable: str, example: Inputs | None
+        self, network: nn.Module, untraceable: str, example: Inputs | None, declared: frozenset[str]
     ) -> frozenset[str] | None:
-        """Returns the names of the functions that `network` calls; None if the mode has no graph."""
+        """Returns the names of the functions that `network` calls; None if the mode has no graph.
+
+        Args:
+            network: The float network.
+            untraceable: How to treat parts that cannot be traced.
+            example: An example of a call of `forward`, or None.
+            declared: Names of the modules and functions that are one call each.
+        """
 
     def prepares_in_place(self, network: nn.Module) -> bool:
         """Returns whether the prepared network has to be `network` itself."""

@@ -56,14 +56,14 @@ if TYPE_CHECKING:
     Override = QConfig | ao.QConfig | str
 else:
     QConfigLike = Override = QConfig | str  # torch.ao's need no import to be accepted
-Overrides = Mapping[str, Override | None]
+Overrides = Mapping[Any, Override | None]  # by name or glob, type or function
 
 # Backends whose kernels multiply bytes in pairs and add them in 16 bits on CPUs without VNNI: with 7 bits
 # of activation the sum cannot saturate.
 _SEVEN_BITS = ("x86", "fbgemm")
 
 # Int8 would round the weights of these, which training leaves as they are.
-_FLOAT = (nn.Embedding, nn.EmbeddingBag)
+_FLOAT = (nn.EmbeddingBag,)
 
 
 def default_qconfig(backend: str, observer: str = "moving_average") -> QConfig:
@@ -171,7 +171,7 @@ def check_override(value: object) -> None:
     """Raises a `TypeError` if no single layer can be prepared with `value`."""
     if value is not None and value not in BACKENDS and not is_qconfig(value):
         raise TypeError(
-            "overrides map names or globs of layers to a torch.ao.quantization.QConfig, to the name of a "
+            "overrides map names or globs of layers, types or functions to a QConfig, to the name of a "
             f"backend for its default ({', '.join(BACKENDS)}), or to None to keep them float, but received "
             f"{type(value).__name__}: {value!r}."
         )
@@ -193,7 +193,7 @@ def stored_overrides(stored: Mapping[str, str], given: Overrides) -> dict[str, O
         override = value if value in BACKENDS else given.get(name)
         if override is None or qconfig_name(override) != value:
             raise RecipeMismatchError(
-                f"The layer {name!r} was prepared with a QConfig of its own, which no file stores. Pass it "
+                f"{name!r} was prepared with a QConfig of its own, which no file stores. Pass it "
                 f"again as overrides={{{name!r}: …}}; received {override!r}."
             )
         found[name] = override

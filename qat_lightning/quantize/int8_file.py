@@ -22,6 +22,7 @@ from qat_lightning.modes.qconfig import Overrides, QConfigLike, stored_overrides
 from qat_lightning.quantize.convert import convert_in_place
 from qat_lightning.quantize.copies import replace_submodule
 from qat_lightning.quantize.earlier_names import transposed_in_float
+from qat_lightning.quantize.patterns import is_function, token_of
 from qat_lightning.quantize.prepare import prepare
 from qat_lightning.quantize.recipe import STATE_KEY, Recipe, attach, quantized_networks, recipe_of, recipes_in
 from qat_lightning.quantize.selection import resolve_overrides, split_overrides
@@ -239,12 +240,13 @@ def _user_defined(
     module: nn.Module, recipes: dict[str, Recipe], qconfig: QConfigLike | None, overrides: Overrides
 ) -> dict[str, dict[str, Any]]:
     """Returns, for each network, the arguments of `prepare` that files do not hold: user-defined QConfigs."""
-    split = split_overrides([module.get_submodule(name) for name in recipes], overrides)
+    called = frozenset(token_of(pattern) for pattern in overrides if is_function(pattern))
+    split = split_overrides([module.get_submodule(name) for name in recipes], overrides, lambda _: called)
     return {
         name: {
             "qconfig": stored_qconfig(recipe.qconfig, qconfig),
             "overrides": stored_overrides(
-                recipe.overrides, resolve_overrides(module.get_submodule(name), given)
+                recipe.overrides, resolve_overrides(module.get_submodule(name), given, lambda _: called)
             ),
         }
         for (name, recipe), given in zip(recipes.items(), split, strict=True)
@@ -264,6 +266,7 @@ def _prepare_all(
             keep_float=[*recipe.keep_float, *floating],
             fuse=recipe.fuse,
             replace_relu6=recipe.replace_relu6,
+            operations=recipe.operations,
             untraceable="float" if recipe.untraceable else "error",
             example_inputs=None if recipe.example is None else restore(recipe.example),
             **user_defined[name],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from qat_lightning.quantize.recipe import Recipe, quantized_networks, recipe_of,
 from qat_lightning.quantize.selection import (
     check_modules,
     find_networks,
+    names_to_declare,
+    split_operations,
     split_overrides,
     split_patterns,
 )
@@ -141,16 +144,20 @@ def _prepare_for(
 def _split(networks: Mapping[str, nn.Module], settings: Settings, examples: Examples) -> dict[str, Settings]:
     """Returns settings for each network, with only the names that match in it."""
     names = {network: name for name, network in networks.items()}
+    operations = settings.operations or {}
 
+    @functools.cache
     def functions(network: nn.Module) -> frozenset[str] | None:
         mode = get_mode(choose_mode(network, settings.mode)[0])
-        return mode.functions(network, settings.untraceable, examples.of(names[network]))
+        declared = names_to_declare(network, operations)
+        return mode.functions(network, settings.untraceable, examples.of(names[network]), declared)
 
     kept = split_patterns([*networks.values()], settings.keep_float, functions)
-    overrides = split_overrides([*networks.values()], settings.overrides or {})
+    overrides = split_overrides([*networks.values()], settings.overrides or {}, functions)
+    declared = split_operations([*networks.values()], operations, functions)
     return {
-        name: replace(settings, keep_float=k, overrides=o)
-        for name, k, o in zip(networks, kept, overrides, strict=True)
+        name: replace(settings, keep_float=k, overrides=o, operations=d)
+        for name, k, o, d in zip(networks, kept, overrides, declared, strict=True)
     }
 
 

@@ -10,7 +10,9 @@ from qat_lightning.base.backends import check_backend
 from qat_lightning.base.errors import nearest
 from qat_lightning.modes import check_mode, check_untraceable
 from qat_lightning.modes.qconfig import Overrides, QConfigLike, check_qconfig
-from qat_lightning.quantize.selection import FloatPattern
+from qat_lightning.modes.targets.declared import check_operations
+from qat_lightning.quantize.patterns import Pattern
+from qat_lightning.quantize.selection import Operations
 
 
 class PrepareOptions(TypedDict, total=False):
@@ -27,15 +29,24 @@ class PrepareOptions(TypedDict, total=False):
         mode: `"fx"` traces the network and finds additions, functional calls and fusions by itself. `"eager"`
             runs the network's own code, with the QuantStubs that its author wrote. `"auto"` (default) is
             eager if the network holds QuantStubs, else fx.
-        keep_float: Names, globs or types of submodules that stay float. Names are relative to the network. In
-            fx mode also functions, such as `torch.matmul` or, by name, `"torch.matmul()"`: every call stays
-            float.
+        keep_float: Names, globs or types of submodules that stay float. Names are relative to the network. A
+            type may be given by name, as `"torch.nn.GELU"`. In fx mode also functions, such as `torch.matmul`
+            or, by name, `"torch.matmul()"`: every call stays float.
         fuse: `"auto"` (default), or in eager mode groups of module names, as `fuse_modules_qat` takes them.
             `"auto"` finds fusions in the graph of the network. In eager mode the network's own `fuse_model`
             runs first. If a network cannot be traced, one forward pass on example inputs finds the fusions.
         replace_relu6: Whether ReLU6 becomes ReLU, which int8 fuses into the layer before it. Default: True.
-        overrides: QConfigs of individual convolutions and linear layers, by name or glob. A value is a
-            `QConfig`, the name of a backend for that backend's default, or None to keep the layers float.
+        overrides: QConfigs by name or type (the module, or the convolutions and linear layers in it), by glob
+            (the layers in it), or in fx mode by function, as in `keep_float`. A value is a
+            `QConfig`, the name of a backend for that backend's default, or None for float. Where several
+            match, the last decides.
+        operations: What operations do with rounded tensors, by name or glob, type or function: user-defined
+            ones, or those for which the backend's rules are not what you want. `"moves"`: returns values of
+            its input, whose qparams represent the result, too. `"averages"`: its result is rounded with the
+            qparams of its input. `"computes"`: reads rounded tensors, and its result is rounded with qparams
+            of its own. `"float"`: reads its input in full precision. `"rows"`: an `nn.Embedding` whose weight
+            trains rounded, with a scale for each row, and is stored as int8; its result is float. Each is one
+            call in the graph, which no trace looks into. Only in fx mode.
         untraceable: What happens in fx mode to a submodule whose forward cannot be traced. `"error"`
             (default) raises an error with its file and line. `"float"` keeps the smallest such submodules
             float and logs their names.
@@ -44,10 +55,11 @@ class PrepareOptions(TypedDict, total=False):
     backend: str
     qconfig: QConfigLike | None
     mode: str
-    keep_float: Sequence[FloatPattern]
+    keep_float: Sequence[Pattern]
     fuse: str | Sequence[Sequence[str]]
     replace_relu6: bool
     overrides: Overrides | None
+    operations: Operations | None
     untraceable: str
 
 
@@ -75,10 +87,11 @@ class Settings:
     qconfig: QConfigLike | None = None
     mode: str = "auto"
     modules: Sequence[str] | None = None
-    keep_float: Sequence[FloatPattern] = ()
+    keep_float: Sequence[Pattern] = ()
     fuse: str | Sequence[Sequence[str]] = "auto"
     replace_relu6: bool = True
     overrides: Overrides | None = None
+    operations: Operations | None = None
     untraceable: str = "error"
 
     def __post_init__(self) -> None:
@@ -86,6 +99,7 @@ class Settings:
         check_qconfig(self.qconfig)
         check_mode(self.mode)
         check_untraceable(self.untraceable)
+        check_operations(self.operations)
         for name in ("modules", "keep_float"):
             value = getattr(self, name)
             if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Unpack
@@ -23,7 +24,12 @@ from qat_lightning.quantize.example_inputs import as_inputs
 from qat_lightning.quantize.floating import check_float
 from qat_lightning.quantize.options import PrepareOptions, Settings
 from qat_lightning.quantize.recipe import Recipe, attach
-from qat_lightning.quantize.selection import resolve_keep_float, resolve_overrides
+from qat_lightning.quantize.selection import (
+    names_to_declare,
+    resolve_keep_float,
+    resolve_operations,
+    resolve_overrides,
+)
 from qat_lightning.quantize.stored_example import store
 
 _VERSIONS = {name: version(name) for name in ("qat-lightning", "torch")}
@@ -50,7 +56,7 @@ def prepare(
             forward is traced symbolically, and its path may depend on nothing but the mode. Eager mode needs
             an example only if the network cannot be traced. Two samples are enough.
         **options: How the network is prepared: backend, qconfig, mode, keep_float, fuse, replace_relu6,
-            overrides and untraceable, see :class:`qat_lightning.PrepareOptions`.
+            overrides, operations and untraceable, see :class:`qat_lightning.PrepareOptions`.
 
     Returns:
         The prepared network, in the mode (training or eval) that `network` was in.
@@ -124,13 +130,16 @@ def _prepare(network: nn.Module, mode: Mode, options: Options) -> nn.Module:
 
 def _resolve(network: nn.Module, mode: Mode, settings: Settings, example: Inputs | None) -> Options:
     """Turns patterns into the names of what they match in `network`."""
-    overrides = resolve_overrides(network, settings.overrides or {})
+    declared = names_to_declare(network, settings.operations or {})
+
+    @functools.cache
+    def functions(network: nn.Module) -> frozenset[str] | None:
+        return mode.functions(network, settings.untraceable, example, declared)
+
+    operations = resolve_operations(network, settings.operations or {}, functions)
+    overrides = resolve_overrides(network, settings.overrides or {}, functions)
     floating = [name for name, value in overrides.items() if value is None]
-    kept = resolve_keep_float(
-        network,
-        [*settings.keep_float, *floating],
-        lambda network: mode.functions(network, settings.untraceable, example),
-    )
+    kept = resolve_keep_float(network, [*settings.keep_float, *floating], functions)
     return Options(
         backend=settings.backend,
         qconfig=settings.qconfig,
@@ -138,6 +147,7 @@ def _resolve(network: nn.Module, mode: Mode, settings: Settings, example: Inputs
         fuse=settings.fuse,
         replace_relu6=settings.replace_relu6,
         overrides={name: value for name, value in overrides.items() if value is not None},
+        operations=operations,
         untraceable=settings.untraceable,
         example_inputs=example,
     )
@@ -161,6 +171,7 @@ def _recipe(made: ModeResult, mode: str, options: Options) -> Recipe:
         fuse=fuse if isinstance(fuse, str) else tuple(tuple(group) for group in fuse),
         replace_relu6=options.replace_relu6,
         overrides={name: qconfig_name(value) for name, value in options.overrides.items()},
+        operations=dict(options.operations),
         untraceable=made.untraceable,
         relu6=made.relu6,
         example=None if made.captured is None else store(made.captured),

@@ -39,7 +39,8 @@ class Recipe:
         replace_relu6: Whether ReLU6 became ReLU.
         layers: Names of the layers whose weights are quantized.
         grid: For each fake-quantize its observer, scheme, dtype and range of integers.
-        overrides: For each overridden layer, a backend or the fingerprint of a QConfig.
+        overrides: For each overridden layer, module or function, a backend or the fingerprint of a QConfig.
+        operations: What modules and functions were declared to do, by name.
         relu6: How many ReLU6 became ReLU; not compared.
         untraceable: Name and line of each submodule that stayed float because it could not be traced.
         int8: Whether the network has been converted.
@@ -64,6 +65,7 @@ class Recipe:
     grid: dict[str, str]
     int8: bool = False
     overrides: dict[str, str] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
     untraceable: tuple[str, ...] = ()
     relu6: int = 0
     versions: dict[str, str] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class Recipe:
         """
         found = [
             f"{name} is {getattr(self, name)!r} in the network and {getattr(other, name)!r} in the state dict"
-            for name in ("mode", "int8")
+            for name in ("mode", "int8", "operations")
             if getattr(self, name) != getattr(other, name)
         ]
         found += _compare_names("quantized layers", set(self.layers), set(other.layers))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from qat_lightning.base.errors import UntraceableError, nearest
-from qat_lightning.modes.graph.functions import function_name
+from qat_lightning.base.errors import nearest
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
 from qat_lightning.modes.graph.relu6 import is_inside
 from qat_lightning.modes.qconfig import Override, Overrides, check_override
+from qat_lightning.quantize.patterns import (
+    Functions,
+    Pattern,
+    is_function,
+    is_type,
+    matches,
+    no_graph,
+    refuse,
+    token_of,
+)
 
-FloatPattern = str | type[nn.Module] | Callable[..., Any]
-Functions = Callable[[nn.Module], frozenset[str] | None]
+Operations = Mapping[Any, str]
+"""What is declared of operations, by pattern."""
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def check_modules(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def resolve_keep_float(
-    network: nn.Module, patterns: Sequence[FloatPattern], functions: Functions = lambda network: None
+    network: nn.Module, patterns: Sequence[Pattern], functions: Functions = no_graph
 ) -> tuple[str, ...]:
     """Returns the names of the submodules and functions that `patterns` keep float.
 
@@ -105,49 +114,15 @@ def resolve_keep_float(
     """
     functions = functools.cache(functions)
     split_patterns([network], patterns, functions)
-    matched = {name for pattern in patterns for name in _matches(network, pattern, functions)}
+    matched = {name for p in patterns for name in matches(network, p, functions, "keep_float")}
     outermost = [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
     order = {name: i for i, (name, _) in enumerate(network.named_modules(remove_duplicate=False))}
     return tuple(sorted(outermost, key=lambda name: (order.get(name, len(order)), name)))
 
 
-def resolve_overrides(network: nn.Module, overrides: Overrides) -> dict[str, Override | None]:
-    """Returns the override of each convolution and linear layer that a name or glob matches.
-
-    Raises:
-        TypeError: A value is not an override.
-        ValueError: A name or glob matches no such layer.
-    """
-    (split,) = split_overrides([network], overrides)
-    return {name: value for pattern, value in split.items() for name in _layers(network, pattern)}
-
-
-def split_overrides(networks: Sequence[nn.Module], overrides: Overrides) -> list[dict[str, Override | None]]:
-    """Returns, for each network, the overrides that match a layer in it.
-
-    Raises:
-        TypeError: A value is not an override.
-        ValueError: A name or glob matches no layer in any network.
-    """
-    for pattern, value in overrides.items():
-        check_override(value)
-        if not any(_layers(network, pattern) for network in networks):
-            _refuse(networks, pattern, "overrides")
-    return [{p: value for p, value in overrides.items() if _layers(network, p)} for network in networks]
-
-
-def _layers(network: nn.Module, pattern: str) -> list[str]:
-    """Returns the names of the convolutions and linear layers that match, or are inside a match."""
-    roots = tuple(_matches(network, pattern))
-    named = network.named_modules(remove_duplicate=False)
-    return [name for name, m in named if isinstance(m, QUANTIZABLE) and is_inside(name, roots)]
-
-
 def split_patterns(
-    networks: Sequence[nn.Module],
-    patterns: Sequence[FloatPattern],
-    functions: Functions = lambda network: None,
-) -> list[tuple[FloatPattern, ...]]:
+    networks: Sequence[nn.Module], patterns: Sequence[Pattern], functions: Functions = no_graph
+) -> list[tuple[Pattern, ...]]:
     """Returns, for each network, the patterns that match something in it.
 
     Raises:
@@ -156,74 +131,122 @@ def split_patterns(
     """
     functions = functools.cache(functions)
     for pattern in patterns:
-        if not any(_matches(network, pattern, functions) for network in networks):
-            if _is_function(pattern):
-                _refuse_function(networks, _token(pattern), functions)
-            _refuse(networks, pattern)
-    return [tuple(p for p in patterns if _matches(network, p, functions)) for network in networks]
+        if not any(matches(network, pattern, functions, "keep_float") for network in networks):
+            refuse(networks, pattern, functions, "keep_float")
+    return [
+        tuple(p for p in patterns if matches(network, p, functions, "keep_float")) for network in networks
+    ]
 
 
-def _matches(
-    network: nn.Module, pattern: FloatPattern, functions: Functions = lambda network: None
-) -> list[str]:
-    if _is_function(pattern):
-        return list({_token(pattern)} & (functions(network) or frozenset()))
-    named = [(n, m) for n, m in network.named_modules(remove_duplicate=False) if n]
-    if isinstance(pattern, str):
-        found = [name for name, _ in named if fnmatch.fnmatchcase(name, pattern)]
-        return found or _layers_of_functions(network, pattern, functions)
-    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
-        return [name for name, module in named if isinstance(module, pattern)]
-    raise TypeError(
-        "keep_float takes names, globs or types of modules, but received "
-        f"{pattern!r} of type {type(pattern).__name__}. In fx mode it also takes functions."
-    )
+def resolve_overrides(
+    network: nn.Module, overrides: Overrides, functions: Functions = no_graph
+) -> dict[str, Override | None]:
+    """Returns the override of each layer, other module and function that a pattern matches.
+
+    A name or glob means the layers in what it matches. A type or a whole name also means modules that hold no
+    layers. Where several match, the last decides.
+
+    Raises:
+        TypeError: A pattern or a value is of the wrong type.
+        ValueError: A pattern matches nothing.
+    """
+    functions = functools.cache(functions)
+    (split,) = split_overrides([network], overrides, functions)
+    return _by_name(network, split, functions, _overridden)
 
 
-def _layers_of_functions(network: nn.Module, pattern: str, functions: Functions) -> list[str]:
-    """Returns the names of the layers that a graph has for functions with a weight of their own."""
-    try:
-        names = functions(network) or ()
-    except UntraceableError:
-        return []
-    return [n for n in names if not _is_function(n) and fnmatch.fnmatchcase(n, pattern)]
+def split_overrides(
+    networks: Sequence[nn.Module], overrides: Overrides, functions: Functions = no_graph
+) -> list[dict[Pattern, Override | None]]:
+    """Returns, for each network, the overrides that match in it.
+
+    Raises:
+        TypeError: A pattern or a value is of the wrong type.
+        ValueError: A pattern matches nothing in any network.
+    """
+    for value in overrides.values():
+        check_override(value)
+    return _split(networks, overrides, functools.cache(functions), _overridden)
 
 
-def _is_function(pattern: FloatPattern) -> bool:
-    if isinstance(pattern, str):
-        return pattern.endswith("()")
-    return callable(pattern) and not isinstance(pattern, type | nn.Module)
+def resolve_operations(
+    network: nn.Module, operations: Operations, functions: Functions = no_graph
+) -> dict[str, str]:
+    """Returns what is declared of each module and function that a pattern matches; the last decides.
+
+    Raises:
+        TypeError: A pattern is of the wrong type.
+        ValueError: A pattern matches nothing, or a module that holds layers.
+    """
+    functions = functools.cache(functions)
+    (split,) = split_operations([network], operations, functions)
+    return _by_name(network, split, functions, _declared)
 
 
-def _token(pattern: Any) -> str:
-    return pattern if isinstance(pattern, str) else function_name(pattern)
+def split_operations(
+    networks: Sequence[nn.Module], operations: Operations, functions: Functions = no_graph
+) -> list[dict[Pattern, str]]:
+    """Returns, for each network, the declared operations that are in it.
+
+    Raises:
+        TypeError: A pattern is of the wrong type.
+        ValueError: A pattern matches nothing in any network, or a module that holds layers.
+    """
+    return _split(networks, operations, functools.cache(functions), _declared)
 
 
-def _refuse_function(networks: Sequence[nn.Module], name: str, functions: Functions) -> NoReturn:
-    kinds = " and ".join(type(n).__name__ for n in networks)
-    graphs = [called for network in networks if (called := functions(network)) is not None]
-    if not graphs:
-        raise ValueError(
-            f"keep_float has the function {name!r}, but in eager mode {kinds} runs its own code, and has no "
-            "graph in which to find calls. Name submodules, or use mode='fx'."
-        )
-    raise ValueError(
-        f"keep_float has the function {name!r}, which the graph of {kinds} does not call. "
-        f"{nearest(name, sorted(n for n in frozenset().union(*graphs) if _is_function(n)))}"
-    )
+def names_to_declare(network: nn.Module, operations: Operations) -> frozenset[str]:
+    """Returns the names of modules and functions that `operations` may declare, before anything is traced."""
+    modules = {p: v for p, v in operations.items() if not is_function(p)}
+    named = [name for p in modules for name in matches(network, p, no_graph, "operations")]
+    return frozenset([*named, *(token_of(p) for p in operations if is_function(p))])
 
 
-def _refuse(networks: Sequence[nn.Module], pattern: Any, argument: str = "keep_float") -> NoReturn:
-    modules = [(name, m) for n in networks for name, m in n.named_modules() if name]
-    if isinstance(pattern, str):
-        shown, known = pattern, [name for name, _ in modules]
-    else:
-        shown, known = pattern.__name__, sorted({type(module).__name__ for _, module in modules})
-    last = shown.rpartition(".")[2]
-    what = "nothing" if argument == "keep_float" else "no convolution and no linear layer"
-    raise ValueError(
-        f"{argument} has {shown!r}, which matches {what} in "
-        f"{' and '.join(type(n).__name__ for n in networks)}. "
-        f"{nearest(last if last in known else shown, dict.fromkeys(known))} Names are relative to the "
-        "network that is quantized."
-    )
+_Find = Callable[[nn.Module, Pattern, Functions], list[str]]
+
+
+def _by_name(
+    network: nn.Module, values: Mapping[Pattern, ValueT], functions: Functions, find: _Find
+) -> dict[str, ValueT]:
+    return {name: value for pattern, value in values.items() for name in find(network, pattern, functions)}
+
+
+def _split(
+    networks: Sequence[nn.Module], values: Mapping[Pattern, ValueT], functions: Functions, find: _Find
+) -> list[dict[Pattern, ValueT]]:
+    for pattern in values:
+        if not any(find(network, pattern, functions) for network in networks):
+            layers = find is _overridden and isinstance(pattern, str)
+            what = "no convolution and no linear layer" if layers else "nothing"
+            refuse(networks, pattern, functions, _ARGUMENTS[find], what)
+    return [{p: v for p, v in values.items() if find(network, p, functions)} for network in networks]
+
+
+def _overridden(network: nn.Module, pattern: Pattern, functions: Functions) -> list[str]:
+    """Returns the names of the functions and layers that an override means, and of modules without layers."""
+    if is_function(pattern):
+        return matches(network, pattern, functions, "overrides")
+    roots = tuple(matches(network, pattern, no_graph, "overrides"))
+    named = list(network.named_modules(remove_duplicate=False))
+    layers = {name for name, m in named if isinstance(m, QUANTIZABLE) and is_inside(name, roots)}
+    if pattern in roots or is_type(pattern, network):
+        layers |= {name for name, m in named if name in roots and not holds_quantizable(m)}
+    return [name for name, _ in named if name in layers]
+
+
+def _declared(network: nn.Module, pattern: Pattern, functions: Functions) -> list[str]:
+    """Returns the names of the modules and functions that `operations` means."""
+    if is_function(pattern):
+        return matches(network, pattern, functions, "operations")
+    names = matches(network, pattern, no_graph, "operations")
+    for name in names:
+        if holds_quantizable(network.get_submodule(name)):
+            raise ValueError(
+                f"operations declares {name!r} to be one operation, but it holds layers, which would stay "
+                "float. Declare the functions and modules between its layers, or keep it float "
+                f"(keep_float=[{name!r}])."
+            )
+    return names
+
+
+_ARGUMENTS: dict[_Find, str] = {_overridden: "overrides", _declared: "operations"}

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from qat_lightning.analysis.preflight.network_report import Finding
 from qat_lightning.base.inputs import Inputs
+from qat_lightning.base.nested import map_tensors
 from qat_lightning.base.torch_internals import Convolution, ConvTranspose, attention_on_cpu
 from qat_lightning.modes.graph.graft import graphs
 from qat_lightning.modes.graph.lines import stack_line
@@ -55,6 +56,8 @@ def count_work(network: nn.Module, inputs: Inputs) -> Work:
         for name, module in network.named_modules()
         if isinstance(module, _WEIGHTED)
     ]
+    # Copies: a validation's own tensors cannot be saved for a gradient.
+    inputs = type(inputs)(*map_tensors(tuple(inputs), torch.clone))
     # Keep gradients on: without them the counter fails if a parameter is an input, and misses attention.
     with FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_TORCH) as counter:
         network(*inputs.args, **inputs.kwargs)

@@ -65,6 +65,11 @@ class EagerMode:
                 "    x = self.quant(x); …; return self.dequant(x)            # in forward\n"
                 f"  at {forward_line(network)}"
             )
+        if options.operations:
+            raise ValueError(
+                f"operations declares {next(iter(options.operations))!r}, but in eager mode {kind} runs its "
+                "own code, and has no graph in which to find operations. Use mode='fx'."
+            )
         for name, module in network.named_modules():
             if not is_inside(name, options.keep_float):
                 check_weight(name or kind, module)
@@ -74,7 +79,9 @@ class EagerMode:
             return options
         return replace(options, fuse=find_groups(network, options))
 
-    def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> None:
+    def functions(
+        self, network: nn.Module, untraceable: str, example: Inputs | None, declared: frozenset[str]
+    ) -> None:
         """Returns None: eager mode has no graph to find functions in."""
 
     def prepares_in_place(self, network: nn.Module) -> bool:

@@ -25,14 +25,16 @@ from qat_lightning.modes.graph import behaviour, graft
 from qat_lightning.modes.graph.functions import called_functions
 from qat_lightning.modes.graph.nodes import called_modules
 from qat_lightning.modes.graph.quantizable import QUANTIZABLE, holds_quantizable
-from qat_lightning.modes.graph.relu6 import replace_relu6_in_graph
+from qat_lightning.modes.graph.relu6 import is_inside, replace_relu6_in_graph
 from qat_lightning.modes.layers.in_place import restore_relus, round_in_place
 from qat_lightning.modes.layers.input_qparams import connect_inputs
 from qat_lightning.modes.lowering.lower import lower
 from qat_lightning.modes.lowering.reference import reference_with_guards
 from qat_lightning.modes.passes.annotate import annotate
+from qat_lightning.modes.passes.declare import declare
 from qat_lightning.modes.passes.decompose_attention import decompose_attention
 from qat_lightning.modes.passes.decompose_silu import decompose_silu
+from qat_lightning.modes.passes.embeddings import expose_weights
 from qat_lightning.modes.passes.fuse import fuse
 from qat_lightning.modes.passes.fuse_norms import fuse_norms
 from qat_lightning.modes.passes.insert import insert
@@ -42,6 +44,7 @@ from qat_lightning.modes.purity.structure import structural_copy
 from qat_lightning.modes.qconfig import override_qconfig, qconfig_mapping
 from qat_lightning.modes.targets import target_of
 from qat_lightning.modes.targets.rules import Target
+from qat_lightning.modes.trace.calls import Opaque
 from qat_lightning.modes.trace.fixed_norms import recognize_fixed_norms
 from qat_lightning.modes.trace.functional import write_out_padding
 from qat_lightning.modes.trace.symbolic import is_scripted, record_symbolically
@@ -68,10 +71,12 @@ class FxMode:
         check_hooks(network)
         return options
 
-    def functions(self, network: nn.Module, untraceable: str, example: Inputs | None) -> frozenset[str]:
+    def functions(
+        self, network: nn.Module, untraceable: str, example: Inputs | None, declared: frozenset[str]
+    ) -> frozenset[str]:
         """Returns the names of the functions that the graph of `network` calls, and of layers for them."""
         names = [name for name, _ in network.named_modules()]
-        traced = _trace(structural_copy(network), untraceable, example, keep_float=names)
+        traced = _trace(structural_copy(network), untraceable, example, _whole(network, names, declared))
         return called_functions(traced.graph_module.graph)
 
     def prepares_in_place(self, network: nn.Module) -> bool:
@@ -85,9 +90,12 @@ class FxMode:
             UntraceableError: `torch.fx` cannot trace the network.
         """
         kept = behaviour.attributes(network)
+        whole = _whole(network, options.keep_float, options.operations)
         graph_module, scopes, untraceable, captured = _trace(
-            network, options.untraceable, options.example_inputs, options.keep_float
+            network, options.untraceable, options.example_inputs, whole
         )
+        declare(graph_module, {n: v for n, v in options.operations.items() if not _is_kept(n, options)})
+        expose_weights(graph_module, scopes)
         options = replace(options, keep_float=(*options.keep_float, *untraceable))
         kept |= behaviour.unused_state(network, graph_module)
         used = graft.targets(graph_module.graph)
@@ -120,9 +128,11 @@ def _qconfigs(graph_module: fx.GraphModule, scopes: dict[str, Any], options: Opt
     """Returns the QConfig of each node of a traced network."""
     floating = [*options.keep_float, *_whole_modules(graph_module), *write_out_padding(graph_module)]
     mapping = qconfig_mapping(options.backend, options.qconfig)
+    functions: dict[str, Any] = {}
     for name, value in options.overrides.items():
-        mapping.module_name_qconfigs[name] = override_qconfig(value)
-    return QConfigs(graph_module, scopes, mapping, floating)
+        rules = functions if name.endswith("()") else mapping.module_name_qconfigs
+        rules[name] = override_qconfig(value)
+    return QConfigs(graph_module, scopes, mapping, floating, functions)
 
 
 def _prepare(graph_module: fx.GraphModule, qconfigs: QConfigs, target: Target) -> fx.GraphModule:
@@ -151,14 +161,18 @@ class _Traced(NamedTuple):
     captured: Inputs | None = None
 
 
-def _trace(
-    network: nn.Module, untraceable: str, example: Inputs | None, keep_float: Collection[str]
-) -> _Traced:
-    """Captures the network's call with an example; without one, or where that fails, traces symbolically.
+def _is_kept(name: str, options: Options) -> bool:
+    return is_inside(name, options.keep_float)
 
-    TorchScript modules in `keep_float` become single calls.
-    """
-    whole = frozenset(name for name, m in network.named_modules() if name in keep_float and is_scripted(m))
+
+def _whole(network: nn.Module, keep_float: Collection[str], declared: Collection[str]) -> Opaque:
+    """Returns what becomes a single call: TorchScript modules in `keep_float`, and declared operations."""
+    scripted = frozenset(n for n, m in network.named_modules() if n in keep_float and is_scripted(m))
+    return Opaque(scripted) | Opaque.named(declared, network)
+
+
+def _trace(network: nn.Module, untraceable: str, example: Inputs | None, whole: Opaque) -> _Traced:
+    """Captures the network's call with an example; without one, or where that fails, traces symbolically."""
     recognize_fixed_norms(network)
     if example is None:
         return _traced(network, untraceable, record_symbolically, whole)
@@ -172,7 +186,7 @@ def _trace(
             raise error from error.__cause__
 
 
-def _traced(network: nn.Module, untraceable: str, record: Record, whole: frozenset[str]) -> _Traced:
+def _traced(network: nn.Module, untraceable: str, record: Record, whole: Opaque) -> _Traced:
     if untraceable == "float":
         return _Traced(*trace_around(network, record, whole))
     return _Traced(*trace(network, record, whole), {})

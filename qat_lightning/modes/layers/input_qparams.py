@@ -16,11 +16,11 @@ from qat_lightning.fake_quant.switches import is_fake_quantize
 from qat_lightning.modes.graph.flow import is_leaf
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.integer_arithmetic import IntegerArithmetic, set_input_fake_quantize
-from qat_lightning.modes.layers.moves import JOINS, MOVES, pads_with_zeros
+from qat_lightning.modes.layers.moves import JOINS, MORE_JOINS, MORE_MOVES, MOVES, may_move_values
 from qat_lightning.modes.trace.one_thread import OneThreadTracer
 from qat_lightning.modes.trace.symbolic import defaults
 
-_KEEPS_QPARAMS = MOVES | {rectify, "flatten"}
+_KEEPS_QPARAMS = MOVES | MORE_MOVES | {rectify, F.pad}
 _HARD_SWISHES: frozenset[Any] = frozenset({nn.Hardswish, F.hardswish})
 HARD_SWISH_LIMIT = 3.0
 """A hard-swish is linear beyond ±3. If the qparams represent 3, its curve is a product of integers."""
@@ -68,10 +68,10 @@ def _source(network: nn.Module, node: Any) -> nn.Module | None:
             if is_fake_quantize(hooked):
                 return hooked
         target = call_target(network, node)
-        if target in JOINS and isinstance(node.args[0], list | tuple):
+        if target in JOINS | MORE_JOINS and isinstance(node.args[0], list | tuple):
             sources = {_source(network, each) for each in node.args[0]}
             return sources.pop() if len(sources) == 1 else None
-        if target not in _KEEPS_QPARAMS and not (target is F.pad and pads_with_zeros(node)):
+        if target not in _KEEPS_QPARAMS or not may_move_values(module, node):
             return None
         node = node.args[0]
     return None

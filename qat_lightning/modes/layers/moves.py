@@ -30,8 +30,23 @@ MOVES: frozenset[Any] = frozenset(
     }
 )
 """Classes of modules, functions and names of methods, in eval mode."""
+MORE_MOVES: frozenset[Any] = frozenset(
+    {
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+        *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+        *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+        *(torch.amax, torch.amin, "amax", "amin", "flatten", torch.unflatten, torch.t, "t", ".mT", ".T"),
+        *(torch.select, torch.index_select, torch.tile, "select", "index_select", "tile"),
+        *(nn.Upsample, nn.UpsamplingNearest2d, F.interpolate),  # to the nearest value
+    }
+)
+"""Further ones. PyTorch's engines have qparams there, as files of version 0.1.0 do."""
 JOINS: frozenset[Any] = frozenset({torch.cat, torch.stack})
 """Functions that do the same with a list of tensors."""
+MORE_JOINS: frozenset[Any] = frozenset({torch.concat, torch.concatenate, torch.hstack, torch.vstack})
+"""Further ones, as in `MORE_MOVES`."""
 
 
 def pads_with_zeros(node: fx.Node) -> bool:
@@ -39,3 +54,21 @@ def pads_with_zeros(node: fx.Node) -> bool:
     given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False))
     given |= node.kwargs
     return given.get("mode", "constant") != "constant" or not given.get("value")
+
+
+_NEAREST = ("nearest", "nearest-exact")
+
+
+def may_move_values(module: Any, node: fx.Node) -> bool:
+    """Whether a call of one of these returns values of its input with the arguments that it has.
+
+    Args:
+        module: The module that the node calls, or None.
+        node: The call.
+    """
+    if node.target is F.pad:
+        return pads_with_zeros(node)
+    if node.target is F.interpolate:
+        mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
+        return mode in _NEAREST
+    return not isinstance(module, nn.Upsample) or module.mode in _NEAREST

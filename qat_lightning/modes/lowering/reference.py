@@ -26,6 +26,7 @@ from qat_lightning.modes.graph.nodes import call_target, fake_quantize_of
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.lowering.int8.weights import computed
 from qat_lightning.modes.lowering.operations import OPERATIONS as OPS
+from qat_lightning.modes.lowering.rows import hold_rows
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.lowering.unseen_weights import observe, observe_weights
 from qat_lightning.modes.targets.common import COMMON
@@ -183,6 +184,13 @@ def _rebuilt(
         for (network, name), weight in weights.items():
             network.set_submodule(name, rounding(network.get_submodule(name), weight))
         _replace_each(module, is_fake_quantize, lambda m: rounding(m, None))
+    for network in {network for network, _ in weights}:
+        if is_grafted(network):
+            graph_module = ungraft(network)
+            hold_rows(graph_module, ReferenceWeight)
+            regraft(network, graph_module)
+        elif isinstance(network, fx.GraphModule):
+            hold_rows(network, ReferenceWeight)
     return module
 
 

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm, parameters_of
 from qat_lightning.modes.functions.pads import pad_values
+from qat_lightning.modes.graph.constants import Constants
 from qat_lightning.modes.graph.nodes import called_modules, fake_quantize_of
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
 from qat_lightning.modes.layers.transposed import TransposedLayer
 from qat_lightning.modes.lowering.reading import float_layer
-from qat_lightning.modes.lowering.reference import ReferenceLayer
+from qat_lightning.modes.lowering.reference import ReferenceLayer, ReferenceWeight
+from qat_lightning.modes.lowering.rows import hold_rows
 from qat_lightning.modes.lowering.spell_out import spell_out
 from qat_lightning.modes.lowering.unseen_weights import observe, observe_weights
 from qat_lightning.modes.native.packed_weights import hold_packed_weights
@@ -59,6 +61,7 @@ def lower(prepared: fx.GraphModule) -> fx.GraphModule:
         node.op, node.target = _KNOWN.get((node.op, node.target), (node.op, node.target))
     _use_plain_norms(prepared)
     observe_weights(prepared)
+    _store_rows(prepared)
     _quantize(prepared)
     scopes = {node.name: (str(node.target), None) for node in prepared.graph.nodes}
     return hold_packed_weights(_tidied(_pad_integers(lower_to_kernels(prepared, scopes))))
@@ -81,6 +84,17 @@ def _reference(layer: TrainedLayer) -> nn.Module:
     fused: Any = with_relu(plain, nn.ReLU())
     fused[0] = made
     return fused  # type: ignore[no-any-return]
+
+
+def _store_rows(prepared: fx.GraphModule) -> None:
+    """Stores the weights of embeddings as int8, if they are rounded, in place."""
+    for node in prepared.graph.nodes:
+        rounding = node.args[1] if node.target is F.embedding else node
+        fake_quantize = fake_quantize_of(prepared, rounding)
+        if rounding is not node and fake_quantize is not None:
+            weight = Constants(prepared).of(rounding.all_input_nodes[0])
+            prepared.set_submodule(str(rounding.target), ReferenceWeight(fake_quantize, weight))
+    hold_rows(prepared, ReferenceWeight)
 
 
 def _use_plain_norms(prepared: fx.GraphModule) -> None:

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
-from torch.nn import functional as F
 
 from qat_lightning.base.torch_internals import BatchNorm
 from qat_lightning.modes.graph.by_mode import ByMode
 from qat_lightning.modes.graph.dropout import is_dropout
 from qat_lightning.modes.graph.nodes import call_target, module_of
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
-from qat_lightning.modes.layers.moves import pads_with_zeros
+from qat_lightning.modes.layers.moves import may_move_values
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.fuse_norms import follows_float_layer
 from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 from qat_lightning.modes.passes.tensors import Tensors
@@ -98,16 +98,23 @@ class _Annotator:
                 self._concatenate(node)
             elif rule.kind in (Kind.MOVES, Kind.AVERAGES):
                 self._pass(node, rule)
+            elif rule.kind is Kind.LOOKS_UP:
+                self._add(Rounding(node.args[1], self._qconfigs.of(node), [node], weight=True))
         order = {node: i for i, node in enumerate(self._graph_module.graph.nodes)}
         self._plan.roundings.sort(key=lambda rounding: order[rounding.node])
         return self._plan
 
     def _rule(self, node: fx.Node) -> Rule | None:
-        """Returns what the table says of a node; None for a float operation."""
+        """Returns what a user or the table says of a node; None for a float operation."""
+        declared = declared_rule(node)
+        if declared is not None:
+            return declared if self._qconfigs.of(node) is not None else None
         module = module_of(self._graph_module, node)
         if isinstance(module, TrainedLayer):
             return self._target.rules[module.plain]
         called = module.function if isinstance(module, ByMode) else call_target(self._graph_module, node)
+        if called is getattr:
+            called = f".{node.args[1]}"
         rule = self._target.rules.get(called)
         if rule is None and is_dropout(self._graph_module, node):
             rule = Rule(Kind.MOVES)
@@ -118,7 +125,7 @@ class _Annotator:
         is_float_layer = rule.kind is Kind.LAYER and module is not None
         if is_float_layer or self._qconfigs.of(node) is None or lacks_int8(module):
             return None
-        if node.target is F.pad and not pads_with_zeros(node):
+        if rule.kind is Kind.MOVES and not may_move_values(module, node):
             return None
         return None if rule.kind is Kind.COMBINES and not self._combines_tensors(node) else rule
 

@@ -22,6 +22,7 @@ from qat_lightning.modes.functions.attention import (
 )
 from qat_lightning.modes.graph.by_mode import ByMode, filled
 from qat_lightning.modes.graph.nodes import module_of
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.qconfigs import QConfigs
 
 _ARGUMENTS = {
@@ -35,7 +36,7 @@ def decompose_attention(graph_module: fx.GraphModule, qconfigs: QConfigs) -> Non
     """Replaces each call of attention in a graph by its parts, in place."""
     for node in list(graph_module.graph.nodes):
         function, given = _call(graph_module, node)
-        whole = given.pop("enable_gqa", False) or given.get("weights")
+        whole = given.pop("enable_gqa", False) or given.get("weights") or declared_rule(node) is not None
         if function is None or whole or qconfigs.of(node) is None:
             continue
         with graph_module.graph.inserting_before(node):

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_lightning.modes.graph.nodes import call_target
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.qconfigs import QConfigs
 
 
@@ -16,7 +17,8 @@ def decompose_silu(graph_module: fx.GraphModule, qconfigs: QConfigs) -> None:
     """Replaces each SiLU of a graph by `x * sigmoid(x)`, in place."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if call_target(graph_module, node) not in (nn.SiLU, F.silu) or qconfigs.of(node) is None:
+        is_silu = call_target(graph_module, node) in (nn.SiLU, F.silu)
+        if not is_silu or qconfigs.of(node) is None or declared_rule(node) is not None:
             continue
         (x,) = node.all_input_nodes
         with graph.inserting_before(node):

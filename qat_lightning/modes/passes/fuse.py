@@ -13,6 +13,7 @@ from torch import fx, nn
 from qat_lightning.modes.graph.nodes import called_modules, module_of, sole_reader
 from qat_lightning.modes.layers import fused_conv_bn, trained_layer, transposed
 from qat_lightning.modes.layers.lacks_int8 import lacks_int8
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 from qat_lightning.modes.targets.rules import Target
 from qat_lightning.modes.trace.fixed_norms import FixedNorm
@@ -81,7 +82,7 @@ def _is_norm_of(
     """Whether a node calls a batch-norm that fits the layer, and that only follows this layer."""
     norm = module_of(graph_module, node)
     fits = type(norm) in _LAYERS[type(module_of(graph_module, layer))][2] and not lacks_int8(norm)
-    if not fits or qconfigs.of(node) is None:
+    if not fits or qconfigs.of(node) is None or declared_rule(node) is not None:
         return False
     return {str(call.all_input_nodes[0].target) for call in calls[str(node.target)]} == {str(layer.target)}
 

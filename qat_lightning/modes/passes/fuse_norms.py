@@ -17,6 +17,7 @@ from qat_lightning.modes.layers.lacks_int8 import lacks_int8
 from qat_lightning.modes.layers.norm_layer import NormLayer2d
 from qat_lightning.modes.layers.norm_relu import NormReLU
 from qat_lightning.modes.layers.trained_layer import TrainedLayer
+from qat_lightning.modes.passes.declare import declared_rule
 from qat_lightning.modes.passes.qconfigs import QConfigs, relu_after
 
 
@@ -33,6 +34,7 @@ def fuse_norms(graph_module: fx.GraphModule, qconfigs: QConfigs, *, as_layers: b
     for node in calls:
         name, norm, qconfig = str(node.target), module_of(graph_module, node), qconfigs.of(node)
         is_norm = type(norm) in _NORMS and not lacks_int8(norm) and counts[name] == 1
+        is_norm = is_norm and declared_rule(node) is None
         if not is_norm or qconfig is None or follows_float_layer(graph_module, node):
             continue
         relu = relu_after(graph_module, node, qconfigs)

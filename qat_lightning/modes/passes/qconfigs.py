@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
@@ -11,6 +11,7 @@ from torch import fx
 from qat_lightning.modes.graph.functions import node_function
 from qat_lightning.modes.graph.nodes import RELUS, call_target, sole_reader
 from qat_lightning.modes.graph.relu6 import is_inside
+from qat_lightning.modes.passes.declare import declared_rule
 
 
 class QConfigs:
@@ -21,13 +22,20 @@ class QConfigs:
         scopes: The name and the class of the module in whose forward each node is, by the node's name.
         mapping: A QConfigMapping.
         keep_float: Names of the modules, and of the functions, that stay float.
+        functions: QConfigs of functions, by name. The name of a module goes before that of a function.
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, scopes: dict[str, Any], mapping: Any, keep_float: Collection[str]
+        self,
+        graph_module: fx.GraphModule,
+        scopes: dict[str, Any],
+        mapping: Any,
+        keep_float: Collection[str],
+        functions: Mapping[str, Any],
     ) -> None:
         self._kinds = {name: type(m) for name, m in graph_module.named_modules(remove_duplicate=False)}
         self._scopes, self._mapping, self._floating = scopes, mapping, tuple(keep_float)
+        self._functions = functions
         floating = [node for node in graph_module.graph.nodes if node_function(node) in self._floating]
         self._known: dict[fx.Node, Any] = dict.fromkeys(floating)
 
@@ -56,6 +64,7 @@ class QConfigs:
             if re.match(pattern, path):
                 qconfig = value
                 break
+        qconfig = self._functions.get(node_function(node) or "", qconfig)
         return self._by_name(path, qconfig)
 
     def _by_name(self, path: str, qconfig: Any) -> Any:
@@ -69,6 +78,6 @@ class QConfigs:
 def relu_after(graph_module: fx.GraphModule, node: fx.Node, qconfigs: QConfigs) -> fx.Node | None:
     """Returns the ReLU that alone reads a node's result; None if there is none, or if it stays float."""
     reader = sole_reader(node)
-    if reader is None or call_target(graph_module, reader) not in RELUS:
+    if reader is None or call_target(graph_module, reader) not in RELUS or declared_rule(reader) is not None:
         return None
     return reader if qconfigs.of(reader) is not None else None

@@ -13,27 +13,22 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qat_lightning.modes.targets.common import COMMON
 from qat_lightning.modes.targets.native import UNIT
 from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
+from qat_lightning.modes.targets.runtimes import RUNTIMES
 
 ONNX_RUNTIME = Target(
     {
-        **COMMON,
+        **RUNTIMES,
         **rules(Rule(Kind.LAYER), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
         **rules(Rule(Kind.LAYER, float_result=True), nn.Linear),
         **rules(Rule(Kind.LAYER, relu=True), F.conv1d, F.conv2d, F.conv3d),
         **rules(Rule(Kind.LAYER, relu=True, float_result=True), F.linear),
-        **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
-        **rules(Rule(Kind.COMBINES, relu=True), operator.mul, operator.imul, torch.mul),
-        **rules(Rule(Kind.COMPUTES, float_result=True), torch.matmul, operator.matmul, torch.bmm),
-        **rules(Rule(Kind.COMPUTES, float_result=True), torch.einsum, "matmul", "bmm"),
+        **rules(Rule(Kind.COMBINES, relu=True), "add", "add_", "mul", "mul_"),
         **rules(Rule(Kind.COMPUTES), nn.LeakyReLU, F.leaky_relu, nn.Hardswish, F.hardswish),
         **rules(Rule(Kind.COMPUTES, fixed=UNIT), nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"),
     },

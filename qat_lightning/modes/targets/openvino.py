@@ -11,19 +11,16 @@
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import nn
 from torch.nn import functional as F
 
 from qat_lightning.modes.layers.norm_relu import NormReLU
-from qat_lightning.modes.targets.common import COMMON
 from qat_lightning.modes.targets.rules import Kind, Rule, Target, rules
+from qat_lightning.modes.targets.runtimes import RUNTIMES
 
 OPENVINO = Target(
     {
-        **COMMON,
+        **RUNTIMES,
         **rules(Rule(Kind.LAYER, float_result=True), nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
         **rules(
             Rule(Kind.LAYER, float_result=True),
@@ -31,10 +28,6 @@ OPENVINO = Target(
         ),
         **rules(Rule(Kind.LAYER, float_result=True), F.conv1d, F.conv2d, F.conv3d, F.linear),
         **rules(Rule(Kind.COMPUTES), nn.BatchNorm2d, nn.BatchNorm3d, NormReLU),
-        **rules(Rule(Kind.COMBINES, relu=True), operator.add, operator.iadd, torch.add),
-        **rules(Rule(Kind.COMBINES, relu=True), operator.mul, operator.imul, torch.mul),
-        **rules(Rule(Kind.COMPUTES, float_result=True), torch.matmul, operator.matmul, torch.bmm),
-        **rules(Rule(Kind.COMPUTES, float_result=True), torch.einsum, "matmul", "bmm"),
     },
     decomposes_attention=True,
     through_float=False,

@@ -28,6 +28,8 @@ class Kind(Enum):
     """Its result is rounded with the qparams of its input."""
     READS_SHAPE = auto()
     """Reads no values."""
+    LOOKS_UP = auto()
+    """Returns rows of a weight, which is rounded; the result is float. An embedding."""
     ENDS = auto()
     """A float operation whose input keeps its precision, such as a softmax."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, FunctionType
@@ -11,6 +12,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from qat_lightning.modes.graph.functions import function_name
+
 
 @dataclass(frozen=True)
 class Opaque:
@@ -18,11 +21,33 @@ class Opaque:
 
     Attributes:
         modules: Names of modules.
-        functions: Functions, such as one that computes with sizes, each with the namespace of its caller.
+        functions: Functions, such as one that computes with sizes, each with the namespace and the name by
+            which it is called.
     """
 
     modules: frozenset[str] = frozenset()
-    functions: tuple[tuple[dict[str, Any], FunctionType], ...] = ()
+    functions: tuple[tuple[dict[str, Any], str, FunctionType], ...] = ()
+
+    @classmethod
+    def named(cls, names: Collection[str], network: nn.Module) -> Opaque:
+        """Returns the modules and functions with these names; a function's name ends in `()`.
+
+        A function is found wherever a module of Python has it. Those of PyTorch are single calls anyway.
+        """
+        modules = frozenset(name for name, _ in network.named_modules() if name in names)
+        if len(modules) == len(names):
+            return cls(modules)
+        spaces = [getattr(each, "__dict__", {}) for each in list(sys.modules.values())]
+        functions = [
+            (space, name, value)
+            for space in spaces
+            for name, value in list(space.items())
+            if type(value) is FunctionType and not _is_ours(value) and function_name(value) in names
+        ]
+        return cls(modules, tuple(functions))
+
+    def __or__(self, other: Opaque) -> Opaque:
+        return Opaque(self.modules | other.modules, self.functions + other.functions)
 
     def with_culprit(
         self, error: BaseException | None, network: nn.Module, splittable: Callable[[nn.Module], bool]
@@ -39,24 +64,25 @@ class Opaque:
                 name = names.get(module, "")
                 if not name or splittable(module) or name in self.modules:
                     return None
-                return Opaque(self.modules | {name}, self.functions)
-            function = caller.f_globals.get(frame.f_code.co_name)
+                return self | Opaque(frozenset({name}))
+            called = frame.f_code.co_name
+            function = caller.f_globals.get(called)
             if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
-                if _is_ours(function) or any(f is function for _, f in self.functions):
+                if _is_ours(function) or any(f is function for *_, f in self.functions):
                     continue
-                return Opaque(self.modules, (*self.functions, (caller.f_globals, function)))
+                return self | Opaque(functions=((caller.f_globals, called, function),))
         return None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Makes a trace inside the block record calls of these functions, if an argument is a proxy."""
-        for namespace, function in self.functions:
-            namespace[function.__name__] = _recording(function)
+        for namespace, name, function in self.functions:
+            namespace[name] = _recording(function)
         try:
             yield
         finally:
-            for namespace, function in self.functions:
-                namespace[function.__name__] = function
+            for namespace, name, function in self.functions:
+                namespace[name] = function
 
 
 def _is_ours(function: FunctionType) -> bool:

@@ -45,14 +45,14 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 def trace(
-    network: nn.Module, record: Record = record_symbolically, whole: frozenset[str] = frozenset()
+    network: nn.Module, record: Record = record_symbolically, whole: Opaque | None = None
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """Traces `network` into a graph that behaves like it in training and in eval mode.
 
     Args:
         network: A float network. Its modules and parameters are shared with the result.
         record: How to record its forward.
-        whole: Names of submodules that become a single call.
+        whole: The submodules and functions that become a single call.
 
     Returns:
         The graph module, and the scope (module name and type) of each node, which torch.ao uses to
@@ -62,8 +62,9 @@ def trace(
         UntraceableError: `torch.fx` cannot trace it, or the two graphs cannot be joined. The message names
             the file and the line.
     """
+    whole = whole or Opaque()
     try:
-        return trace_with(network, Opaque(whole), record)
+        return trace_with(network, whole, record)
     except UntraceableError:
         leaves = frozenset(
             name
@@ -72,7 +73,7 @@ def trace(
         )
         if not leaves:
             raise
-        return trace_with(network, Opaque(leaves | whole), record)
+        return trace_with(network, whole | Opaque(leaves), record)
 
 
 def trace_with(

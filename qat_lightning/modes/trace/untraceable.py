@@ -14,7 +14,7 @@ from qat_lightning.modes.trace.tracing import Record, trace_with
 
 
 def trace_around(
-    network: nn.Module, record: Record = record_symbolically, whole: frozenset[str] = frozenset()
+    network: nn.Module, record: Record = record_symbolically, whole: Opaque | None = None
 ) -> tuple[fx.GraphModule, dict[str, Any], dict[str, str]]:
     """Traces `network`; a submodule whose own forward cannot be traced becomes a single call.
 
@@ -26,9 +26,10 @@ def trace_around(
         UntraceableError: The forward of `network` itself cannot be traced.
     """
     kept: dict[str, str] = {}
+    whole = whole or Opaque()
     while True:
         try:
-            graph_module, scopes = trace_with(network, Opaque(frozenset(kept) | whole), record)
+            graph_module, scopes = trace_with(network, whole | Opaque(frozenset(kept)), record)
         except UntraceableError as error:
             if not error.part or error.part in kept:
                 raise
