@@ -151,12 +151,11 @@ def test_int8_computes_what_was_trained(case: str, exact: bool, monkeypatch: pyt
     with torch.enable_grad():
         prepared = trained(build, x, backend="onednn")
     assert transposed(prepared).weight_fake_quant.scale.numel() == scales
-    expected, int8 = prepared(x), lowered(prepared)
-    assert sqnr(expected, int8(x)) > 50
-    assert sqnr(expected, convert(prepared)(x)) > 50
+    expected, int8 = prepared(x), convert(prepared)
+    assert torch.equal(int8(x), expected)
     assert sum(isinstance(m, Int8Transposed) for m in int8.modules()) == 1
     assert sum(isinstance(m, Quantize) for m in int8.modules()) == 1
-    torch.testing.assert_close(int8(x[0]), int8(x)[0])  # without a batch dimension
+    assert torch.equal(lowered(prepared)(x[0]), expected[0])  # without a batch dimension, or guards
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,11 @@ def test_each_dimension(dims: int, backend: str) -> None:
     quantized = backend != "onnxruntime" or dims == 2  # ONNX Runtime would compute the others in float
     assert ("1" in recipe.layers) == quantized
     with torch.no_grad():
-        assert sqnr(prepared(x), lowered(prepared)(x)) > 40
+        found, expected = lowered(prepared)(x), prepared(x)
+    if backend == "openvino":
+        assert sqnr(expected, found) > 60  # its last layer returns floats
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", ["norm and relu", "groups"])

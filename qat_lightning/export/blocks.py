@@ -99,7 +99,7 @@ def _convolution(op: Any, x: Any, weight: Any, y: Any, blocks: SubPixels) -> Any
     def constant(name: str, value: Any) -> Any:
         return op.initializer(ir.tensor(value), name=f"{y.name}.blocks.{name}")  # a weight may be used twice
 
-    inputs = [constant("weight", blocks.weight.contiguous().numpy())]
+    inputs = [constant("weight", blocks.weight.numpy())]
     for name, values in (("scale", scales), ("zero_point", zero_points)):
         inputs.append(constant(name, values if values.ndim == 0 else np.repeat(values, count)))
     axis = {} if scales.ndim == 0 else {"axis": 0}

@@ -86,7 +86,7 @@ def _weight(weight: torch.Tensor, s: int, taps: Sequence[int]) -> torch.Tensor:
     padded = F.pad(weight, (0, right * s - width, 0, down * s - height))
     parts = padded.unflatten(3, (right, s)).unflatten(2, (down, s)).flip(2, 4)
     parts = parts.permute(1, 3, 5, 0, 2, 4)  # output, both places in a block, input, both taps
-    return parts.reshape(-1, channels, down, right)
+    return parts.reshape(-1, channels, down, right).contiguous()  # oneDNN misreads a weight with gaps
 
 
 def cut(x: torch.Tensor, how: SubPixels) -> torch.Tensor:
