@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,12 @@ COLUMNS = """
 - **input**: height and width of the images, or the length of the texts.
 - **int8**: the share of the float network's multiply-adds that int8 layers compute. The whole includes
   products between activations, which are never int8 layers.
-- **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB. If a
-  network has many outputs, all of them count.
+- **SQNR**: how near the int8 outputs are to the fake-quant outputs, on the training batch, in dB; inf if they
+  are equal bit for bit. If a network has many outputs, all of them count.
 - **noise**: the SQNR of the fake-quant outputs against themselves, where everything that is rounded was
   multiplied by 1 ± 10⁻⁶ at random, as another order of additions would change it. The networks are random and
-  have seen two samples, so a deep one amplifies each rounding that tips over. An SQNR near this figure is
-  that noise; one far below is not.
+  have seen two samples, so a deep one amplifies each rounding that tips over. This is what int8 kernels that
+  round in another order would reach.
 - **s**: the CPU seconds that all of it takes in one thread.
 - **torch**: what `prepare_qat_fx` and `convert_fx` do with the same network and the same example, or the
   error they end with.
@@ -69,14 +70,17 @@ def _parts(entry: Entry, ours: dict[str, Any]) -> str:
 
 
 def _summary(known: list[Entry], figures: dict[str, Any]) -> Iterator[str]:
-    yield "| | ours | families | torch's prepare_qat_fx |"
-    yield "|---|---:|---:|---:|"
+    yield "| | ours | equal bit for bit | families | torch's prepare_qat_fx |"
+    yield "|---|---:|---:|---:|---:|"
     for source in dict.fromkeys(entry.source for entry in known):
         rows = [(entry, figures[entry.name]) for entry in known if entry.source == source]
         ok = [entry for entry, row in rows if row["ours"]["ok"]]
         theirs = [row["torch"]["ok"] for _, row in rows if "torch" in row]
         families = f"{len({e.family for e in ok})} of {len({e.family for e, _ in rows})}"
-        yield f"| {source} | {len(ok)} of {len(rows)} | {families} | {sum(theirs)} of {len(theirs)} |"
+        equal = sum(figures[entry.name]["ours"]["sqnr"] == math.inf for entry in ok)
+        yield (
+            f"| {source} | {len(ok)} of {len(rows)} | {equal} | {families} | {sum(theirs)} of {len(theirs)} |"
+        )
 
 
 def _row(entry: Entry, row: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def linear_kernel(layer: Any) -> Kernel:
     zero_point = layer.qparams("input").zero_point
     tail = (_sum_scales(layer), _zeros(layer), layer.bias, *_result(layer))
     operator = torch.ops.onednn.qlinear_pointwise.default
-    packed = torch.ops.onednn.qlinear_prepack(layer.weight.flatten(1), None)
+    packed = torch.ops.onednn.qlinear_prepack(layer.weight.flatten(1).contiguous(), None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2:

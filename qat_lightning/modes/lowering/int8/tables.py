@@ -68,7 +68,7 @@ class ChannelTable(Lowered):
         super().__init__()
         with torch.no_grad():
             every = dequantized(torch.arange(256, dtype=torch.uint8), input)
-            rows = every.expand(1, channels, -1).reshape(1, channels, 256, *[1] * (dims - 3))
+            rows = every.repeat(channels, 1).view(1, channels, 256, *[1] * (dims - 3))  # without gaps
             self.register_buffer("table", quantized(function(rows), output).view(channels, 256))
 
     def prepared(self) -> Run:
