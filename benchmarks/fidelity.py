@@ -33,6 +33,8 @@ from examples.cifar10.networks import ResNet20
 from qat_lightning import convert, export_onnx, prepare
 from qat_lightning.base.sqnr import sqnr
 from qat_lightning.export.runtime import OnnxRuntime, RuntimeNetwork
+from qat_lightning.modes.lowering.int8.layers import Int8Layer
+from qat_lightning.modes.lowering.int8.qparams import dequantized, quantized
 from qat_lightning.modes.lowering.reference import reference
 from qat_lightning.tasks.data.digits import load_digits
 from qat_lightning.tasks.models import DigitsCNN
@@ -174,11 +176,15 @@ def layers(prepared: nn.Module, int8: nn.Module, images: Tensor) -> dict[str, fl
             handle.remove()
     found = {}
     for name, output in outputs[1].items():
-        value = output.dequantize() if output.is_quantized else output
-        if output.is_quantized:
+        module = modules[name]
+        qparams = module.output_qparams() if isinstance(module, Int8Layer) else None
+        if qparams is not None:
+            wanted = dequantized(quantized(outputs[0][name], qparams), qparams)
+            found[name] = sqnr(wanted, dequantized(output, qparams))
+        elif output.is_quantized:
             scale, zero = output.q_scale(), output.q_zero_point()
             wanted = torch.fake_quantize_per_tensor_affine(outputs[0][name], scale, zero, 0, 255)
-            found[name] = sqnr(wanted, value)
+            found[name] = sqnr(wanted, output.dequantize())
     return found
 
 

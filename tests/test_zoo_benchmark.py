@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -42,12 +43,14 @@ def test_the_page_counts_each_package_and_names_what_fails() -> None:
     figures = {
         "alexnet": {"ours": OURS, "torch": {"ok": True, "sqnr": 20.0}},
         "transformers/Bert": {"ours": failed, "torch": {"ok": False, "error": "TypeError", "reason": "-"}},
-        "ultralytics/yolo11n": {"ours": {**OURS, "untraceable": ["model.23 (head.py:7: if x:)"]}},
+        "ultralytics/yolo11n": {
+            "ours": {**OURS, "sqnr": math.inf, "untraceable": ["model.23 (head.py:7: if x:)"]}
+        },
     }
     page = report(figures)
-    assert "| torchvision | 1 of 1 | 1 of 1 | 1 of 1 |" in page
-    assert "| transformers | 0 of 1 | 0 of 1 | 0 of 1 |" in page
-    assert "| ultralytics | 1 of 1 | 1 of 1 | 0 of 0 |" in page
+    assert "| torchvision | 1 of 1 | 0 | 1 of 1 | 1 of 1 |" in page
+    assert "| transformers | 0 of 1 | 0 | 0 of 1 | 0 of 1 |" in page
+    assert "| ultralytics | 1 of 1 | 1 | 1 of 1 | 0 of 0 |" in page
     assert "- transformers/Bert: no layers at forward:3\n" in page
     assert "- ultralytics/yolo11n: model.23 (head.py:7: if x:)\n" in page
     assert rows(page) == list(figures)

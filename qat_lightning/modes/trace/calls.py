@@ -86,7 +86,7 @@ class Opaque:
 
 
 def _is_ours(function: FunctionType) -> bool:
-    return function.__module__.split(".")[0] in ("torch", "qat_lightning")
+    return (function.__module__ or "").split(".")[0] in ("torch", "qat_lightning")
 
 
 def _frames(error: BaseException | None) -> list[FrameType]:
