@@ -244,6 +244,34 @@ def test_a_guard_concerns_the_mode_that_decides() -> None:
     assert convert(prepared)(torch.randn(5, 4)).shape == (5, 4)
 
 
+class Settling(nn.Module):
+    """Shifts no image that fits its window, as transformers' Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shift = nn.Conv2d(3, 4, 1), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) <= 7:
+            self.shift = 0
+        y: Tensor = self.conv(torch.roll(x, self.shift, -1) if self.shift else x)
+        return y
+
+
+def test_an_attribute_may_settle_by_the_size_of_the_input() -> None:
+    small, large = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 9, 9)
+    network = Settling()
+    plain = copy.deepcopy(network)
+    for example, other in ((small, large), (large, small)):
+        prepared = prepare(copy.deepcopy(network), example_inputs=example)
+        assert recipe_of(prepared).layers == ("conv",)  # type: ignore[union-attr]
+        set_enabled(prepared, observer=False, fake_quant=False)
+        torch.testing.assert_close(prepared(example), copy.deepcopy(plain)(example))
+        with pytest.raises(GuardError):
+            prepared(other)
+    assert network.shift == 3
+
+
 class Counting(nn.Module):
     """Counts its calls in a plain attribute."""
 

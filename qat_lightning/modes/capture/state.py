@@ -39,9 +39,10 @@ class Attributes:
             for n, b in buffers_of(m).items()
             if b is not None
         }
+        self.assigned: list[tuple[nn.Module, str]] = []
 
     def refuse_writes(self, graph: fx.Graph) -> None:
-        """Raises :class:`Impure` if the run wrote to a buffer, or counted in a plain attribute.
+        """Raises :class:`Impure` if the run wrote to a buffer; notes the plain attributes that it assigned.
 
         A module that `graph` calls as a whole may do both: it does so again whenever the graph runs. A buffer
         that no checkpoint holds may be assigned, as a plain attribute may.
@@ -55,7 +56,7 @@ class Attributes:
                 raise Impure(f"its forward writes to the buffer {name!r}, and a graph would not", module)
         for module, name, before, now in self.changes():
             if isinstance(before, PLAIN) and type(now) in PLAIN and not paths[module].startswith(whole):
-                raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
+                self.assigned.append((module, name))
 
     def stored(self) -> list[Stored]:
         """Returns what the run computed from its input and stored."""
@@ -64,18 +65,25 @@ class Attributes:
         return [(path, name, values_of(now)) for path, name, now in changes]
 
     def refuse_dependence(self, call: Callable[[], Any], earlier: Sequence[Stored]) -> None:
-        """Raises :class:`Impure` if outputs depend on what an earlier call stored.
+        """Raises :class:`Impure` if outputs depend on what an earlier call stored, or if a call counts.
+
+        A forward may set an attribute to what the sizes of its input demand, as long as it stays so.
 
         Args:
             call: Calls the network on the example, with plain tensors.
             earlier: What the run in training mode stored, if this one was in eval mode.
         """
         stored = self.stored()
-        if stored or earlier:
+        if stored or earlier or self.assigned:
             self._restore()
             expected = call()
-            if stored and not same_values(expected, call()):
+            settled = [holder_of(module, name).get(name) for module, name in self.assigned]
+            again = call() if stored or self.assigned else expected
+            if stored and not same_values(expected, again):
                 raise self._state(stored[0], "on which its next call depends")
+            for (module, name), value in zip(self.assigned, settled, strict=True):
+                if not (_equal(holder_of(module, name).get(name), value) and same_values(expected, again)):
+                    raise Impure(f"its forward assigns to {name!r}, and a graph would not", module)
             for path, name, value in earlier:
                 module = self.root.get_submodule(path)
                 holder_of(module, name)[name] = value
