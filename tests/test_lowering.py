@@ -65,6 +65,20 @@ def attention(x: Tensor, qkv: nn.Module, proj: nn.Module) -> Any:
     return proj(weights @ v)
 
 
+class Branches(nn.Module):
+    """Calls a float module of a block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"norm": nn.LayerNorm(6), "fc": nn.Linear(6, 6)})
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block["norm"](self.block["fc"](x))
+        z: Tensor = self.head(self.block["norm"](y + x))
+        return z
+
+
 def flat(x: Tensor) -> Tensor:
     return x.flatten(1)
 
@@ -158,6 +172,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: after(conv(4, 8, 1), nn.ConvTranspose2d(8, 8, 2, 2)),
         (2, 4, 5, 5),
     ),
+    "a norm twice": (lambda: Branches(), (2, 5, 6)),
     "layer-norm": (lambda: after(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), (2, 5, 6)),
     "attention": (lambda: Call(attention, qkv=nn.Linear(6, 24), proj=nn.Linear(8, 3)), (2, 5, 6)),
 }
@@ -223,7 +238,7 @@ def test_an_untrained_deep_network_is_equal_too(name: str, backend: str) -> None
     assert torch.equal(convert(network.eval())(x), network(x))
 
 
-FLOAT = ("layer-norm", "attention")
+FLOAT = ("a norm twice", "layer-norm", "attention")
 """Cases that compute a part with floats."""
 
 

@@ -50,6 +50,7 @@ class Writer:
         self._values: dict[fx.Node, fx.Node] = {}
         self._owned: dict[str, Any] = {}  # modules by provisional names, and tensors
         self._names: dict[str, str] = {}
+        self._copied: dict[str, str] = {}
 
     def value(self, node: fx.Node) -> fx.Node:
         """Returns what the new graph has for a node of the reference graph, with floats for bytes."""
@@ -83,7 +84,10 @@ class Writer:
 
         copied = self.graph.node_copy(node, read)
         if node.op == "call_module":
-            copied.target = self._own(str(node.target), self.reference.get_submodule(str(node.target)))
+            name = str(node.target)  # one module, however often it is called
+            if name not in self._copied:
+                self._copied[name] = self._own(name, self.reference.get_submodule(name))
+            copied.target = self._copied[name]
         elif node.op == "get_attr":
             self._owned[str(node.target)] = _attribute(self.reference, str(node.target))
         return copied
