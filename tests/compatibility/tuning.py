@@ -160,8 +160,8 @@ def pruning_before(folder: Path) -> None:
     assert run.qat.int8_module is not None
     for name, zero in zeros.items():
         layer: Any = run.qat.int8_module.get_submodule(name.removesuffix(".weight"))
-        assert not layer.weight().int_repr()[zero].any(), name
-        assert layer.weight().int_repr()[~zero].any(), name
+        assert not layer.weight[zero].any(), name
+        assert layer.weight[~zero].any(), name
     check(run)
 
 
