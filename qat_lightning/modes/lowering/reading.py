@@ -142,13 +142,11 @@ def _weight_of_call(writer: Writer, node: fx.Node) -> Weight | None:
     stored = module_of(writer.reference, weight) if isinstance(weight, fx.Node) else None
     if not isinstance(stored, QuantizeDequantize):
         return None
-    value = None
-    if not isinstance(stored, ReferenceWeight):
-        value = writer.constants.of(weight.all_input_nodes[0])
+    holds_it = isinstance(stored, ReferenceWeight)
+    value = None if holds_it else writer.constants.of(weight.all_input_nodes[0])
     constant = writer.constants.of(bias) if isinstance(bias, fx.Node) else None
-    if (bias is not None and constant is None) or not (value is not None or hasattr(stored, "int8")):
-        return None
-    return _weight(stored, value, constant)
+    depends = (value is None and not holds_it) or (bias is not None and constant is None)
+    return None if depends else _weight(stored, value, constant)
 
 
 def _geometry_of(layer: Any, input: QParams) -> tuple[Geometry, nn.Module | None]:

@@ -46,10 +46,13 @@ def rounded_bytes(writer: Writer, node: fx.Node, rounding: QuantizeDequantize) -
 def _table(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
     """Looks up functions of one tensor of bytes; none, if only the qparams change."""
     chain: list[fx.Node] = []
+    norms: list[Any] = []
     start = node
     while start not in writer.bytes:
-        module = module_of(writer.reference, start)
-        if not (is_elementwise(call_target(writer.reference, start), start) or norm_of(module) is not None):
+        norm = norm_of(module_of(writer.reference, start))
+        if norm is not None:
+            norms.append(norm)
+        elif not is_elementwise(call_target(writer.reference, start), start):
             return None
         chain.insert(0, start)
         (start,) = start.all_input_nodes
@@ -60,8 +63,7 @@ def _table(writer: Writer, node: fx.Node, output: QParams) -> fx.Node | None:
             x = _run(writer.reference, each, x)
         return x
 
-    norms = [norm_of(module_of(writer.reference, each)) for each in chain]
-    made = table_of(function, [norm for norm in norms if norm is not None], source.qparams, output)
+    made = table_of(function, norms, source.qparams, output)
     return None if made is None else writer.call(name_of(node), made, source.node)
 
 

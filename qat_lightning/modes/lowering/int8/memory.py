@@ -11,24 +11,20 @@ BLOCK = 1 << 17
 """Elements of a block: 512 KiB as floats."""
 
 
-def in_blocks(
-    compute: Callable[..., torch.Tensor], *tensors: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def in_blocks(compute: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
     """Applies an elementwise function to tensors of one shape.
 
     Args:
         compute: Takes as many tensors as `tensors`, and `out`, which is None or where to write the bytes.
         *tensors: Tensors of one shape.
-        out: Where to write the bytes, if the caller has such a tensor, of the layout of the first tensor.
 
     Returns:
         Bytes in the layout of the first tensor.
     """
     tensors = laid_out_alike(*tensors)
-    if tensors[0].numel() <= BLOCK and out is None:
+    if tensors[0].numel() <= BLOCK:
         return compute(*tensors, out=None)
-    if out is None:
-        out = torch.empty_like(tensors[0], dtype=torch.uint8)
+    out = torch.empty_like(tensors[0], dtype=torch.uint8)
     for target, *parts in zip(*(flat(each).split(BLOCK) for each in (out, *tensors)), strict=True):
         compute(*parts, out=target)
     return out

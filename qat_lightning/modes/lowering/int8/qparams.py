@@ -44,12 +44,8 @@ def rounded(steps: torch.Tensor, qparams: QParams, out: torch.Tensor | None = No
     """
     if qparams.zero_point:
         steps.add_(qparams.zero_point)
-    return lowest_bytes(steps.add_(_SHIFT).clamp_(_SHIFT + qparams.low, _SHIFT + qparams.high), out)
-
-
-def lowest_bytes(shifted: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the integers of floats that lie a multiple of 256 above them."""
-    integers = shifted.view(torch.int32)
+    steps.add_(_SHIFT).clamp_(_SHIFT + qparams.low, _SHIFT + qparams.high)
+    integers = steps.view(torch.int32)
     return integers.to(torch.uint8) if out is None else out.copy_(integers)
 
 
