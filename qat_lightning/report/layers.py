@@ -15,7 +15,7 @@ from qat_lightning.base.sqnr import sqnr
 from qat_lightning.base.torch_internals import tree_leaves
 from qat_lightning.fake_quant.phases import set_enabled
 from qat_lightning.modes.lowering.int8.layers import Int8Layer
-from qat_lightning.modes.lowering.int8.qparams import dequantized
+from qat_lightning.modes.lowering.int8.qparams import dequantized, quantized
 from qat_lightning.quantize.floating import is_int8
 from qat_lightning.report.content import Layer
 
@@ -38,7 +38,6 @@ class _OutputQParams(NamedTuple):
     zero_point: int
     least: int
     greatest: int
-    zero_point_first: bool = False
 
     @property
     def range(self) -> tuple[float, float]:
@@ -46,9 +45,8 @@ class _OutputQParams(NamedTuple):
         return low, high
 
     def round(self, y: Tensor) -> Tensor:
-        first, after = (self.zero_point, 0) if self.zero_point_first else (0, self.zero_point)
-        integers = torch.round(y * (1 / self.scale) + first) + after
-        return (integers.clamp(self.least, self.greatest) - self.zero_point) * self.scale
+        integers = torch.clamp(torch.round(y / self.scale) + self.zero_point, self.least, self.greatest)
+        return (integers - self.zero_point) * self.scale
 
 
 def measure_layers(prepared: nn.Module, int8: nn.Module, inputs: Inputs) -> list[Layer]:
@@ -88,7 +86,7 @@ def _compare(
     name: str, kind: str, in_float: _Seen, fake_quant: _Seen, layer: nn.Module, int8: Tensor
 ) -> Layer:
     qparams = _qparams_of(layer, int8)
-    expected = fake_quant.y if qparams is None else qparams.round(fake_quant.y)
+    expected = fake_quant.y if qparams is None else _rounded(layer, qparams, fake_quant.y)
     value = _floats(layer, int8)
     agreement = sqnr(in_float.y, expected)
     low, high = qparams.range if qparams is not None else (-torch.inf, torch.inf)
@@ -107,6 +105,12 @@ def _compare(
     )
 
 
+def _rounded(layer: nn.Module, qparams: _OutputQParams, y: Tensor) -> Tensor:
+    """Returns what the output of an int8 layer would stand for, if it computed `y`."""
+    own = layer.output_qparams() if isinstance(layer, Int8Layer) else None
+    return qparams.round(y) if own is None else dequantized(quantized(y, own), own)
+
+
 def _floats(layer: nn.Module, y: Tensor) -> Tensor:
     """Returns the floats that the output of an int8 layer stands for."""
     if isinstance(layer, Int8Layer):
@@ -119,7 +123,7 @@ def _qparams_of(layer: nn.Module, y: Tensor) -> _OutputQParams | None:
     """Returns the qparams of the output of an int8 layer; None if it is float."""
     if isinstance(layer, Int8Layer):
         qparams = layer.output_qparams()
-        return None if qparams is None else _OutputQParams(*qparams, zero_point_first=True)
+        return None if qparams is None else _OutputQParams(*qparams)
     if not y.is_quantized:
         return None
     bounds = torch.iinfo(y.dtype)
